@@ -1,0 +1,170 @@
+"""What a formula is, and everything that is derived from it: integers, slopes, big-O, LaTeX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import sympy
+from sympy import Expr, Max, Min, Piecewise, Symbol, ceiling, floor
+
+from ctxbench.errors import CtxbenchError
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Closed forms of one impl in one mode, over the letters of ``cost.symbols`` and the method's parameters.
+
+    Attributes:
+        algorithmic: FLOPs the mathematics needs, by term (``projections``, ``attention``, ``ffn``, ...).
+        flops: FLOPs this impl executes, by term; in ``train`` mode forward plus backward.
+        num_parameters: trainable elements.
+        state_bytes: bytes carried after T tokens; 0 for a method that carries nothing.
+        peak_bytes: allocator peak above parameters, inputs and incoming state, output included. ``train`` adds the
+            gradients. None where it is not known.
+        bytes_moved: least memory traffic: inputs, outputs, weights and state once. None: derived from the others.
+        depth: length of the chain of dependent steps, in layer evaluations (L when a layer is one step).
+    """
+
+    algorithmic: Mapping[str, Expr]
+    flops: Mapping[str, Expr]
+    num_parameters: Expr
+    state_bytes: Expr = field(default_factory=lambda: sympy.Integer(0))
+    peak_bytes: Expr | None = None
+    bytes_moved: Expr | None = None
+    depth: Expr | None = None
+
+
+def total(terms: Mapping[str, Expr]) -> Expr:
+    """Sum of all terms."""
+    return sympy.Add(*terms.values())
+
+
+def evaluate(expression: Expr | int, values: Mapping[str, Any]) -> int:
+    """Exact integer value of a formula; no floating point is involved.
+
+    Raises:
+        CtxbenchError: when a symbol has no value or the result is not an integer.
+    """
+    result = _exact(sympy.sympify(expression), values)
+    if result.denominator != 1:
+        raise CtxbenchError(f"the formula {expression} is {result}, not an integer, at {dict(values)}")
+    return result.numerator
+
+
+def _exact(node: Any, values: Mapping[str, Any]) -> Fraction:
+    if node.is_Symbol:
+        if node.name not in values:
+            raise CtxbenchError(f"the formula uses {node.name!r}, which has no value here (known: {', '.join(values)})")
+        return Fraction(values[node.name])
+    if node.is_Rational:
+        return Fraction(int(node.p), int(node.q))
+    if isinstance(node, Piecewise):
+        for branch in node.args:
+            if _holds(branch.args[1], values):
+                return _exact(branch.args[0], values)
+        raise CtxbenchError(f"no branch of {node} holds")
+    arguments = [_exact(argument, values) for argument in node.args]
+    if node.is_Add:
+        return sum(arguments, Fraction(0))
+    if node.is_Mul:
+        return math.prod(arguments, start=Fraction(1))
+    if node.is_Pow and arguments[1].denominator == 1:
+        return arguments[0] ** int(arguments[1])
+    if isinstance(node, floor):
+        return Fraction(math.floor(arguments[0]))
+    if isinstance(node, ceiling):
+        return Fraction(math.ceil(arguments[0]))
+    if isinstance(node, sympy.Mod):
+        return arguments[0] % arguments[1]
+    if isinstance(node, Min):
+        return min(arguments)
+    if isinstance(node, Max):
+        return max(arguments)
+    raise CtxbenchError(f"formulas may use + - * / ** floor ceiling Mod Min Max Piecewise, not {type(node).__name__}")
+
+
+def _holds(condition: Any, values: Mapping[str, Any]) -> bool:
+    if condition in (True, sympy.true):
+        return True
+    if condition in (False, sympy.false):
+        return False
+    if isinstance(condition, sympy.And):
+        return all(_holds(part, values) for part in condition.args)
+    if isinstance(condition, sympy.Or):
+        return any(_holds(part, values) for part in condition.args)
+    if isinstance(condition, sympy.Not):
+        return not _holds(condition.args[0], values)
+    left, right = (_exact(side, values) for side in condition.args)
+    return {
+        sympy.StrictGreaterThan: left > right,
+        sympy.GreaterThan: left >= right,
+        sympy.StrictLessThan: left < right,
+        sympy.LessThan: left <= right,
+        sympy.Equality: left == right,
+        sympy.Unequality: left != right,
+    }[type(condition)]
+
+
+@lru_cache(maxsize=1024)
+def smooth(expression: Expr) -> Expr:
+    """The formula without its rounding: ``floor(x) -> x``, ``Mod -> 0``. For slopes and asymptotics only."""
+    return (
+        sympy.sympify(expression)
+        .replace(lambda node: isinstance(node, sympy.Mod), lambda _: sympy.Integer(0))
+        .replace(lambda node: isinstance(node, (floor, ceiling)), lambda node: node.args[0])
+    )
+
+
+def local_slope(expression: Expr, values: Mapping[str, Any]) -> float:
+    """Slope of log cost against log T at this length, ``T f'(T) / f(T)``, by a central difference over +-1 %."""
+    plain = smooth(expression)
+    step = Fraction(1, 100)
+    high = _exact(plain, {**values, "T": Fraction(values["T"]) * (1 + step)})
+    low = _exact(plain, {**values, "T": Fraction(values["T"]) / (1 + step)})
+    if low <= 0 or high <= 0:
+        return 0.0
+    return float(math.log(high / low) / (2 * math.log(1 + step)))
+
+
+@lru_cache(maxsize=1024)
+def big_o(expression: Expr) -> str:
+    """Growth in T with every other size fixed: ``O(1)``, ``O(T)``, ``O(T log T)``, ``O(T^2)``.
+
+    The exponent is the slope between two lengths far beyond every other size, where lower terms have vanished.
+    """
+    plain = smooth(expression)
+    values: dict[str, Any] = dict.fromkeys(free_names(plain), 8)
+    first, second = (_exact(plain, {**values, "T": Fraction(10) ** power}) for power in (18, 24))
+    if first <= 0 or second <= 0:
+        return "O(1)"
+    slope = (math.log10(second.numerator) - math.log10(second.denominator)
+             - math.log10(first.numerator) + math.log10(first.denominator)) / 6  # fmt: skip
+    exponent = round(2 * slope) / 2
+    # log10 T grows from 18 to 24 between the two lengths, which adds log10(24 / 18) / 6 = 0.021 to the slope.
+    factor = " log T" if slope - exponent > 0.01 else ""
+    if exponent == 0:
+        return f"O({factor.strip() or '1'})"
+    power = "T" if exponent == 1 else f"T^{exponent:g}"
+    return f"O({power}{factor})"
+
+
+def latex(expression: Expr) -> str:
+    """LaTeX of a formula; parameters appear under their own names."""
+    names = {s: r"\mathrm{" + s.name.replace("_", r"\_") + "}" for s in expression.free_symbols if len(s.name) > 1}
+    return str(sympy.latex(expression, symbol_names=names))
+
+
+def text(expression: Expr) -> str:
+    """One-line text of a formula, factored where that makes it shorter."""
+    short = min((expression, sympy.factor_terms(expression)), key=lambda form: len(str(form)))
+    return str(short).replace("**", "^")
+
+
+def free_names(expression: Expr) -> set[str]:
+    """Names of the symbols a formula uses."""
+    return {s.name for s in expression.free_symbols if isinstance(s, Symbol)}

@@ -1,0 +1,234 @@
+"""Exact FLOPs and exact allocator peak of any module at any length, on fake tensors: no memory, no arithmetic.
+
+Every operator that reaches the dispatcher is seen once, forward and backward. Its FLOPs come from ``cost.formulas`` or
+torch's registry; its outputs' storages are followed until they die, so that the running sum is what the allocator
+would hold. Temporaries inside a kernel are invisible here (the allocator meter sees them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ctxbench import workload
+from ctxbench.cost import formulas
+from ctxbench.method import Dims, Method, Params
+
+# Operators that multiply no matrices and are neither element-wise (tagged by torch) nor views (seen in the schema).
+_NO_MATMUL = frozenset(
+    """
+    _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data _safe_softmax native_layer_norm
+    native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward sum mean amax amin max min argmax argmin any
+    all prod var std var_mean logsumexp cumsum cumprod cummax logcumsumexp sort topk kthvalue gather scatter
+    scatter_add scatter_reduce index index_put index_put_ _index_put_impl_ index_select index_add index_copy
+    index_fill masked_fill masked_select masked_scatter embedding embedding_dense_backward copy_ _to_copy clone cat
+    stack constant_pad_nd pad roll flip repeat repeat_interleave tril triu tril_ triu_ diag arange linspace zeros
+    ones full empty empty_strided empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full
+    new_empty_strided scalar_tensor lift_fresh lift_fresh_copy rand randn rand_like randn_like normal_ uniform_
+    bernoulli native_dropout native_dropout_backward multinomial randint randperm avg_pool1d avg_pool2d
+    avg_pool2d_backward _adaptive_avg_pool2d max_pool2d_with_indices max_pool2d_with_indices_backward
+    upsample_linear1d upsample_linear1d_backward upsample_nearest1d upsample_nearest1d_backward select_backward
+    slice_backward slice_scatter select_scatter unfold_backward as_strided_scatter bincount unique_consecutive
+    _unique2 searchsorted bucketize nonzero linalg_vector_norm norm one_hot _local_scalar_dense item equal
+    is_same_size set_ resize_ fill_ zero_ _foreach_zero_ detach_ eye scatter_ scatter_add_ scatter_reduce_
+    index_add_ index_copy_ index_fill_ masked_fill_ masked_scatter_ take _assert_async _assert_scalar
+    _assert_tensor_metadata sym_size sym_stride diagonal_backward diagonal_copy
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass
+class Trace:
+    """What a call would do.
+
+    Attributes:
+        flops: matmul-like FLOPs; ``by_op`` splits them.
+        peak_bytes: most bytes alive at once above what was live before the call.
+        bytes_moved: sum of operand and result sizes over all operators: the unfused upper bound.
+        uncounted: operators that may multiply matrices and have no formula, with how often they ran.
+        coverage: share of ``bytes_moved`` whose operator is understood.
+        untraceable: the operator that stopped the tracer (a shape that depends on a value), else empty.
+    """
+
+    flops: int = 0
+    by_op: dict[str, int] = field(default_factory=dict)
+    peak_bytes: int = 0
+    bytes_moved: int = 0
+    uncounted: dict[str, int] = field(default_factory=dict)
+    coverage: float = 1.0
+    state_bytes: int | None = None
+    num_parameters: int = 0
+    untraceable: str = ""
+
+
+class Meter(TorchDispatchMode):
+    """Counts every dispatched operator and follows every storage; usable on real and on fake tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.uncounted: Counter[str] = Counter()
+        self.moved = self.moved_unknown = 0
+        self.live = self.peak = 0
+        self._known: dict[int, Any] = {}  # id of a storage -> weak reference, so that ids are not reused unnoticed
+
+    def ignore(self, *values: Any) -> None:
+        """Take these tensors as live before the call."""
+        for leaf in pytree.tree_leaves(values):
+            if isinstance(leaf, torch.Tensor):
+                self._follow(leaf, 0)
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(operator, "namespace", "") == "prim":  # queries such as the device: no work, no storage
+            return operator(*args, **kwargs)
+        count = formulas.lookup(operator)
+        if count is None:
+            with self:
+                result = operator.decompose(*args, **kwargs) if hasattr(operator, "decompose") else NotImplemented
+            if result is not NotImplemented:
+                return result
+        operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for operand in operands:
+            self._follow(operand, 0)
+        out = operator(*args, **kwargs)
+        results = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        for result in results:
+            self._follow(result, result.untyped_storage().nbytes())
+        self._account(operator, count, args, kwargs, out, operands, results)
+        return out
+
+    def _account(
+        self, operator: Any, count: Any, args: Any, kwargs: Any, out: Any, operands: list[Any], results: list[Any]
+    ) -> None:
+        name = str(getattr(operator, "overloadpacket", operator))
+        traffic = 0
+        if not _is_view(operator):
+            traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*operands, *results))
+        self.moved += traffic
+        if count is not None:
+            self.flops[name] += int(count(args, kwargs, out))
+        elif traffic and not _multiplies_nothing(operator):
+            self.uncounted[name] += 1
+            self.moved_unknown += traffic
+
+    def _follow(self, tensor: torch.Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        identity = storage._cdata
+        if identity in self._known:
+            return
+
+        def release(_: Any, identity: int = identity, size: int = size) -> None:
+            self._known.pop(identity, None)
+            self.live -= size
+
+        self._known[identity] = weakref.ref(storage, release)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def _is_view(operator: Any) -> bool:
+    if operator is torch.ops.aten._unsafe_view.default:
+        return True
+    schema = getattr(operator, "_schema", None)
+    if schema is None:
+        return False
+    aliases = [argument.alias_info for argument in schema.arguments if argument.alias_info is not None]
+    return bool(aliases) and not any(alias.is_write for alias in aliases)
+
+
+def _multiplies_nothing(operator: Any) -> bool:
+    if torch.Tag.pointwise in getattr(operator, "tags", ()):
+        return True
+    namespace, _, name = str(getattr(operator, "overloadpacket", operator)).rpartition(".")
+    return namespace in ("aten", "prims", "prim") and (
+        name in _NO_MATMUL or name.rstrip("_") in _NO_MATMUL or name.endswith("_copy")
+    )
+
+
+def trace(
+    method: Method, dims: Dims, params: Params, impl: str, mode: str = "forward", dtype: str = "fp32",
+    device: str = "cpu",
+) -> Trace:  # fmt: skip
+    """Trace one call of ``mode``; never allocates the tensors it describes."""
+    meter = Meter()
+    result = Trace()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        try:
+            with _fake_modules_convert():
+                work = workload.prepare(method, dims, params, impl, mode, dtype, device, rotate=1)
+            result.num_parameters = workload.num_parameters(work.module)
+            if mode in ("stream", "decode"):
+                state = work.state if work.state is not None else work.module.state_at(dims.batch_size, dims.seq_len)  # type: ignore[operator]
+                result.state_bytes = workload.state_bytes(state)
+                del state
+            meter.ignore(
+                list(work.module.parameters()), list(work.module.buffers()), work.inputs, work.grad, work.state
+            )
+            with meter:
+                y = work.call()
+            del y
+        except Exception as error:
+            if not _is_data_dependent(error):
+                raise
+            result.untraceable = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    del fake
+    result.flops = sum(meter.flops.values())
+    result.by_op = dict(meter.flops)
+    result.peak_bytes = meter.peak
+    result.bytes_moved = meter.moved
+    result.uncounted = dict(meter.uncounted)
+    result.coverage = 1.0 - meter.moved_unknown / meter.moved if meter.moved else 1.0
+    return result
+
+
+@contextlib.contextmanager
+def _fake_modules_convert() -> Iterator[None]:
+    """Let ``module.to(...)`` work on fake parameters, which torch refuses because they are weakly referenced."""
+    original = torch.nn.Module._apply
+    converted: dict[int, tuple[Any, Any]] = {}  # keeps tied parameters tied
+
+    def apply(module: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
+        if recurse:
+            for child in module.children():
+                apply(child, function)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in converted:
+                    with torch.no_grad():
+                        new = torch.nn.Parameter(function(parameter), parameter.requires_grad)
+                    converted[id(parameter)] = (parameter, new)
+                module._parameters[name] = converted[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = function(buffer)
+        return module
+
+    torch.nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module._apply = original  # type: ignore[method-assign]
+
+
+def _is_data_dependent(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(
+        names
+        & {
+            "DataDependentOutputException",
+            "DynamicOutputShapeException",
+            "UnsupportedOperatorException",
+            "UnsupportedFakeTensorException",
+            "GuardOnDataDependentSymNode",
+        }
+    )

@@ -1,0 +1,343 @@
+"""The contract between ctxbench and an architecture. Importing this module imports no torch.
+
+A method is mathematics, an impl is who computes it. The smallest method is a name and a build function::
+
+    METHOD = Method(name="mine", build=build)
+
+where ``build(dims, params, impl, device, dtype)`` returns an ``nn.Module``. The module is called in two ways:
+
+* ``module(x)`` with ``x: [B, T, d_model]`` computes a whole sequence and returns ``y: [B, T, d_model]``
+  (or ``Output(y)``);
+* ``module(x, state)`` continues from ``state`` and returns ``Output(y, new_state)``. State is a value: a pytree
+  (tuples, named tuples, dicts) of tensors and ints; nothing is kept on the module and nothing is mutated.
+
+A module that can continue also has ``init_state(batch_size) -> State`` (before the first token) and
+``state_at(batch_size, context) -> State``, a state of the shapes and dtypes that follow ``context`` tokens, with random
+contents: decoding at 128k must be measurable without computing 128k tokens first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+MODES = ("forward", "train", "stream", "decode")
+MODE_HELP = {
+    "forward": "one whole sequence, no gradients",
+    "train": "forward and backward of one whole sequence",
+    "stream": "a sequence segment by segment, state carried",
+    "decode": "one token at context length T",
+}
+POSITIONS = ("none", "transformer_xl", "t5", "alibi", "rope", "rope_linear", "rope_ntk", "rope_yarn")
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+
+
+class Output(NamedTuple):
+    """What a module returns: ``y: [B, T, d_model]`` and, when a state came in, the state after these tokens."""
+
+    y: Any
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published."""
+
+    citation: str
+    link: str = ""
+    section: str = ""
+
+
+@dataclass(frozen=True)
+class Support:
+    """Yes, or no with the reason a user reads in the row."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+YES = Support(True)
+
+
+def no(reason: str) -> Support:
+    """Build the answer *no*; the reason is a full clause without a full stop."""
+    return Support(False, reason)
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes that every method shares, so that every comparison is at equal width, heads and depth.
+
+    Attributes:
+        seq_len: tokens of the sequence (``decode``: tokens already in the context).
+        d_ff: width of the feed-forward network; 0 drops it and isolates the mixing.
+        causal: a token sees only itself and earlier tokens.
+        position: one of POSITIONS.
+    """
+
+    seq_len: int
+    batch_size: int = 1
+    d_model: int = 256
+    num_heads: int = 4
+    num_layers: int = 1
+    d_ff: int = 1024
+    causal: bool = True
+    position: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "d_model", "num_heads", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, received {getattr(self, name)}")
+        if self.d_ff < 0:
+            raise ValueError(f"d_ff must be 0 (no feed-forward network) or more, received {self.d_ff}")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"d_model must be a multiple of num_heads, received {self.d_model} and {self.num_heads}")
+        if self.position not in POSITIONS:
+            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, received {self.position!r}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.num_heads
+
+    def replace(self, **changes: Any) -> Dims:
+        """Copy with some sizes changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[Any, ...] = (),
+    source: str = "",
+) -> Any:
+    """Declare one hyper-parameter of a method: its default, meaning, unit, range and where the default comes from."""
+    metadata = {"help": help, "unit": unit, "low": low, "high": high, "choices": choices, "source": source}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Params:
+    """Hyper-parameters of one method: subclass as a frozen dataclass whose fields are declared with :func:`param`."""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value, meta = getattr(self, spec.name), spec.metadata
+            expected = type(spec.default)
+            if expected is not type(value) and not (expected is float and type(value) is int):
+                raise ValueError(f"{spec.name} must be of type {expected.__name__}, received {value!r}")
+            if meta.get("choices") and value not in meta["choices"]:
+                raise ValueError(
+                    f"{spec.name} must be one of {', '.join(map(str, meta['choices']))}, received {value!r}"
+                )
+            low, high = meta.get("low"), meta.get("high")
+            if (low is not None and value < low) or (high is not None and value > high):
+                allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise ValueError(f"{spec.name} must be {allowed}, received {value!r}")
+
+    def replace(self, **changes: Any) -> Params:
+        """Copy with some values changed; unknown names raise ValueError."""
+        known = [spec.name for spec in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ValueError(f"no parameter {name!r}; this method has {', '.join(known) or 'none'}")
+        return dataclasses.replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they appear in a row."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of a method.
+
+    Attributes:
+        name: ``reference``, ``blocked``, ``triton``, ``as_written``, ...
+        run: ``"module:attribute"`` of what this impl puts at the method's seam; the method's own ``build`` reads it.
+        needs: distributions this impl imports, checked without importing them.
+        devices: device types it runs on.
+        dtypes: dtypes it runs in; empty means all that the device has.
+        modes: modes it runs in; empty means all that the method has.
+        support: ``f(dims, params, device, dtype) -> Support`` or its ``"module:attribute"``, for anything finer.
+        defects: for ``as_written`` only: what the literal sketch gets wrong, as ``{probe: explanation}``. A probe is
+            one of ``agreement, causality, batch_independence, receptive_field, state``. Such an impl is not compared
+            with the reference; the gate demands instead that exactly these probes fail.
+        note: one sentence for the report.
+    """
+
+    name: str
+    run: str = ""
+    needs: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    support: Callable[..., Support] | str | None = None
+    defects: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """At ``params`` the method computes the same function as ``other``; the conformance kit checks it.
+
+    Weights are copied by name; every weight of ``other`` must exist here. ``when`` is the sentence the docs print.
+    """
+
+    when: str
+    other: str
+    params: Mapping[str, Any]
+    other_params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the source documents about the method, and what is true of it."""
+
+    claimed: str
+    verdict: str
+    true: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One architecture: data only. Everything but ``name`` and ``build`` is optional.
+
+    Attributes:
+        build: ``build(dims, params, impl, device, dtype) -> nn.Module`` or its ``"module:attribute"``.
+        params: a :class:`Params` subclass.
+        memory_parameter: the parameter that ``--memory`` sweeps: the method's budget of extra token slots a layer.
+        modes: the modes the method has; ``without`` says for each other mode why not.
+        causal: values of ``Dims.causal`` it accepts, preferred first; empty means it makes no claim and is not probed.
+        positions: values of ``Dims.position`` it accepts, preferred first.
+        support: ``f(dims, params, mode) -> Support`` for combinations that have no meaning.
+        layers: ``f(params) -> int``, the fewest layers the method can have.
+        segment: parameter that holds the segment length of ``stream``; without one, streams use 512 tokens.
+        cost: ``"module:attribute"`` of ``f(impl, mode, causal, params) -> ctxbench.cost.Cost``.
+        reach: ``f(dims, params, i) -> range | set`` or its ``"module:attribute"``: the input positions that may
+            influence output position ``i``.
+        equals: declared equivalences; ``claims``: audited statements of the source documents.
+    """
+
+    name: str
+    build: Callable[..., Any] | str
+    title: str = ""
+    family: str = "other"
+    idea: str = ""
+    paper: Paper | None = None
+    params: type[Params] = Params
+    memory_parameter: str | None = None
+    modes: tuple[str, ...] = ("forward", "train")
+    without: Mapping[str, str] = field(default_factory=dict)
+    causal: tuple[bool, ...] = ()
+    positions: tuple[str, ...] = ("none",)
+    impls: tuple[Impl, ...] = (Impl("reference"),)
+    support: Callable[..., Support] | str | None = None
+    layers: Callable[[Any], int] | None = None
+    segment: str | None = None
+    cost: Callable[..., Any] | str | None = None
+    reach: Callable[..., Any] | str | None = None
+    equals: tuple[Equivalence, ...] = ()
+    deviations: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", self.name):
+            raise ValueError(
+                f"a method's name must be a lower-case identifier of at most 40 characters, received {self.name!r}"
+            )
+        names = [impl.name for impl in self.impls]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(
+                f"method {self.name!r} must have at least one impl and no two of one name, received {names}"
+            )
+        for mode in (*self.modes, *self.without):
+            if mode not in MODES:
+                raise ValueError(f"method {self.name!r} names the mode {mode!r}; the modes are {', '.join(MODES)}")
+        fields = {spec.name for spec in dataclasses.fields(self.params)}
+        for role, name in (("memory_parameter", self.memory_parameter), ("segment", self.segment)):
+            if name is not None and name not in fields:
+                raise ValueError(f"method {self.name!r}: {role} {name!r} is not one of its parameters")
+
+    def impl(self, name: str) -> Impl:
+        """Return the impl of that name; KeyError where there is none."""
+        for impl in self.impls:
+            if impl.name == name:
+                return impl
+        raise KeyError(name)
+
+    @property
+    def oracle(self) -> str:
+        """Name of the impl that all others are compared with: ``reference``, or the first one."""
+        names = [impl.name for impl in self.impls]
+        return "reference" if "reference" in names else names[0]
+
+    def fewest_layers(self, params: Params) -> int:
+        """The fewest layers the method can have with these parameters."""
+        return self.layers(params) if self.layers else 1
+
+    def segment_len(self, params: Params) -> int:
+        """Tokens a call of ``stream`` mode takes."""
+        return int(getattr(params, self.segment)) if self.segment else 512
+
+    def mode_support(self, mode: str, dims: Dims, params: Params) -> Support:
+        """Whether the mathematics has this mode, direction, position and size."""
+        if mode not in self.modes:
+            return no(self.without.get(mode, f"{self.name} has no {mode} mode"))
+        if self.causal and dims.causal not in self.causal:
+            return no(f"{self.name} has no {'causal' if dims.causal else 'bidirectional'} form")
+        if dims.position not in self.positions:
+            return no(f"{self.name} takes the positions {', '.join(self.positions)}, not {dims.position}")
+        fewest = self.fewest_layers(params)
+        if dims.num_layers < fewest:
+            return no(f"{self.name} needs at least {fewest} layers with these parameters, received {dims.num_layers}")
+        check = load(self.support)
+        return check(dims, params, mode) if check else YES
+
+    def impl_support(self, impl: Impl, mode: str, dims: Dims, params: Params, device: str, dtype: str) -> Support:
+        """Whether this impl can run this cell here: packages, device, dtype, mode, then its own answer."""
+        device_type = device.partition(":")[0]
+        missing = [name for name in impl.needs if importlib.util.find_spec(name.replace("-", "_")) is None]
+        if missing:
+            return no(f"needs the package {', '.join(missing)}, which is not installed")
+        if device_type not in impl.devices:
+            return no(f"{impl.name} runs on {', '.join(impl.devices)}, not on {device_type}")
+        if impl.dtypes and dtype not in impl.dtypes:
+            return no(f"{impl.name} computes in {', '.join(impl.dtypes)}, not in {dtype}")
+        if impl.modes and mode not in impl.modes:
+            return no(f"{impl.name} has the modes {', '.join(impl.modes)}, not {mode}")
+        check = load(impl.support)
+        return check(dims, params, device, dtype) if check else YES
+
+    def cost_of(self, impl: str, mode: str, causal: bool, params: Params) -> Any:
+        """The closed forms of one impl in one mode, or None where the method declares none."""
+        function = load(self.cost)
+        return function(impl, mode, causal, params) if function else None
+
+    def make(self, dims: Dims, params: Params, impl: str, device: str, dtype: Any) -> Any:
+        """Build the module; ``dtype`` is a torch dtype."""
+        build = load(self.build)
+        return build(dims, params, impl, device, dtype)
+
+
+def load(target: Callable[..., Any] | str | None) -> Any:
+    """Resolve ``"module:attribute"``; anything else is returned as it is."""
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
+    if not attribute:
+        raise ValueError(f"expected 'module:attribute', received {target!r}")
+    return getattr(importlib.import_module(module), attribute)

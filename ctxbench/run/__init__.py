@@ -1,0 +1,1 @@
+"""Running a plan: supervisor, fork servers, worker, store."""

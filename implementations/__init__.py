@@ -1,0 +1,1 @@
+"""Every architecture of ctxbench, one folder each; see docs/plugins.md."""

@@ -1,0 +1,1 @@
+"""Scaffolding that several methods use unchanged; imports no method."""

@@ -1,0 +1,30 @@
+"""Closed forms of the scaffolding in ``blocks``: parameters and allocator peaks of the layer around a mixer."""
+
+from __future__ import annotations
+
+from sympy import Expr, Integer, Max, Min, Piecewise
+
+from ctxbench.cost.symbols import B, L, d, e, f
+from ctxbench.cost.terms import ffn, linear_parameters, tensor, when_ffn
+
+
+def block_parameters(mixer: Expr | int) -> Expr:
+    """Parameters of ``L`` pre-norm or post-norm blocks around a mixer with ``mixer`` parameters."""
+    return L * (mixer + 2 * d + when_ffn(2 * d + linear_parameters(d, f) + linear_parameters(f, d)))
+
+
+def block_ffn(tokens: Expr | int) -> Expr:
+    """Forward FLOPs of the feed-forward networks of the whole stack."""
+    return L * ffn(tokens)
+
+
+def stack_peak(tokens: Expr | int, mixing: Expr) -> Expr:
+    """Forward peak of a pre-norm stack over ``tokens`` tokens.
+
+    ``mixing``: bytes alive inside the mixer at its worst, its normalised input included. The FFN stage holds the
+    residual, its norm and two hidden tensors; from the second layer on the layer's input is alive too.
+    """
+    row = tensor(B, tokens, d)
+    feed = Piecewise((2 * row + 2 * tensor(B, tokens, f) + 2 * e * B * tokens, f > 0), (Integer(0), True))
+    carried = Min(L - 1, 1) * row
+    return Max(mixing, feed) + carried

@@ -1,0 +1,25 @@
+"""Dense softmax attention: the quadratic baseline that every other method is compared with."""
+
+from ctxbench.method import Claim, Impl, Method, Paper
+
+METHOD = Method(
+    name="dense",
+    title="Dense attention",
+    family="dense",
+    idea="Every token attends to every token it may see; exact, quadratic, the baseline.",
+    paper=Paper("Vaswani et al. 2017, Attention Is All You Need", "arXiv:1706.03762", "3.2"),
+    build=f"{__name__}.layer:build",
+    modes=("forward", "train", "stream", "decode"),
+    causal=(True, False),
+    support=f"{__name__}.layer:support",
+    impls=(
+        Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores"),
+        Impl("blocked", run=f"{__name__}.blocked:attend", note="fused scaled_dot_product_attention"),
+    ),
+    cost=f"{__name__}.cost:cost",
+    reach=f"{__name__}.layer:reach",
+    claims=(
+        Claim("memory N^2", "wrong for fused attention", "B N (6 d + 2 f) elements; h N^2 only if scores are kept"),
+        Claim("compute N^2 d", "incomplete", "24 N d^2 + 2 N^2 d a layer (causal): linear terms rule below N = 12 d"),
+    ),
+)

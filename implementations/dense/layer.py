@@ -1,0 +1,66 @@
+"""Multi-head attention with a key-value cache, in a pre-norm layer (Vaswani et al. 2017, section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
+from ctxbench.method import YES, Dims, Output, Params, Support, load, no
+
+
+class Cache(NamedTuple):
+    """Keys and values of all earlier tokens, each ``[B, H, S, D]``."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class Attention(nn.Module):
+    """Projections and cache around ``operator(q, k, v, causal) -> [B, H, T, D]``."""
+
+    def __init__(self, dims: Dims, operator: Any):
+        super().__init__()
+        self.num_heads, self.head_dim, self.causal = dims.num_heads, dims.head_dim, dims.causal
+        self.q = nn.Linear(dims.d_model, dims.d_model)
+        self.k = nn.Linear(dims.d_model, dims.d_model)
+        self.v = nn.Linear(dims.d_model, dims.d_model)
+        self.o = nn.Linear(dims.d_model, dims.d_model)
+        self.operator = operator
+
+    def forward(self, x: torch.Tensor, state: Cache | None = None) -> Output:
+        q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        if state is not None:
+            state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
+            k, v = state
+        return Output(self.o(merge_heads(self.operator(q, k, v, self.causal))), state)
+
+    def init_state(self, batch_size: int) -> Cache:
+        return self.state_at(batch_size, 0)
+
+    def state_at(self, batch_size: int, context: int) -> Cache:
+        weight, shape = self.k.weight, (batch_size, self.num_heads, context, self.head_dim)
+        return Cache(*(torch.randn(shape, device=weight.device, dtype=weight.dtype) for _ in range(2)))
+
+
+def build(dims: Dims, params: Params, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """Stack of ``num_layers`` layers; the impls differ in the operator alone."""
+    from ctxbench.implementations.dense import METHOD
+
+    operator = load(METHOD.impl(impl).run)
+    layers: list[nn.Module] = [PreNormBlock(Attention(dims, operator), dims) for _ in range(dims.num_layers)]
+    return Stack(layers).to(device, dtype)
+
+
+def support(dims: Dims, params: Params, mode: str) -> Support:
+    """A cache is of use only when later tokens cannot change earlier outputs."""
+    if mode in ("stream", "decode") and not dims.causal:
+        return no("a bidirectional layer cannot be continued: every output depends on later tokens")
+    return YES
+
+
+def reach(dims: Dims, params: Params, i: int) -> range:
+    """Input positions that may influence output ``i``."""
+    return range(i + 1) if dims.causal else range(dims.seq_len)

@@ -1,0 +1,1 @@
+"""Everything that turns rows into figures, tables and one HTML page."""

@@ -1,0 +1,1 @@
+"""Suites: named tables of axes and limits, in TOML."""
