@@ -11,13 +11,13 @@ METHOD = Method(
     build=f"{__name__}.layer:build",
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
-    support=f"{__name__}.layer:support",
+    support=f"{__name__}.params:support",
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused scaled_dot_product_attention"),
     ),
     cost=f"{__name__}.cost:cost",
-    reach=f"{__name__}.layer:reach",
+    reach=f"{__name__}.params:reach",
     claims=(
         Claim("memory N^2", "wrong for fused attention", "B N (6 d + 2 f) elements; h N^2 only if scores are kept"),
         Claim("compute N^2 d", "incomplete", "24 N d^2 + 2 N^2 d a layer (causal): linear terms rule below N = 12 d"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
-from ctxbench.method import YES, Dims, Output, Params, Support, load, no
+from ctxbench.method import Dims, Output, Params, load
 
 
 class Cache(NamedTuple):
@@ -52,15 +52,3 @@ def build(dims: Dims, params: Params, impl: str, device: str, dtype: torch.dtype
     operator = load(METHOD.impl(impl).run)
     layers: list[nn.Module] = [PreNormBlock(Attention(dims, operator), dims) for _ in range(dims.num_layers)]
     return Stack(layers).to(device, dtype)
-
-
-def support(dims: Dims, params: Params, mode: str) -> Support:
-    """A cache is of use only when later tokens cannot change earlier outputs."""
-    if mode in ("stream", "decode") and not dims.causal:
-        return no("a bidirectional layer cannot be continued: every output depends on later tokens")
-    return YES
-
-
-def reach(dims: Dims, params: Params, i: int) -> range:
-    """Input positions that may influence output ``i``."""
-    return range(i + 1) if dims.causal else range(dims.seq_len)

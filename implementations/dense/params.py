@@ -1,0 +1,17 @@
+"""Dense attention has no hyper-parameters of its own; here is what it can and cannot do. Imports no torch."""
+
+from __future__ import annotations
+
+from ctxbench.method import YES, Dims, Params, Support, no
+
+
+def support(dims: Dims, params: Params, mode: str) -> Support:
+    """A cache is of use only when later tokens cannot change earlier outputs."""
+    if mode in ("stream", "decode") and not dims.causal:
+        return no("a bidirectional layer cannot be continued: every output depends on later tokens")
+    return YES
+
+
+def reach(dims: Dims, params: Params, i: int) -> range:
+    """Input positions that may influence output ``i``."""
+    return range(i + 1) if dims.causal else range(dims.seq_len)
