@@ -1,4 +1,4 @@
-"""Ratios of running times that survive a noisy machine: interleaved rounds, medians of per-round ratios, an A/A control."""
+"""Ratios of times that survive a noisy machine: interleaved rounds, medians of ratios, an A/A control."""
 
 from __future__ import annotations
 
