@@ -25,9 +25,12 @@ def tensors(state: Any) -> list[torch.Tensor]:
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes that a state keeps alive; tensors that share memory, as tied keys and values do, count once."""
-    storages = {tensor.untyped_storage()._cdata: tensor for tensor in tensors(state)}
-    return sum(min(tensor.untyped_storage().nbytes(), tensor.nbytes) for tensor in storages.values())
+    """Bytes that a state keeps alive: whole storages, each once.
+
+    A slice of a longer tensor keeps that tensor alive, so a bounded state must hold copies, not views.
+    """
+    storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in tensors(state))}
+    return sum(storages.values())
 
 
 def map_state(function: Callable[[torch.Tensor], torch.Tensor], state: Any) -> Any:
