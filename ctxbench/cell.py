@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ctxbench.method import DTYPE_BYTES, Dims
+from ctxbench.method import DTYPE_BYTES, Dims, Method, Params
 
 PROTOCOL = 1  # raised whenever a change makes old numbers incomparable
 
@@ -39,6 +39,13 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
             seq_len=self.seq_len, batch_size=self.batch_size, d_model=self.d_model, num_heads=self.num_heads,
             num_layers=self.num_layers, d_ff=self.d_ff, causal=self.causal, position=self.position,
         )  # fmt: skip
+
+    def params_for(self, method: Method) -> Params:
+        """The method's parameters with this cell's values; the memory size goes to the parameter that it sweeps."""
+        values = dict(self.params)
+        if self.memory is not None and method.memory_parameter is not None:
+            values[method.memory_parameter] = self.memory
+        return method.params().replace(**values)
 
     @property
     def itemsize(self) -> int:
