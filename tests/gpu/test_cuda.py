@@ -1,0 +1,51 @@
+"""What only hardware can show; skipped, with the reason printed, where there is no CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+from ctxbench.cost.trace import trace
+from ctxbench.method import Dims
+from ctxbench.registry import discover
+from ctxbench.workload import as_output, prepare
+
+METHODS = [(method, impl.name) for method in discover() for impl in method.impls if not impl.defects]
+
+
+@pytest.mark.parametrize(("method", "impl"), METHODS, ids=lambda value: getattr(value, "name", value))
+def test_cuda_agrees_with_cpu_in_float32(method, impl):
+    params = method.params()
+    dims = Dims(seq_len=601, d_model=64, num_heads=2, d_ff=128, num_layers=method.fewest_layers(params),
+                causal=method.causal[0] if method.causal else False, position=method.positions[0])  # fmt: skip
+    here = prepare(method, dims, params, impl, "forward", "fp32", "cpu")
+    there = prepare(method, dims, params, impl, "forward", "fp32", "cuda")
+    there.module.load_state_dict(here.module.state_dict())
+    with torch.no_grad():
+        expected = as_output(here.module(here.inputs[0])).y
+        received = as_output(there.module(here.inputs[0].cuda())).y.cpu()
+    torch.testing.assert_close(received, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("method", "impl"), METHODS, ids=lambda value: getattr(value, "name", value))
+def test_allocator_peak_is_near_the_tracers(method, impl):
+    params = method.params()
+    dims = Dims(seq_len=4096, num_layers=method.fewest_layers(params),
+                causal=method.causal[0] if method.causal else False, position=method.positions[0])  # fmt: skip
+    work = prepare(method, dims, params, impl, "forward", "fp32", "cuda")
+    work.call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work.call()
+    torch.cuda.synchronize()
+    measured = torch.cuda.max_memory_allocated() - before
+    traced = trace(method, dims, params, impl, "forward", "fp32").peak_bytes
+    assert measured >= 0.5 * traced
+    assert measured <= 1.5 * traced + 2**21
