@@ -151,7 +151,7 @@ def import_plugin(path: str) -> ModuleType:
 
 def _add(registry: Registry, name: str, origin: str, package: str, load: Callable[[], ModuleType]) -> None:
     try:
-        with _time_limit(IMPORT_LIMIT_S):
+        with time_limit(IMPORT_LIMIT_S, "the import"):
             method = _method_of(load())
     except (PluginError, KeyboardInterrupt):
         raise
@@ -175,14 +175,14 @@ def _method_of(module: ModuleType) -> Method:
 
 
 @contextlib.contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError when an import hangs; only the main thread can be interrupted."""
+def time_limit(seconds: int, what: str) -> Iterator[None]:
+    """Raise TimeoutError when the block does not end in time; only the main thread can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def expire(*_: object) -> None:
-        raise TimeoutError(f"the import did not end within {seconds} s")
+        raise TimeoutError(f"{what} did not end within {seconds} s")
 
     previous = signal.signal(signal.SIGALRM, expire)
     signal.alarm(seconds)

@@ -38,7 +38,7 @@ _NO_MATMUL = frozenset(
     avg_pool2d_backward _adaptive_avg_pool2d max_pool2d_with_indices max_pool2d_with_indices_backward
     upsample_linear1d upsample_linear1d_backward upsample_nearest1d upsample_nearest1d_backward select_backward
     slice_backward slice_scatter select_scatter unfold_backward as_strided_scatter bincount unique_consecutive
-    _unique2 searchsorted bucketize nonzero linalg_vector_norm norm one_hot _local_scalar_dense item equal
+    _unique2 searchsorted bucketize nonzero floor_divide linalg_vector_norm norm one_hot _local_scalar_dense item equal
     is_same_size set_ resize_ fill_ zero_ _foreach_zero_ detach_ eye scatter_ scatter_add_ scatter_reduce_
     index_add_ index_copy_ index_fill_ masked_fill_ masked_scatter_ take _assert_async _assert_scalar
     _assert_tensor_metadata sym_size sym_stride diagonal_backward diagonal_copy
