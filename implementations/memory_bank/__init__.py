@@ -1,0 +1,90 @@
+"""Memory bank: self-attention inside segments, and a bank of slots that carries what earlier segments wrote."""
+
+from ctxbench.implementations.memory_bank.params import MemoryBankParams
+from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+
+METHOD = Method(
+    name="memory_bank",
+    title="Memory-augmented transformer",
+    family="memory",
+    idea="Attends inside a segment, reads a bank of slots through a gate, and writes one slot when the segment ends.",
+    paper=Paper(
+        "Source document, ExternalMemoryBank and MemoryAugmentedTransformer; reading as in Weston et al. 2015, "
+        "Memory Networks",
+        "arXiv:1410.3916",
+    ),
+    build=f"{__name__}.layer:build",
+    params=MemoryBankParams,
+    memory_parameter="num_slots",
+    segment="segment_len",
+    modes=("forward", "train", "stream", "decode"),
+    causal=(True,),
+    impls=(
+        Impl("reference", run=f"{__name__}.reference:run", note="keeps all scores, projects the whole bank each write"),
+        Impl(
+            "blocked",
+            run=f"{__name__}.blocked:run",
+            note="fused attention, whole segments at once up to the read, one bank row projected each write",
+        ),
+        Impl(
+            "as_written",
+            run=f"{__name__}.as_written:SketchTransformer",
+            modes=("forward", "train"),
+            defects={
+                "agreement": "another function: attention runs over the batch axis, the read has one head and no "
+                "output projection, the residual is doubled, the bank is shared by layers and rows",
+                "causality": "a layer writes the mean of the whole sequence, which the next layer and the next call "
+                "read: later tokens reach earlier outputs",
+                "batch_independence": "nn.MultiheadAttention without batch_first reads the batch as the sequence, and "
+                "the rows write into one bank",
+                "receptive_field": "no token attends to another token of its sequence, and through the bank a token "
+                "reaches outputs before it",
+                "state": "the bank is a parameter that forward rewrites: the same input gives another output the next "
+                "time, and nothing can be carried, reset or streamed",
+            },
+            note="the source document's sketch",
+        ),
+    ),
+    cost=f"{__name__}.cost:cost",
+    reach=f"{__name__}.params:reach",
+    equals=(
+        Equivalence(
+            "the bank has one slot, whichever way it is chosen",
+            other="memory_bank",
+            params={"num_slots": 1, "write": "argmax"},
+            other_params={"num_slots": 1, "write": "least_used"},
+        ),
+    ),
+    deviations=(
+        "the bank is state, one a layer and batch row, from a learned initial bank (source document: one parameter for "
+        "all layers and rows, rewritten through .data)",
+        "one write a segment, after it; segments read what earlier ones wrote (source document: one write a layer and "
+        "call, of the mean over the whole input)",
+        "self-attention is causal and stays inside the segment (source document: over the batch axis, no mask)",
+        "a slot and its key are written together (source document: keys never change)",
+        "pre-norm, and the read is added once: x + g * o (source document: x + g * o + (1 - g) * x, post-norm)",
+        "the read has num_heads heads and an output projection (source document: one head as wide as the model)",
+        "what is written passes a norm, so that a slot keeps the scale of the initial bank",
+        "the slot written least often is the default; write=argmax is the source document's choice, made trainable by "
+        "a straight-through estimator",
+    ),
+    claims=(
+        Claim(
+            "memory N d + M d",
+            "incomplete",
+            "as sketched: scores B N M of the read kept, and 2 M d for slots and keys; done right, 4 B M d + B S (2 d) "
+            "carried and no term in N beyond the activations",
+        ),
+        Claim(
+            "compute N M d + N^2 d",
+            "wrong",
+            "intended layer: 30 N d^2 + 4 N^2 d + 4 N M d + 4 M d^2 + 2 M d + 4 d^2 a row; the N^2 term is absent as "
+            "sketched (attention over the batch) and S N in segments",
+        ),
+        Claim(
+            "context beyond the attention window",
+            "partly right",
+            "what crosses a segment is one averaged vector, in one of M slots",
+        ),
+    ),
+)
