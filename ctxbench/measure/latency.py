@@ -1,0 +1,216 @@
+"""Seconds a call: warm-up, adaptive sampling, and the reason sampling stopped. Every sample is kept.
+
+One process is measured here; ``statistics.summarise`` puts several together. The clock is a *stopwatch*: a callable
+that runs a call and returns ``(wall seconds, process CPU seconds, result)``, so that tests bring a fake one.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import resource
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ctxbench.measure.statistics import half_width
+from ctxbench.run.tasks import Protocol
+
+Call = Callable[[], Any]
+Stopwatch = Callable[[Call], tuple[float, float, Any]]
+
+WARM_UP = ((1e-3, 0.025), (1e-2, 1.0), (math.inf, 3.0))  # a call of at most .. seconds is warmed up for .. seconds
+LONG_CALL_S = 0.01  # above this, three warm-up calls are enough
+ONE_SAMPLE_S = 5.0  # above this, one sample is allowed
+NO_WARM_UP_S = 20.0  # above this, the first call is the sample
+WARM_UP_AGREES = 0.05  # two successive medians of three warm-up calls
+SETTLED = 0.05  # spread of the noise estimates, relative to their mean
+NOISE_RING, NOISE_LEAST, NOISE_EVERY = 512, 64, 16
+STEADY = 0.02  # both halves of the samples agree within this, or within what their own spread explains
+
+
+@dataclass
+class Timing:
+    """What one process measured; durations in seconds, ``faults_per_call`` in page faults."""
+
+    samples: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    warmup: list[float] = field(default_factory=list)
+    stop: str = ""
+    steady: bool = True
+    faults_per_call: float = 0.0
+
+
+def cpu_stopwatch(call: Call) -> tuple[float, float, Any]:
+    """Wall and process CPU time of one call; less than 0.2 us of it is the clock's own."""
+    cpu = time.process_time_ns()
+    start = time.perf_counter_ns()
+    result = call()
+    end = time.perf_counter_ns()
+    return (end - start) * 1e-9, (time.process_time_ns() - cpu) * 1e-9, result
+
+
+class CudaStopwatch:
+    """Device time between two events, the level-2 cache flushed before each call; ``wall`` keeps time with launch.
+
+    Args:
+        cuda: ``torch.cuda``.
+        flush: fills the cache with something else; called before every call, outside the measured interval.
+    """
+
+    def __init__(self, cuda: Any, flush: Call):
+        self.cuda, self.flush = cuda, flush
+        self.wall: list[float] = []
+
+    def __call__(self, call: Call) -> tuple[float, float, Any]:
+        before, after = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
+        self.flush()
+        self.cuda.synchronize()
+        cpu, start = time.process_time_ns(), time.perf_counter_ns()
+        before.record()
+        result = call()
+        after.record()
+        self.cuda.synchronize()
+        self.wall.append((time.perf_counter_ns() - start) * 1e-9)
+        return before.elapsed_time(after) * 1e-3, (time.process_time_ns() - cpu) * 1e-9, result
+
+
+def stopwatch_for(device: str) -> Stopwatch:
+    """The stopwatch of a device; on CUDA the flushed buffer has exactly the size of the level-2 cache."""
+    if not device.startswith("cuda"):
+        return cpu_stopwatch
+    import torch
+
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    return CudaStopwatch(torch.cuda, torch.empty(size, dtype=torch.int8, device=device).zero_)
+
+
+def _ignore(_: Any) -> None:
+    """Consume a result whose values nobody checks."""
+
+
+def measure(
+    call: Call, protocol: Protocol, stopwatch: Stopwatch = cpu_stopwatch, consume: Callable[[Any], None] = _ignore
+) -> Timing:
+    """Warm up, then sample until the median is known well enough or the time is spent.
+
+    Args:
+        call: what is timed.
+        protocol: precision, least number of samples, budget and cap.
+        stopwatch: runs one call and times it.
+        consume: is given every result outside the timed interval; the result is dropped after it returns.
+    """
+    timing = Timing()
+
+    def once() -> tuple[float, float]:
+        wall, cpu, result = stopwatch(call)
+        consume(result)
+        return wall, cpu
+
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        first, cpu = once()
+        timing.warmup.append(first)
+        if first > NO_WARM_UP_S:
+            return Timing([first], [cpu], [], "n=1")
+        _warm_up(once, timing.warmup)
+        faults = _faults()
+        _sample(once, protocol, timing)
+        timing.faults_per_call = (_faults() - faults) / len(timing.samples)
+        timing.steady = _is_steady(timing.samples)
+    finally:
+        if collecting:
+            gc.enable()
+    return timing
+
+
+def _warm_up(once: Callable[[], tuple[float, float]], times: list[float]) -> None:
+    """Call until two successive medians agree, but no longer than the band of the call's length says."""
+    while times[0] <= ONE_SAMPLE_S:
+        typical, spent = min(times), sum(times)
+        if len(times) >= 2:
+            if spent >= next(seconds for length, seconds in WARM_UP if typical <= length):
+                return
+            if typical > LONG_CALL_S and len(times) >= 3:
+                return
+            if len(times) >= 6 and spent >= WARM_UP[0][1]:
+                early, late = float(np.median(times[-6:-3])), float(np.median(times[-3:]))
+                if abs(late - early) <= WARM_UP_AGREES * late:
+                    return
+        times.append(once()[0])
+
+
+def _sample(once: Callable[[], tuple[float, float]], protocol: Protocol, timing: Timing) -> None:
+    spent, check_at = 0.0, 1
+    noise = _Noise()
+    while not timing.stop:
+        wall, cpu = once()
+        timing.samples.append(wall)
+        timing.cpu.append(cpu)
+        spent += wall
+        noise.add(wall)
+        count = len(timing.samples)
+        if spent >= protocol.sample_cap_s:
+            timing.stop = "n=1" if count == 1 else "cap"
+        elif count >= _least(spent / count, protocol):
+            # Sorting all samples after each one would cost more than short calls: look after every 5 % more.
+            if count >= check_at:
+                check_at = count + 1 + count // 20
+                if half_width(timing.samples) <= protocol.precision:
+                    timing.stop = "precision"
+            if not timing.stop and noise.settled():
+                timing.stop = "noise settled"
+            if not timing.stop and spent >= protocol.sample_budget_s:
+                timing.stop = "n=1" if count == 1 else "budget"
+
+
+def _least(call_s: float, protocol: Protocol) -> int:
+    """Fewest samples of a call of this length."""
+    for length, count in ((0.1, protocol.min_samples), (1.0, 5), (ONE_SAMPLE_S, 3)):
+        if call_s < length:
+            return min(count, protocol.min_samples)
+    return 1
+
+
+class _Noise:
+    """Running relative standard deviation; *settled* once its own recent values hardly vary."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.recent: deque[float] = deque(maxlen=NOISE_RING)
+
+    def add(self, sample: float) -> None:
+        self.count += 1
+        step = sample - self.mean
+        self.mean += step / self.count
+        self.squares += step * (sample - self.mean)
+        if self.count > 1 and self.mean > 0:
+            self.recent.append(math.sqrt(self.squares / (self.count - 1)) / self.mean)
+
+    def settled(self) -> bool:
+        if len(self.recent) < NOISE_LEAST or self.count % NOISE_EVERY:
+            return False
+        recent = np.array(self.recent)
+        return bool(recent.std() < SETTLED * recent.mean())
+
+
+def _is_steady(samples: list[float]) -> bool:
+    """Whether the second half of the samples has the median of the first, as far as their spread can tell."""
+    half = len(samples) // 2
+    if half < 2:
+        return True
+    early, late = samples[:half], samples[half:]
+    middle = float(np.median(samples))
+    gap = abs(float(np.median(late)) - float(np.median(early)))
+    return gap <= max(STEADY, half_width(early) + half_width(late)) * middle
+
+
+def _faults() -> int:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_minflt + usage.ru_majflt
