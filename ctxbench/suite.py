@@ -196,8 +196,9 @@ def merge(stack: list[Layer]) -> tuple[Suite, dict[str, str]]:
 def items(suite: Suite) -> Iterator[tuple[str, Any]]:
     """Every dotted key with its value, unset ones left out."""
     for section in SECTIONS:
-        for name in getattr(suite, section).__struct_fields__:
-            value = getattr(getattr(suite, section), name)
+        values = getattr(suite, section)
+        for name in SECTIONS[section].__struct_fields__:
+            value = getattr(values, name)
             if value is not None:
                 yield f"{section}.{name}", value
     for key, value in suite.params.items():
@@ -236,7 +237,8 @@ def _accepted(message: str) -> str:
     wrong = re.search(r"unknown field `([^`]*)`(?: - at `\$\.?(\w*))?", message)
     if wrong is None:
         return "\n  see `ctxbench describe quick` for a suite that works"
-    kind = {**SECTIONS, "suite": About}.get(wrong[2] or "", Suite)
+    kinds: dict[str, type[msgspec.Struct]] = {**SECTIONS, "suite": About, "": Suite}
+    kind = kinds.get(wrong[2] or "", Suite)
     accepted = sorted(kind.__struct_fields__)
     close = difflib.get_close_matches(wrong[1], accepted, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,74 @@
+"""The closed forms of one cell as integers. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ctxbench.cell import Cell
+from ctxbench.cost import symbols
+from ctxbench.cost.model import Cost, evaluate, local_slope, total
+from ctxbench.method import Method, Params
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the formulas say of one cell: FLOPs, bytes and counts; None where the method has no such formula."""
+
+    algorithmic: int
+    flops: int
+    num_parameters: int
+    state_bytes: int
+    peak_bytes: int | None = None
+    bytes_moved: int | None = None
+    depth: int | None = None
+
+
+def params_of(method: Method, cell: Cell) -> Params:
+    """The method's parameters of a cell; lists, which is what JSON makes of tuples, become tuples again.
+
+    Raises:
+        ValueError: for a value out of range or of the wrong type.
+    """
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in cell.params.items()}
+    return method.params().replace(**values)
+
+
+class Evaluator:
+    """Evaluates formulas of many cells; a method's formulas are built once for each structure they take."""
+
+    def __init__(self) -> None:
+        self._costs: dict[Any, Cost | None] = {}
+
+    def figures(self, method: Method, cell: Cell) -> Figures | None:
+        """Numbers of one cell; None where the method declares no formulas. Errors of a formula are raised."""
+        cost, values = self._bound(method, cell)
+        if cost is None:
+            return None
+        optional = {
+            name: None if formula is None else evaluate(formula, values)
+            for name, formula in (
+                ("peak_bytes", cost.peak_bytes),
+                ("bytes_moved", cost.bytes_moved),
+                ("depth", cost.depth),
+            )
+        }
+        return Figures(
+            algorithmic=evaluate(total(cost.algorithmic), values),
+            flops=evaluate(total(cost.flops), values),
+            num_parameters=evaluate(cost.num_parameters, values),
+            state_bytes=evaluate(cost.state_bytes, values),
+            **optional,
+        )
+
+    def slope(self, method: Method, cell: Cell) -> float | None:
+        """Slope of log FLOPs against log T at this cell, by formula."""
+        cost, values = self._bound(method, cell)
+        return None if cost is None else local_slope(total(cost.flops), values)
+
+    def _bound(self, method: Method, cell: Cell) -> tuple[Cost | None, dict[str, Any]]:
+        params = params_of(method, cell)
+        key = (method.name, cell.impl, cell.mode, cell.causal, params)
+        if key not in self._costs:
+            self._costs[key] = method.cost_of(cell.impl, cell.mode, cell.causal, params)
+        return self._costs[key], symbols.bindings(cell.dims, params, cell.itemsize, method.segment_len(params))

@@ -1,0 +1,326 @@
+"""From a configuration to cells: every combination yields exactly one planned cell, with a forecast or a reason."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from ctxbench.cell import Cell
+from ctxbench.config import AUTO, Config
+from ctxbench.cost.figures import Evaluator, Figures, params_of
+from ctxbench.cost.roofline import Ceilings, Point, forecast
+from ctxbench.method import Impl, Method, Params
+from ctxbench.registry import Registry
+from ctxbench.rows import Forecast, Row, cell_of
+from ctxbench.units import format_bytes, format_flops, format_seconds, format_tokens
+
+CHILD_S = {"cpu": 0.5, "cuda": 4.0}  # start a child, build the module, warm up on a tiny length
+GATE_S = 0.4
+WARM_UP_CALLS = 2
+MEMORY_CALLS = 3  # a warm-up, the peak, the counters
+RUNTIME_BYTES = 400 * 2**20  # an interpreter with torch loaded
+INPUT_SETS = 3
+LONG_CALL_S = (0.5, 5.0)  # cells are taken class by class: calls below the first bound, below the second, longer
+ENDED_BADLY = ("oom", "timeout", "killed")  # at a length, and so expected at every larger one
+
+
+@dataclass
+class Planned:
+    """One cell of a plan. ``status`` is planned, unsupported, skipped or error; ``reason`` is empty when planned."""
+
+    cell: Cell
+    origin: str
+    method: Method
+    status: str = "planned"
+    reason: str = ""
+    forecast: Forecast = field(default_factory=Forecast)
+    figures: Figures | None = None
+    formula_error: str = ""
+
+
+@dataclass
+class Plan:
+    """All cells of a configuration, in the order of its axes."""
+
+    config: Config
+    ceilings: Ceilings
+    cells: list[Planned]
+
+    def counts(self) -> dict[str, int]:
+        """Number of cells by status."""
+        return dict(Counter(planned.status for planned in self.cells))
+
+    def total_s(self) -> float:
+        """Predicted seconds of all planned cells at the protocol's number of processes."""
+        return sum(cell_s(planned, self.config) for planned in self.cells if planned.status == "planned")
+
+
+def build(config: Config, registry: Registry, ceilings: dict[str, Ceilings], finished: Iterable[Row] = ()) -> Plan:
+    """Plan a configuration; ``finished`` rows, of this run or an earlier one, sharpen the forecasts."""
+    evaluator = Evaluator()
+    cells: dict[str, Planned] = {}
+    for name in config.methods:
+        entry = registry.entries[name]
+        for cell in _cells(config, entry.method):
+            if cell.key in cells:  # a method without a memory parameter has one cell for all memory sizes
+                continue
+            planned = _planned(cell, entry.method, entry.origin, evaluator)
+            # `auto` asks for what runs here; every other choice gets a row that says why it does not.
+            if planned.status != "unsupported" or AUTO not in config.impls or cell.impl in config.impls:
+                cells[cell.key] = planned
+    plan = Plan(config, ceilings[config.device[0]], list(cells.values()))
+    Forecaster(plan, ceilings, finished).refresh(plan.cells)
+    return plan
+
+
+class Forecaster:
+    """Keeps what finished and judges what is left: forecasts, limits, and the backstop after a failure."""
+
+    def __init__(self, plan: Plan, ceilings: dict[str, Ceilings], finished: Iterable[Row] = ()):
+        self.config, self.ceilings = plan.config, ceilings
+        self._figures = {planned.cell.key: planned.figures for planned in plan.cells}
+        self._points: dict[Any, dict[int, Point]] = defaultdict(dict)
+        self._failures: dict[Any, dict[int, str]] = defaultdict(dict)
+        for row in finished:
+            self.observe(row)
+
+    def observe(self, row: Row) -> None:
+        """Learn from a finished cell."""
+        cell = cell_of(row)
+        self._failures[cell.series].pop(cell.seq_len, None)
+        if row.measured and row.latency_s is not None:
+            peak = row.peak_bytes.allocated if row.peak_bytes else None
+            self._points[cell.series][cell.seq_len] = Point(
+                seq_len=cell.seq_len,
+                latency_s=row.latency_s.median,
+                peak_bytes=peak,
+                figures=self._figures.get(cell.key),
+            )
+        elif row.status in ENDED_BADLY:
+            self._failures[cell.series][cell.seq_len] = row.status
+
+    def refresh(self, cells: Iterable[Planned]) -> None:
+        """Forecast and judge again every cell that is planned or was skipped for a forecast."""
+        for planned in cells:
+            if planned.status not in ("planned", "skipped"):
+                continue
+            points = list(self._points[planned.cell.series].values())
+            ceilings = self.ceilings[planned.cell.device]
+            planned.forecast = forecast(planned.cell, planned.figures, ceilings, points)
+            planned.reason = self._objection(planned)
+            planned.status = "skipped" if planned.reason else "planned"
+
+    def _objection(self, planned: Planned) -> str:
+        """Why a cell should not run, empty when it may."""
+        cell, expected, config = planned.cell, planned.forecast, self.config
+        shorter = [length for length in self._failures[cell.series] if length < cell.seq_len]
+        if shorter:
+            length = max(shorter)
+            return f"implied by {self._failures[cell.series][length]} at {format_tokens(length)} tokens"
+        if config.max_flops is not None and planned.figures is not None and planned.figures.flops > config.max_flops:
+            return f"{format_flops(planned.figures.flops)} a call, above --max-flops {format_flops(config.max_flops)}"
+        limit = config.memory_limit.get(cell.device)
+        if limit is not None and expected.peak_bytes is not None:
+            needed = expected.peak_bytes + resident_bytes(planned)
+            if needed > limit:
+                return f"forecast of {format_bytes(needed)} is above the memory limit of {format_bytes(limit)}"
+        # A roofline's middle may be far off, so only its bound can rule a cell out; scaled forecasts are trusted.
+        trusted = expected.low if expected.basis.startswith("roofline") else expected.latency_s
+        if trusted is not None and (1 + WARM_UP_CALLS / 2) * trusted > config.cell_timeout_s:
+            return (
+                f"forecast of {format_seconds(expected.latency_s)} a call is above what the cell timeout of "
+                f"{format_seconds(config.cell_timeout_s)} allows ({expected.basis})"
+            )
+        return ""
+
+
+def resident_bytes(planned: Planned) -> int:
+    """Bytes a child needs beside the peak: runtime, parameters, inputs, incoming state."""
+    cell = planned.cell
+    tokens = cell.batch_size * (1 if cell.mode == "decode" else cell.seq_len)
+    runtime = RUNTIME_BYTES if cell.device == "cpu" else 0
+    elements = INPUT_SETS * tokens * cell.d_model + (planned.figures.num_parameters if planned.figures else 0)
+    state = planned.figures.state_bytes if planned.figures and cell.mode == "decode" else 0
+    return runtime + elements * cell.itemsize + state
+
+
+def processes_for(latency_s: float | None, wanted: int) -> int:
+    """Timing processes a call of this length is worth: long calls vary less and cost more."""
+    if latency_s is None or latency_s <= 2.0:
+        return wanted
+    return min(wanted, 2 if latency_s <= 5.0 else 1)
+
+
+def time_child_s(planned: Planned, config: Config, gate: bool = False) -> float:
+    """Predicted wall seconds of one timing process."""
+    latency, protocol = planned.forecast.latency_s or 0.0, config.protocol
+    samples = max(_least_samples(latency, protocol.min_samples) * latency, min(protocol.sample_budget, 500 * latency))
+    sampling = min(samples, max(protocol.sample_cap, latency))
+    checking = GATE_S if gate and protocol.gate else 0.0
+    return CHILD_S[planned.cell.device.partition(":")[0]] + checking + WARM_UP_CALLS * latency + sampling
+
+
+def memory_child_s(planned: Planned) -> float:
+    """Predicted wall seconds of the memory process."""
+    return CHILD_S[planned.cell.device.partition(":")[0]] + MEMORY_CALLS * (planned.forecast.latency_s or 0.0)
+
+
+def cell_s(planned: Planned, config: Config, processes: int | None = None) -> float:
+    """Predicted wall seconds of a cell with at most this many timing processes."""
+    wanted = processes_for(planned.forecast.latency_s, config.protocol.processes)
+    count = wanted if processes is None else min(wanted, processes)
+    first = time_child_s(planned, config, gate=True) + memory_child_s(planned)
+    return first + (count - 1) * time_child_s(planned, config)
+
+
+def groups(cells: Iterable[Planned], config: Config) -> list[list[Planned]]:
+    """Cells that are measured side by side, cheapest group first.
+
+    A group holds all methods and impls at one length, mode and setting whose calls are of one class of duration: a
+    reference of many seconds does not keep its length's other impls waiting.
+    """
+    found: dict[Any, list[Planned]] = defaultdict(list)
+    for planned in cells:
+        cell, latency = planned.cell, planned.forecast.latency_s or 0.0
+        effort = sum(latency > bound for bound in LONG_CALL_S)
+        memory = cell.memory if len(config.memory) > 1 and cell.memory is not None else 0
+        setting = (
+            cell.mode, cell.device, cell.dtype, cell.batch_size, cell.d_model, cell.num_heads, cell.d_ff, memory
+        )  # fmt: skip
+        found[(effort, cell.seq_len, setting)].append(planned)
+    for group in found.values():
+        group.sort(key=lambda planned: planned.forecast.latency_s or 0.0)
+    return [group for _, group in sorted(found.items(), key=lambda item: item[0])]
+
+
+def within_budget(plan: Plan) -> list[Planned]:
+    """The planned cells that fit the budget at one process each, cheapest group first, as a run would take them."""
+    left, fitting = plan.config.budget_s, []
+    for group in groups((planned for planned in plan.cells if planned.status == "planned"), plan.config):
+        for planned in group:
+            left -= cell_s(planned, plan.config, processes=1)
+            if left >= 0:
+                fitting.append(planned)
+    return fitting
+
+
+def _least_samples(latency: float, wanted: int) -> int:
+    """Fewest samples of a process: ten of short calls, five below a second, three, one above five seconds."""
+    return min(wanted, 10 if latency < 0.1 else 5 if latency < 1.0 else 3 if latency < 5.0 else 1)
+
+
+def _cells(config: Config, method: Method) -> Iterator[Cell]:
+    threads = config.protocol.threads
+    for params, memory in _parameters(config, method):
+        axes: Iterator[tuple[Any, ...]] = itertools.product(
+            _impl_names(config.impls, method), config.mode, config.device, config.batch_size, config.d_model,
+            config.num_heads, config.num_layers, config.d_ff, config.causal, config.position, config.seq_len,
+        )  # fmt: skip
+        for impl, mode, device, batch, width, heads, layers, ffn, causal, position, seq_len in axes:
+            for dtype in config.dtype:
+                yield Cell(
+                    method=method.name,
+                    impl=impl,
+                    mode=mode,
+                    device=device,
+                    dtype=dtype or ("fp32" if device == "cpu" else "bf16"),
+                    batch_size=batch,
+                    seq_len=seq_len,
+                    d_model=width,
+                    num_heads=heads,
+                    num_layers=_fewest_layers(method, params) if layers is None else layers,
+                    d_ff=4 * width if ffn is None else ffn,
+                    causal=_preferred(method.causal, False) if causal is None else causal,
+                    position=_preferred(method.positions, "none") if position is None else position,
+                    memory=memory,
+                    params=params,
+                    threads=threads,
+                )
+
+
+def _parameters(config: Config, method: Method) -> Iterator[tuple[dict[str, Any], int | None]]:
+    """Every setting of the method's parameters as plain values, with the value of its memory parameter."""
+    chosen = dict(config.params.get(method.name, {}))
+    name = method.memory_parameter
+    if name is not None and name not in chosen and config.memory != [None]:
+        chosen[name] = config.memory
+    plain = method.params().as_dict()
+    for values in itertools.product(*chosen.values()):
+        params = {**plain, **dict(zip(chosen, values, strict=True))}
+        yield params, None if name is None else params[name]
+
+
+def _impl_names(chosen: list[str], method: Method) -> list[str]:
+    own = [impl.name for impl in method.impls]
+    wanted: list[str] = []
+    for name in chosen if not chosen[0].startswith("-") else ["all", *chosen]:
+        if name in ("all", AUTO):
+            wanted += own
+        elif name.startswith("-"):
+            wanted = [other for other in wanted if other != name[1:]]
+        else:
+            wanted.append(name)
+    return list(dict.fromkeys(wanted))
+
+
+def _preferred(accepted: tuple[Any, ...], otherwise: Any) -> Any:
+    return accepted[0] if accepted else otherwise
+
+
+def _fewest_layers(method: Method, params: dict[str, Any]) -> int:
+    try:
+        return method.fewest_layers(method.params().replace(**params))
+    except Exception:  # values out of range; the support check of the cell says so
+        return 1
+
+
+def _planned(cell: Cell, method: Method, origin: str, evaluator: Evaluator) -> Planned:
+    planned = Planned(cell, origin, method)
+    try:
+        params = params_of(method, cell)
+        dims = cell.dims
+    except ValueError as error:
+        planned.status, planned.reason = "unsupported", str(error)
+        return planned
+    try:
+        reason = _refusal(cell, method, params, dims)
+    except Exception as error:  # a plug-in's support function may raise anything
+        planned.status, planned.reason = "error", f"support of {method.name} raised {type(error).__name__}: {error}"
+        return planned
+    if reason:
+        planned.status, planned.reason = "unsupported", reason
+        return planned
+    try:
+        planned.figures = evaluator.figures(method, cell)
+    except Exception as error:  # and so may its formulas
+        planned.formula_error = f"{type(error).__name__}: {error}"
+    return planned
+
+
+def _refusal(cell: Cell, method: Method, params: Params, dims: Any) -> str:
+    impl: Impl | None = next((impl for impl in method.impls if impl.name == cell.impl), None)
+    if impl is None:
+        return f"{method.name} has no impl {cell.impl} (it has {', '.join(impl.name for impl in method.impls)})"
+    if cell.dtype == "fp16" and cell.device == "cpu":
+        return "fp16 is emulated on CPU, so its time says nothing about the method; use fp32 or bf16"
+    answer = method.mode_support(cell.mode, dims, params)
+    if answer:
+        answer = method.impl_support(impl, cell.mode, dims, params, cell.device, cell.dtype)
+    return "" if answer else answer.reason or "not supported"
+
+
+def as_row_fields(planned: Planned) -> dict[str, Any]:
+    """What ``plan --json`` prints of a cell."""
+    return {
+        **msgspec.to_builtins(planned.cell),
+        "cell": planned.cell.key,
+        "status": planned.status,
+        "reason": planned.reason,
+        "forecast": msgspec.to_builtins(planned.forecast),
+        "formula": None if planned.figures is None else msgspec.to_builtins(planned.figures),
+    }
