@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import pytest
-
-torch = pytest.importorskip("torch")
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
-]
+import torch
 
 from ctxbench.cost.trace import trace
 from ctxbench.method import Dims
 from ctxbench.registry import discover
 from ctxbench.workload import as_output, prepare
 
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
 METHODS = [(method, impl.name) for method in discover() for impl in method.impls if not impl.defects]
 
 
