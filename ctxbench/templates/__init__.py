@@ -1,0 +1,1 @@
+"""A working plug-in; ``ctxbench new`` copies it and changes its name."""
