@@ -19,13 +19,8 @@ from ctxbench.registry import Registry
 from ctxbench.rows import Forecast, Row, cell_of
 from ctxbench.units import format_bytes, format_flops, format_seconds, format_tokens
 
-CHILD_S = {"cpu": 0.5, "cuda": 4.0}  # start a child, build the module, warm up on a tiny length
-GATE_S = 0.4
-WARM_UP_CALLS = 2
-MEMORY_CALLS = 3  # a warm-up, the peak, the counters
 RUNTIME_BYTES = 400 * 2**20  # an interpreter with torch loaded
 INPUT_SETS = 3
-LONG_CALL_S = (0.5, 5.0)  # cells are taken class by class: calls below the first bound, below the second, longer
 ENDED_BADLY = ("oom", "timeout", "killed")  # at a length, and so expected at every larger one
 
 
@@ -54,10 +49,6 @@ class Plan:
     def counts(self) -> dict[str, int]:
         """Number of cells by status."""
         return dict(Counter(planned.status for planned in self.cells))
-
-    def total_s(self) -> float:
-        """Predicted seconds of all planned cells at the protocol's number of processes."""
-        return sum(cell_s(planned, self.config) for planned in self.cells if planned.status == "planned")
 
 
 def build(config: Config, registry: Registry, ceilings: dict[str, Ceilings], finished: Iterable[Row] = ()) -> Plan:
@@ -131,7 +122,7 @@ class Forecaster:
                 return f"forecast of {format_bytes(needed)} is above the memory limit of {format_bytes(limit)}"
         # A roofline's middle may be far off, so only its bound can rule a cell out; scaled forecasts are trusted.
         trusted = expected.low if expected.basis.startswith("roofline") else expected.latency_s
-        if trusted is not None and (1 + WARM_UP_CALLS / 2) * trusted > config.cell_timeout_s:
+        if trusted is not None and trusted > config.cell_timeout_s:
             return (
                 f"forecast of {format_seconds(expected.latency_s)} a call is above what the cell timeout of "
                 f"{format_seconds(config.cell_timeout_s)} allows ({expected.basis})"
@@ -147,71 +138,6 @@ def resident_bytes(planned: Planned) -> int:
     elements = INPUT_SETS * tokens * cell.d_model + (planned.figures.num_parameters if planned.figures else 0)
     state = planned.figures.state_bytes if planned.figures and cell.mode == "decode" else 0
     return runtime + elements * cell.itemsize + state
-
-
-def processes_for(latency_s: float | None, wanted: int) -> int:
-    """Timing processes a call of this length is worth: long calls vary less and cost more."""
-    if latency_s is None or latency_s <= 2.0:
-        return wanted
-    return min(wanted, 2 if latency_s <= 5.0 else 1)
-
-
-def time_child_s(planned: Planned, config: Config, gate: bool = False) -> float:
-    """Predicted wall seconds of one timing process."""
-    latency, protocol = planned.forecast.latency_s or 0.0, config.protocol
-    samples = max(_least_samples(latency, protocol.min_samples) * latency, min(protocol.sample_budget, 500 * latency))
-    sampling = min(samples, max(protocol.sample_cap, latency))
-    checking = GATE_S if gate and protocol.gate else 0.0
-    return CHILD_S[planned.cell.device.partition(":")[0]] + checking + WARM_UP_CALLS * latency + sampling
-
-
-def memory_child_s(planned: Planned) -> float:
-    """Predicted wall seconds of the memory process."""
-    return CHILD_S[planned.cell.device.partition(":")[0]] + MEMORY_CALLS * (planned.forecast.latency_s or 0.0)
-
-
-def cell_s(planned: Planned, config: Config, processes: int | None = None) -> float:
-    """Predicted wall seconds of a cell with at most this many timing processes."""
-    wanted = processes_for(planned.forecast.latency_s, config.protocol.processes)
-    count = wanted if processes is None else min(wanted, processes)
-    first = time_child_s(planned, config, gate=True) + memory_child_s(planned)
-    return first + (count - 1) * time_child_s(planned, config)
-
-
-def groups(cells: Iterable[Planned], config: Config) -> list[list[Planned]]:
-    """Cells that are measured side by side, cheapest group first.
-
-    A group holds all methods and impls at one length, mode and setting whose calls are of one class of duration: a
-    reference of many seconds does not keep its length's other impls waiting.
-    """
-    found: dict[Any, list[Planned]] = defaultdict(list)
-    for planned in cells:
-        cell, latency = planned.cell, planned.forecast.latency_s or 0.0
-        effort = sum(latency > bound for bound in LONG_CALL_S)
-        memory = cell.memory if len(config.memory) > 1 and cell.memory is not None else 0
-        setting = (
-            cell.mode, cell.device, cell.dtype, cell.batch_size, cell.d_model, cell.num_heads, cell.d_ff, memory
-        )  # fmt: skip
-        found[(effort, cell.seq_len, setting)].append(planned)
-    for group in found.values():
-        group.sort(key=lambda planned: planned.forecast.latency_s or 0.0)
-    return [group for _, group in sorted(found.items(), key=lambda item: item[0])]
-
-
-def within_budget(plan: Plan) -> list[Planned]:
-    """The planned cells that fit the budget at one process each, cheapest group first, as a run would take them."""
-    left, fitting = plan.config.budget_s, []
-    for group in groups((planned for planned in plan.cells if planned.status == "planned"), plan.config):
-        for planned in group:
-            left -= cell_s(planned, plan.config, processes=1)
-            if left >= 0:
-                fitting.append(planned)
-    return fitting
-
-
-def _least_samples(latency: float, wanted: int) -> int:
-    """Fewest samples of a process: ten of short calls, five below a second, three, one above five seconds."""
-    return min(wanted, 10 if latency < 0.1 else 5 if latency < 1.0 else 3 if latency < 5.0 else 1)
 
 
 def _cells(config: Config, method: Method) -> Iterator[Cell]:

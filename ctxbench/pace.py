@@ -1,0 +1,131 @@
+"""How long cells take to measure, in which order they are taken, and how many processes the budget allows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ctxbench.config import Config
+from ctxbench.plan import Plan, Planned
+
+CHILD_S = {"cpu": 0.6, "cuda": 4.0}  # start a child, import the method, build the module
+GATE_S = 0.4
+MEMORY_CALLS = 3  # a warm-up, the peak, the counters
+LEARNING_RATE = 0.2
+LONG_CALL_S = (0.5, 5.0)  # cells are taken class by class: calls below the first bound, below the second, longer
+REPLICATE_S = (2.0, 5.0)  # a call above the first is worth two processes, above the second one
+SHORT_SHARE = 0.7  # of the budget that a second process of all short cells may take
+
+
+@dataclass
+class Pace:
+    """Predicted wall seconds of child processes; learns their fixed cost from the ones that have ended."""
+
+    config: Config
+    child_s: float = 0.0
+    gate_s: float = GATE_S
+
+    def __post_init__(self) -> None:
+        self.child_s = self.child_s or max(CHILD_S[device.partition(":")[0]] for device in self.config.device)
+
+    def time_child(self, latency_s: float | None, gate: bool = False) -> float:
+        """One timing process of a cell whose call takes this long."""
+        latency, protocol = latency_s or 0.0, self.config.protocol
+        checking = self.gate_s if gate and protocol.gate else 0.0
+        least = _least_samples(latency, protocol.min_samples) * latency
+        sampling = min(max(least, protocol.sample_budget), max(protocol.sample_cap, latency))
+        return self.child_s + checking + _warm_up(latency) + sampling
+
+    def memory_child(self, latency_s: float | None) -> float:
+        """The memory process of a cell whose call takes this long."""
+        return self.child_s + MEMORY_CALLS * (latency_s or 0.0)
+
+    def cell(self, planned: Planned, processes: int | None = None) -> float:
+        """A whole cell with at most this many timing processes."""
+        latency = planned.forecast.latency_s
+        count = processes_for(latency, processes or self.config.protocol.processes)
+        return self.time_child(latency, gate=True) + self.memory_child(latency) + (count - 1) * self.time_child(latency)
+
+    def total(self, cells: Iterable[Planned], processes: int | None = None) -> float:
+        """All of these cells."""
+        return sum(self.cell(planned, processes) for planned in cells)
+
+    def learn(self, elapsed_s: float, calls_s: float, gated: bool) -> None:
+        """Correct the fixed costs by a timing process that took ``elapsed_s``, of which ``calls_s`` inside calls."""
+        fixed = max(elapsed_s - calls_s, 0.0)
+        if gated and self.config.protocol.gate:
+            self.gate_s += LEARNING_RATE * (max(fixed - self.child_s, 0.0) - self.gate_s)
+        else:
+            self.child_s += LEARNING_RATE * (fixed - self.child_s)
+
+    def affordable(self, group: list[Planned], remaining: list[Planned], left_s: float) -> int:
+        """Timing processes a cell of ``group`` gets, so that all of ``remaining`` fits into the seconds left.
+
+        Where even one process each does not fit, the long cells at the end will not run, and short cells still get a
+        second process as long as the budget bears it.
+        """
+        wanted = self.config.protocol.processes
+        for count in range(wanted, 1, -1):
+            if self.total(remaining, count) <= left_s:
+                return count
+        short = [planned for planned in remaining if effort(planned) == 0]
+        affordable = self.total(short, 2) <= SHORT_SHARE * left_s
+        return min(wanted, 2) if affordable and all(effort(planned) == 0 for planned in group) else 1
+
+
+def processes_for(latency_s: float | None, wanted: int) -> int:
+    """Timing processes a call of this length is worth: long calls vary less and cost more."""
+    if latency_s is None or latency_s <= REPLICATE_S[0]:
+        return wanted
+    return min(wanted, 2 if latency_s <= REPLICATE_S[1] else 1)
+
+
+def effort(planned: Planned) -> int:
+    """Class of a cell by the length of its calls: 0 short, 1 long, 2 very long."""
+    return sum((planned.forecast.latency_s or 0.0) > bound for bound in LONG_CALL_S)
+
+
+def groups(cells: Iterable[Planned], config: Config) -> list[list[Planned]]:
+    """Cells that are measured side by side, cheapest group first.
+
+    A group holds all methods and impls at one length, mode and setting whose calls are of one class of duration: a
+    reference of many seconds does not keep its length's other impls waiting.
+    """
+    found: dict[Any, list[Planned]] = defaultdict(list)
+    for planned in cells:
+        cell = planned.cell
+        memory = cell.memory if len(config.memory) > 1 and cell.memory is not None else 0
+        setting = (
+            cell.mode, cell.device, cell.dtype, cell.batch_size, cell.d_model, cell.num_heads, cell.d_ff, memory
+        )  # fmt: skip
+        found[(effort(planned), cell.seq_len, setting)].append(planned)
+    for group in found.values():
+        group.sort(key=lambda planned: planned.forecast.latency_s or 0.0)
+    return [group for _, group in sorted(found.items(), key=lambda item: item[0])]
+
+
+def within_budget(plan: Plan) -> list[Planned]:
+    """The planned cells that fit the budget at one process each, cheapest group first, as a run would take them."""
+    pace, left, fitting = Pace(plan.config), plan.config.budget_s, []
+    for group in groups((planned for planned in plan.cells if planned.status == "planned"), plan.config):
+        for planned in group:
+            left -= pace.cell(planned, processes=1)
+            if left >= 0:
+                fitting.append(planned)
+    return fitting
+
+
+def _least_samples(latency: float, wanted: int) -> int:
+    """Fewest samples of a process: the wanted number of short calls, five below a second, three, one above five."""
+    return min(wanted, wanted if latency < 0.1 else 5 if latency < 1.0 else 3 if latency < 5.0 else 1)
+
+
+def _warm_up(latency: float) -> float:
+    """Seconds of warm-up: none where the first call is the sample, one call, three calls, or some time."""
+    if latency > 20.0:
+        return 0.0
+    if latency > 5.0:
+        return latency
+    return 3 * latency if latency > 0.01 else 0.2
