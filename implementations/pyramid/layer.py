@@ -1,0 +1,186 @@
+"""The pyramid: pre-norm layers at ever coarser resolutions, whose outputs are added to the finest one.
+
+Level 0 holds the tokens, level l cells of ``pool^l`` tokens. Each level runs its layers, averages ``pool`` neighbours
+into a cell, and projects to half the width; at the end every token reads the coarse outputs.
+
+Causal form: only complete cells exist, cells attend causally to cells, and a token reads the last cell that is
+complete with it. Nothing else is needed, since then cell c of level l depends on tokens before ``(c + 1) pool^l`` only.
+
+B batch, T tokens, N cells of a level, H heads of a level, D head width, d_l width of level l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from ctxbench.implementations._shared.blocks import PreNormBlock, merge_heads, split_heads
+from ctxbench.implementations.pyramid.params import PyramidParams, level_dims
+from ctxbench.method import Dims, Output, load
+
+
+class Operators(NamedTuple):
+    """What the impls differ in: attention within a level, and the sum over levels."""
+
+    attend: Callable[..., torch.Tensor]
+    fuse: Callable[..., torch.Tensor]
+
+
+class Cache(NamedTuple):
+    """Keys and values of a layer's complete cells, each ``[B, H, N, D]``."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class LevelState(NamedTuple):
+    """What a level carries. How many cells are open follows from the caches' length.
+
+    caches: one a layer. last: output of the last complete cell, ``[B, 1, d_l]``, zeros before the first; None at
+    level 0, where nothing is read later. pending: sum of the outputs that the next level has not yet made a cell of,
+    ``[B, 1, d_l]``; None at the coarsest level.
+    """
+
+    caches: tuple[Cache, ...]
+    last: torch.Tensor | None
+    pending: torch.Tensor | None
+
+
+class Attention(nn.Module):
+    """Projections and cache around ``attend(q, k, v, causal) -> [B, H, N, D]``."""
+
+    def __init__(self, dims: Dims, attend: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.num_heads, self.causal = dims.num_heads, dims.causal
+        self.q = nn.Linear(dims.d_model, dims.d_model)
+        self.k = nn.Linear(dims.d_model, dims.d_model)
+        self.v = nn.Linear(dims.d_model, dims.d_model)
+        self.o = nn.Linear(dims.d_model, dims.d_model)
+        self.attend = attend
+
+    def forward(self, x: torch.Tensor, state: Cache | None = None) -> Output:
+        q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        if state is not None:
+            state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
+            k, v = state
+        return Output(self.o(merge_heads(self.attend(q, k, v, self.causal))), state)
+
+
+class Pyramid(nn.Module):
+    """All levels; ``layers`` holds their layers in order, fine to coarse."""
+
+    def __init__(self, dims: Dims, params: PyramidParams, operators: Operators):
+        super().__init__()
+        self.sizes = level_dims(dims, params)
+        self.pool, self.causal, self.operators = params.pool, dims.causal, operators
+        self.layers = nn.ModuleList(
+            PreNormBlock(Attention(size, operators.attend), size) for size in self.sizes for _ in range(size.num_layers)
+        )
+        widths = [size.d_model for size in self.sizes]
+        self.down = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+        self.fusion = nn.Linear(sum(widths[1:]), dims.d_model) if len(widths) > 1 else None
+
+    def forward(self, x: torch.Tensor, state: tuple[LevelState, ...] | None = None) -> Output:
+        start = 0 if state is None else state[0].caches[0].k.shape[2]
+        fine = cells = x
+        coarse: list[torch.Tensor] = []
+        after: list[LevelState] = []
+        for level, layers in enumerate(self._layers_by_level()):
+            before = None if state is None else state[level]
+            if before is not None and before.last is not None and cells.shape[1] == 0:  # nothing new from here on up
+                coarse.append(before.last)
+                after.append(before)
+                continue
+            cells, caches = _run(layers, cells, before)
+            if level == 0:
+                fine = cells
+            else:
+                coarse.append(self._readable(cells, before))
+            pending = None
+            if level < len(self.down):
+                cells, pending = self._coarsen(cells, before, start // self.pool**level % self.pool)
+                cells = self.down[level](cells)
+            if before is not None:
+                last = coarse[-1][:, -1:].clone() if level else None  # a view would keep the whole level alive
+                after.append(LevelState(caches, last, pending))
+        if self.fusion is not None:
+            weight, bias = self.fusion.weight, self.fusion.bias
+            fine = self.operators.fuse(fine, coarse, start, self.pool, self.causal, weight, bias)
+        return Output(fine, None if state is None else tuple(after))
+
+    def init_state(self, batch_size: int) -> tuple[LevelState, ...]:
+        """State before the first token: no cells, no sums."""
+        return self._state(batch_size, 0, torch.zeros)
+
+    def state_at(self, batch_size: int, context: int) -> tuple[LevelState, ...]:
+        """State shaped as after ``context`` tokens, contents random."""
+        return self._state(batch_size, context, torch.randn)
+
+    def _layers_by_level(self) -> Iterator[list[nn.Module]]:
+        remaining = iter(self.layers)
+        for size in self.sizes:
+            yield list(islice(remaining, size.num_layers))
+
+    def _readable(self, cells: torch.Tensor, before: LevelState | None) -> torch.Tensor:
+        """Cells that tokens of this call may read; the causal form puts the last earlier cell, or zeros, in front."""
+        if not self.causal:
+            return cells
+        if before is None or before.last is None:
+            return pad(cells, (0, 0, 1, 0))
+        return torch.cat((before.last, cells), dim=1)
+
+    def _coarsen(self, cells: torch.Tensor, before: LevelState | None, held: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of ``pool`` neighbours, and the sum of the cells left over, ``[B, 1, d_l]``.
+
+        ``held`` cells of earlier calls are open; their sum stands for the first of them. The bidirectional form
+        averages the left-over cells too, over as many as there are.
+        """
+        if held and before is not None and before.pending is not None:
+            cells = torch.cat((pad(before.pending, (0, 0, 0, held - 1)), cells), dim=1)
+        whole, left_over = divmod(cells.shape[1], self.pool)
+        complete, rest = cells.split((whole * self.pool, left_over), dim=1)
+        pooled = complete.unflatten(1, (whole, self.pool)).mean(dim=2)
+        if left_over and not self.causal:
+            pooled = torch.cat((pooled, rest.mean(dim=1, keepdim=True)), dim=1)
+        return pooled, rest.sum(dim=1, keepdim=True)
+
+    def _state(self, batch_size: int, context: int, fill: Callable[..., torch.Tensor]) -> tuple[LevelState, ...]:
+        weight = self.layers[0].mixer.k.weight
+        like = {"device": weight.device, "dtype": weight.dtype}
+        levels = []
+        for level, size in enumerate(self.sizes):
+            shape = (batch_size, size.num_heads, context // self.pool**level, size.head_dim)
+            caches = tuple(Cache(fill(shape, **like), fill(shape, **like)) for _ in range(size.num_layers))
+            row = (batch_size, 1, size.d_model)
+            last = fill(row, **like) if level else None
+            pending = fill(row, **like) if level < len(self.down) else None
+            levels.append(LevelState(caches, last, pending))
+        return tuple(levels)
+
+
+def _run(layers: list[nn.Module], x: torch.Tensor, before: LevelState | None) -> tuple[torch.Tensor, tuple[Cache, ...]]:
+    """Layers of one level in order, with their caches where there is a state."""
+    caches = []
+    for index, layer in enumerate(layers):
+        x, cache = layer(x, None if before is None else before.caches[index])
+        caches.append(cache)
+    return x, tuple(caches)
+
+
+def build(dims: Dims, params: PyramidParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """The pyramid around the impl's operators; ``as_written`` is a module of its own."""
+    from ctxbench.implementations.pyramid import METHOD
+
+    run = load(METHOD.impl(impl).run)
+    module: nn.Module = Pyramid(dims, params, run) if isinstance(run, Operators) else run(dims, params)
+    return module.to(device, dtype)
+
+
+def reach(dims: Dims, params: PyramidParams, i: int) -> range:
+    """Input positions that may influence output ``i``: level 0 alone reaches all that the direction allows."""
+    return range(i + 1) if dims.causal else range(dims.seq_len)

@@ -1,0 +1,58 @@
+"""Hyper-parameters of the pyramid, and the sizes of its levels. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ctxbench.method import YES, Dims, Params, Support, no, param
+
+
+@dataclass(frozen=True)
+class PyramidParams(Params):
+    """How many resolutions there are, and how fast they coarsen."""
+
+    levels: int = param(3, "resolutions, the full one included", low=1, high=16, source="source document, 3")
+    pool: int = param(
+        2,
+        "cells of one level that are averaged into a cell of the next",
+        unit="cells",
+        low=2,
+        source="source document, 2",
+    )
+
+
+def fewest_layers(params: PyramidParams) -> int:
+    """Every level has at least one layer."""
+    return params.levels
+
+
+def level_dims(dims: Dims, params: PyramidParams) -> tuple[Dims, ...]:
+    """Sizes of each level, fine to coarse: width, FFN width and heads halve; the head width stays while heads last.
+
+    The layers are shared out evenly; a remainder goes to the finest levels. ``seq_len`` stays the number of tokens.
+    """
+    layers, spare = divmod(dims.num_layers, params.levels)
+    return tuple(
+        dims.replace(
+            d_model=dims.d_model >> level,
+            d_ff=dims.d_ff >> level,
+            num_heads=max(1, dims.num_heads >> level),
+            num_layers=layers + (level < spare),
+        )
+        for level in range(params.levels)
+    )
+
+
+def support(dims: Dims, params: PyramidParams, mode: str) -> Support:
+    """Sizes that halve without a remainder at every level, and a direction that can be continued."""
+    halvings = 2 ** (params.levels - 1)
+    for name, width in (("d_model", dims.d_model), ("d_ff", dims.d_ff)):
+        if width % halvings:
+            return no(f"{params.levels} levels need {name} to be a multiple of {halvings}, received {width}")
+    for level in range(params.levels):
+        width, heads = dims.d_model >> level, max(1, dims.num_heads >> level)
+        if width % heads:
+            return no(f"level {level} would split a width of {width} into {heads} heads; choose d_model or num_heads")
+    if mode in ("stream", "decode") and not dims.causal:
+        return no("a bidirectional pyramid cannot be continued: every output depends on later tokens")
+    return YES

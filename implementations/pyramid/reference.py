@@ -1,0 +1,44 @@
+"""The two operators of the pyramid, written out: attention of one level, and fusion of all levels.
+
+B batch, H heads of a level, D head width, N cells of a level, S cells including earlier calls, T tokens,
+d_l width of level l.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from ctxbench.implementations.pyramid.layer import Operators
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """``softmax(q k^T / sqrt(D)) v``; ``q: [B, H, N, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, N, D]``."""
+    N, S = q.shape[2], k.shape[2]
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, H, N, S]
+    if causal:
+        visible = torch.ones(N, S, dtype=torch.bool, device=q.device).tril(S - N)
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores.softmax(dim=3) @ v
+
+
+def fuse(
+    fine: torch.Tensor, coarse: list[torch.Tensor], start: int, pool: int, causal: bool,
+    weight: torch.Tensor, bias: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """``y = x_0 + W [up(x_1); up(x_2); ...] + b``, where ``up`` gives every token the cell it may read.
+
+    ``fine: [B, T, d]`` are tokens ``start .. start + T - 1``. Level l in ``coarse: [B, rows, d_l]`` is, bidirectional,
+    all its cells; causal, the last cell completed before ``start`` (zeros if none), then the newly completed ones.
+    A causal token i reads cell ``floor((i + 1) / s) - 1``, the last one that is complete with it, s = pool^l.
+    """
+    token = torch.arange(start, start + fine.shape[1], device=fine.device)
+    columns = []
+    for level, rows in enumerate(coarse, start=1):
+        span = pool**level
+        row = (token + 1) // span - start // span if causal else token // span
+        columns.append(rows[:, row])  # [B, T, d_l]
+    return fine + linear(torch.cat(columns, dim=2), weight, bias)
+
+
+OPERATORS = Operators(attend, fuse)
