@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import flex_attention
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +27,7 @@ from ctxbench.method import Dims, Method, Params
 # Operators that multiply no matrices and are neither element-wise (tagged by torch) nor views (seen in the schema).
 _NO_MATMUL = frozenset(
     """
-    _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data _safe_softmax native_layer_norm
+    softmax _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data _safe_softmax native_layer_norm
     native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward sum mean amax amin max min argmax argmin any
     all prod var std var_mean logsumexp cumsum cumprod cummax logcumsumexp sort topk kthvalue gather scatter
     scatter_add scatter_reduce index index_put index_put_ _index_put_impl_ index_select index_add index_copy
@@ -38,10 +39,10 @@ _NO_MATMUL = frozenset(
     avg_pool2d_backward _adaptive_avg_pool2d max_pool2d_with_indices max_pool2d_with_indices_backward
     upsample_linear1d upsample_linear1d_backward upsample_nearest1d upsample_nearest1d_backward select_backward
     slice_backward slice_scatter select_scatter unfold_backward as_strided_scatter bincount unique_consecutive
-    _unique2 searchsorted bucketize nonzero floor_divide linalg_vector_norm norm one_hot _local_scalar_dense item equal
+    _unique2 searchsorted bucketize nonzero linalg_vector_norm norm one_hot _local_scalar_dense item equal
     is_same_size set_ resize_ fill_ zero_ _foreach_zero_ detach_ eye scatter_ scatter_add_ scatter_reduce_
     index_add_ index_copy_ index_fill_ masked_fill_ masked_scatter_ take _assert_async _assert_scalar
-    _assert_tensor_metadata sym_size sym_stride diagonal_backward diagonal_copy
+    floor_divide unsafe_split unsafe_chunk _linalg_check_errors _assert_tensor_metadata sym_size sym_stride diagonal_backward diagonal_copy
     """.split()  # noqa: SIM905
 )
 
@@ -73,6 +74,8 @@ class Trace:
 class Meter(TorchDispatchMode):
     """Counts every dispatched operator and follows every storage; usable on real and on fake tensors."""
 
+    supports_higher_order_operators = True  # FlexAttention arrives like any operator
+
     def __init__(self) -> None:
         super().__init__()
         self.flops: Counter[str] = Counter()
@@ -103,7 +106,7 @@ class Meter(TorchDispatchMode):
         out = operator(*args, **kwargs)
         results = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         for result in results:
-            self._follow(result, result.untyped_storage().nbytes())
+            self._follow(result, _storage_bytes(result))
         self._account(operator, count, args, kwargs, out, operands, results)
         return out
 
@@ -122,6 +125,8 @@ class Meter(TorchDispatchMode):
             self.moved_unknown += traffic
 
     def _follow(self, tensor: torch.Tensor, size: int) -> None:
+        if tensor.layout is not torch.strided:  # sparse tensors have no storage of their own
+            return
         storage = tensor.untyped_storage()
         identity = storage._cdata
         if identity in self._known:
@@ -134,6 +139,10 @@ class Meter(TorchDispatchMode):
         self._known[identity] = weakref.ref(storage, release)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def _storage_bytes(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else 0
 
 
 def _is_view(operator: Any) -> bool:
@@ -174,7 +183,7 @@ def trace(
             meter.ignore(
                 list(work.module.parameters()), list(work.module.buffers()), work.inputs, work.grad, work.state
             )
-            with meter:
+            with _uncompiled_flex_attention(), meter:
                 y = work.call()
             del y
         except Exception as error:
@@ -189,6 +198,17 @@ def trace(
     result.uncounted = dict(meter.uncounted)
     result.coverage = 1.0 - meter.moved_unknown / meter.moved if meter.moved else 1.0
     return result
+
+
+@contextlib.contextmanager
+def _uncompiled_flex_attention() -> Iterator[None]:
+    """Let FlexAttention reach the dispatcher as one operator: its compiler cannot run under a dispatch mode."""
+    before = flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    try:
+        yield
+    finally:
+        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
 
 
 @contextlib.contextmanager
