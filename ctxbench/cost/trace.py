@@ -42,7 +42,8 @@ _NO_MATMUL = frozenset(
     _unique2 searchsorted bucketize nonzero linalg_vector_norm norm one_hot _local_scalar_dense item equal
     is_same_size set_ resize_ fill_ zero_ _foreach_zero_ detach_ eye scatter_ scatter_add_ scatter_reduce_
     index_add_ index_copy_ index_fill_ masked_fill_ masked_scatter_ take _assert_async _assert_scalar
-    floor_divide unsafe_split unsafe_chunk _linalg_check_errors _assert_tensor_metadata sym_size sym_stride diagonal_backward diagonal_copy
+    _assert_tensor_metadata sym_size sym_stride diagonal_backward diagonal_copy
+    floor_divide unsafe_split unsafe_chunk _linalg_check_errors
     """.split()  # noqa: SIM905
 )
 

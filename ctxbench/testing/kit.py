@@ -114,6 +114,7 @@ def _summary(error: BaseException) -> str:
 def _origin(error: BaseException) -> str:
     """Where in the method's own code it happened: the innermost frame outside torch and the kit."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "/ctxbench/testing/" not in f.filename]
+    foreign = ("/torch/", "/ctxbench/testing/", "<frozen ")
+    own = [frame for frame in frames if not any(part in frame.filename for part in foreign)]
     frame = (own or frames)[-1]
     return f"look at {frame.filename}:{frame.lineno}, in {frame.name}"
