@@ -42,7 +42,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
     def params_for(self, method: Method) -> Params:
         """The method's parameters with this cell's values; the memory size goes to the parameter that it sweeps."""
-        values = dict(self.params)
+        # JSON makes lists of tuples, on the way to a child and out of a row.
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in self.params.items()}
         if self.memory is not None and method.memory_parameter is not None:
             values[method.memory_parameter] = self.memory
         return method.params().replace(**values)

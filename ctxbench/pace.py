@@ -12,7 +12,8 @@ from ctxbench.plan import Plan, Planned
 
 CHILD_S = {"cpu": 0.6, "cuda": 4.0}  # start a child, import the method, build the module
 GATE_S = 0.4
-MEMORY_CALLS = 3  # a warm-up, the peak, the counters
+TRACE_S = 0.3
+MEMORY_CALLS, ONE_MEMORY_CALL_S = 2, 2.0  # one call a meter; above this many seconds both meters share one
 LEARNING_RATE = 0.2
 LONG_CALL_S = (0.5, 5.0)  # cells are taken class by class: calls below the first bound, below the second, longer
 REPLICATE_S = (2.0, 5.0)  # a call above the first is worth two processes, above the second one
@@ -40,7 +41,8 @@ class Pace:
 
     def memory_child(self, latency_s: float | None) -> float:
         """The memory process of a cell whose call takes this long."""
-        return self.child_s + MEMORY_CALLS * (latency_s or 0.0)
+        latency = latency_s or 0.0
+        return self.child_s + TRACE_S + latency * (MEMORY_CALLS if latency <= ONE_MEMORY_CALL_S else 1.2)
 
     def cell(self, planned: Planned, processes: int | None = None) -> float:
         """A whole cell with at most this many timing processes."""

@@ -12,7 +12,7 @@ import msgspec
 
 from ctxbench.cell import Cell
 from ctxbench.config import AUTO, Config
-from ctxbench.cost.figures import Evaluator, Figures, params_of
+from ctxbench.cost.figures import Evaluator, Figures
 from ctxbench.cost.roofline import Ceilings, Point, forecast
 from ctxbench.method import Impl, Method, Params
 from ctxbench.registry import Registry
@@ -208,7 +208,7 @@ def _fewest_layers(method: Method, params: dict[str, Any]) -> int:
 def _planned(cell: Cell, method: Method, origin: str, evaluator: Evaluator) -> Planned:
     planned = Planned(cell, origin, method)
     try:
-        params = params_of(method, cell)
+        params = cell.params_for(method)
         dims = cell.dims
     except ValueError as error:
         planned.status, planned.reason = "unsupported", str(error)

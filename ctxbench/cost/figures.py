@@ -9,7 +9,7 @@ import msgspec
 from ctxbench.cell import Cell
 from ctxbench.cost import symbols
 from ctxbench.cost.model import Cost, evaluate, local_slope, total
-from ctxbench.method import Method, Params
+from ctxbench.method import Method
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,16 +22,6 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int | None = None
     bytes_moved: int | None = None
     depth: int | None = None
-
-
-def params_of(method: Method, cell: Cell) -> Params:
-    """The method's parameters of a cell; lists, which is what JSON makes of tuples, become tuples again.
-
-    Raises:
-        ValueError: for a value out of range or of the wrong type.
-    """
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in cell.params.items()}
-    return method.params().replace(**values)
 
 
 class Evaluator:
@@ -67,7 +57,7 @@ class Evaluator:
         return None if cost is None else local_slope(total(cost.flops), values)
 
     def _bound(self, method: Method, cell: Cell) -> tuple[Cost | None, dict[str, Any]]:
-        params = params_of(method, cell)
+        params = cell.params_for(method)
         key = (method.name, cell.impl, cell.mode, cell.causal, params)
         if key not in self._costs:
             self._costs[key] = method.cost_of(cell.impl, cell.mode, cell.causal, params)

@@ -7,15 +7,12 @@ from typing import Any
 
 from ctxbench.cost.figures import Figures
 from ctxbench.cost.roofline import Ceilings, call_bound
-from ctxbench.measure.statistics import is_bimodal, summarise
+from ctxbench.measure.statistics import summarise
 from ctxbench.plan import Planned
 from ctxbench.rows import Counted, Flops, Latency, PeakBytes, Row, StateBytes, row_for
 from ctxbench.run.tasks import Memory, Outcome, Samples
 from ctxbench.text import Warn, kind_of
 
-SHORT_CALL_S = 100e-6
-WIDE = 0.5  # outer samples this far from the median, relative to it
-OUTER = 0.05  # share of samples beyond WIDE that is worth a warning
 PEAK_TOLERANCE = (2 * 2**20, 0.03)
 TOO_FAST = 0.5  # share of the calibrated bound; a noisy calibration may be somewhat low
 
@@ -61,7 +58,7 @@ def measured_row(
             else f"interval wider than +-{100 * precision:g} % of the median"
         )
     _add_memory(row, planned, memory)
-    row.warnings = list(dict.fromkeys(row.warnings))
+    row.warnings = _one_of_a_kind(row.warnings)
     return row
 
 
@@ -105,14 +102,6 @@ def _timing_warnings(
     unsteady = sum(not samples.steady for samples in measured)
     if unsteady:
         found.append(Warn.UNSTEADY(f"{unsteady} {processes}"))
-    if latency.median < SHORT_CALL_S:
-        found.append(Warn.SHORT_CALLS())
-    if sum(is_bimodal(samples.samples) for samples in measured) * 2 > len(measured):
-        found.append(Warn.BIMODAL())
-    everything = [sample for samples in measured for sample in samples.samples]
-    outside = sum(abs(sample - latency.median) > WIDE * latency.median for sample in everything)
-    if outside > OUTER * len(everything):
-        found.append(Warn.SPREAD(f"{outside} of {len(everything)} samples are over 50 % off the median"))
     failed = [outcome for outcome in timed if outcome.samples is None]
     if failed:
         found.append(
@@ -128,11 +117,13 @@ def _timing_warnings(
 def _add_memory(row: Row, planned: Planned, outcome: Outcome | None) -> None:
     """Fill in what the memory process saw, and say where it contradicts the formulas."""
     if outcome is None:
+        row.warnings.append(Warn.MEMORY_FAILED("the budget was spent before it ran"))
         return
+    if outcome.status != "ok":
+        row.warnings.append(Warn.MEMORY_FAILED(f"{outcome.status}: {outcome.reason}"))
+        row.detail = row.detail or outcome.detail
     memory = outcome.memory
     if memory is None:
-        row.warnings.append(Warn.MEMORY_FAILED(f"{outcome.status} {outcome.reason}".strip()))
-        row.detail = row.detail or outcome.detail
         return
     figures = planned.figures
     row.warnings += memory.warnings
@@ -183,6 +174,17 @@ def _agree(one: int | None, other: int | None) -> bool | None:
         return None
     least, share = PEAK_TOLERANCE
     return abs(one - other) <= max(least, share * max(one, other))
+
+
+def _one_of_a_kind(warnings: list[str]) -> list[str]:
+    """Processes of one cell repeat each other's warnings: the most detailed text of each kind stays."""
+    kept: dict[str, str] = {}
+    for warning in warnings:
+        kind = kind_of(warning)
+        code = warning if kind is Warn.OTHER else kind.code
+        if len(warning) > len(kept.get(code, "")):
+            kept[code] = warning
+    return list(kept.values())
 
 
 def codes(row: Row) -> list[str]:

@@ -37,7 +37,7 @@ class Entry(msgspec.Struct, kw_only=True):
 
     protocol: int = PROTOCOL
     cell: str
-    kind: str  # time or memory
+    kind: str  # time, memory or trace
     process: int
     outcome: Outcome
 
