@@ -15,7 +15,7 @@ from ctxbench.axes import parse_size, parse_sizes
 from ctxbench.errors import EnvironmentUnusable, UserError, unknown
 from ctxbench.method import DTYPES, MODES, POSITIONS
 from ctxbench.registry import Registry
-from ctxbench.suite import Layer, Suite, Values
+from ctxbench.suite import Layer, Limits, Suite, Values
 from ctxbench.units import parse_bytes, parse_fraction, parse_seconds
 
 AUTO = "auto"
@@ -84,6 +84,25 @@ def resolve(suite: str, stack: list[Layer], registry: Registry) -> Config:
     """
     merged, origins = suites.merge(stack)
     return _Resolver(merged, origins, registry).config(suite)
+
+
+def change_limits(config: Config, limits: Limits) -> Config:
+    """A stored configuration with other limits; the memory limit is taken anew from what is available now.
+
+    Raises:
+        UserError: for a malformed limit.
+    """
+    changes: dict[str, Any] = {}
+    if limits.budget is not None:
+        changes["budget_s"] = _seconds(limits.budget)
+    if limits.cell_timeout is not None:
+        changes["cell_timeout_s"] = _seconds(limits.cell_timeout)
+    if limits.max_flops is not None:
+        changes["max_flops"] = limits.max_flops
+    text = config.merged.get("limits.memory_limit") if limits.memory_limit is None else limits.memory_limit
+    found = {device: _bytes(text, memory_available(device)) for device in config.device}
+    changes["memory_limit"] = {device: limit for device, limit in found.items() if limit is not None}
+    return msgspec.structs.replace(config, **changes)
 
 
 def cuda_present() -> bool:

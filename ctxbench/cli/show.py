@@ -1,0 +1,130 @@
+"""``ctxbench show``: one run, or one cell with every sample, warning and traceback. Never imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+
+from ctxbench.cli.common import Common, common_options, table
+from ctxbench.errors import UserError
+from ctxbench.rows import Row
+from ctxbench.run.progress import describe
+from ctxbench.run.store import read_rows, read_run
+from ctxbench.text import explain
+from ctxbench.units import format_bytes, format_flops, format_seconds, format_tokens
+
+SHOWN_SAMPLES = 20
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("cell", required=False)
+@common_options
+def command(run: Path, cell: str | None, ctx: Common) -> None:
+    """Show the RUN folder, or one CELL of it: the beginning of its key, or METHOD/IMPL/LENGTH."""
+    rows = read_rows(run)
+    header = read_run(run)
+    if cell is None:
+        if ctx.json:
+            ctx.emit({"run": header, "rows": rows})
+        else:
+            _print_run(run, header, rows)
+        return
+    found = find(rows, cell)
+    if ctx.json:
+        ctx.emit(found)
+        return
+    for row in found:
+        _print_cell(row, ctx)
+
+
+def find(rows: list[Row], text: str) -> list[Row]:
+    """The rows a user means: by the beginning of the key, or by method, impl and length.
+
+    Raises:
+        UserError: when nothing matches.
+    """
+    found = [row for row in rows if row.cell.startswith(text)]
+    if not found:
+        parts = text.split("/")
+        found = [row for row in rows if all(part in _names(row) for part in parts)]
+    if not found:
+        raise UserError(
+            f"no cell {text!r} in this run\n  accepted: the beginning of a key, or METHOD/IMPL/LENGTH such as "
+            "dense/blocked/4k\n  `ctxbench show RUN` lists all cells"
+        )
+    return found
+
+
+def _names(row: Row) -> tuple[str, ...]:
+    return row.method, row.impl, row.mode, str(row.seq_len), format_tokens(row.seq_len)
+
+
+def _print_run(run: Path, header: dict[str, object], rows: list[Row]) -> None:
+    click.echo(f"{run}  suite {header.get('suite', '?')}  {header.get('status', 'unknown')}")
+    click.echo(f"{header.get('command', '')}")
+    lines = []
+    for row in rows:
+        latency = row.latency_s
+        lines.append(
+            [
+                row.cell,
+                f"{row.method} / {row.impl}",
+                format_tokens(row.seq_len),
+                format_tokens(row.memory),
+                row.mode,
+                row.dtype,
+                row.status,
+                format_seconds(latency.median if latency else None),
+                format_bytes(row.peak_bytes.allocated if row.peak_bytes else None),
+                row.reason.splitlines()[0] if row.reason else "",
+            ]
+        )
+    if lines:
+        headers = ["CELL", "METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "DTYPE", "STATUS", "TIME", "PEAK", "REASON"]
+        click.echo(table(headers, lines))
+
+
+def _print_cell(row: Row, ctx: Common) -> None:
+    echo = click.echo
+    echo(f"{row.cell}  {describe(row)}")
+    echo(f"  status     {row.status}{f': {row.reason}' if row.reason else ''}")
+    sizes = ("batch_size", "d_model", "num_heads", "num_layers", "d_ff", "causal", "position", "memory", "threads")
+    echo(f"  sizes      {', '.join(f'{name} {getattr(row, name)}' for name in sizes)}")
+    if row.params:
+        echo(f"  params     {', '.join(f'{name} {value}' for name, value in row.params.items())}")
+    if row.gate is not None:
+        probes = ", ".join(f"{name} {result}" for name, result in row.gate.probes.items())
+        passed = "passed" if row.gate.ok else "failed"
+        echo(f"  gate       {passed}; error {row.gate.error}, tolerance {row.gate.tolerance}; {probes}")
+    if row.latency_s is not None:
+        latency = row.latency_s
+        low, high = format_seconds(latency.low), format_seconds(latency.high)
+        echo(f"  latency    {format_seconds(latency.median)} ({low} to {high})")
+        for index, samples in enumerate(latency.samples):
+            shown = samples if ctx.verbose else samples[:SHOWN_SAMPLES]
+            more = f" ... {len(samples) - len(shown)} more (-v)" if len(samples) > len(shown) else ""
+            stop = latency.stop[index] if index < len(latency.stop) else ""
+            mark = ", contended" if index < len(latency.contended) and latency.contended[index] else ""
+            echo(f"    process {index}: stopped by {stop}{mark}; {' '.join(format_seconds(s) for s in shown)}{more}")
+    if row.peak_bytes is not None:
+        peak = row.peak_bytes
+        for name in ("allocated", "resident", "traced", "formula"):
+            echo(f"  peak, {name:<10}{format_bytes(getattr(peak, name))}")
+    if row.flops is not None:
+        for name in ("algorithmic", "formula", "counted"):
+            count = getattr(row.flops, name)
+            echo(f"  FLOPs, {name:<12}{format_flops(count)}{f' ({count})' if count is not None else ''}")
+    if row.forecast is not None:
+        expected = row.forecast
+        seconds, peak_bytes = format_seconds(expected.latency_s), format_bytes(expected.peak_bytes)
+        echo(f"  forecast   {seconds}, peak {peak_bytes}; {expected.basis}")
+    for warning in row.warnings:
+        echo(f"  warning    {explain(warning)}")
+    if row.detail:
+        echo("  detail")
+        echo("\n".join(f"    {line}" for line in row.detail.splitlines()))
+    if ctx.verbose:
+        echo(msgspec.json.format(msgspec.json.encode(row.env_delta), indent=2).decode())
