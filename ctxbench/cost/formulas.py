@@ -124,6 +124,16 @@ def _dot(a: Any, b: Any, **_: Any) -> int:
     return int(2 * a.numel())
 
 
+@formula(aten.baddbmm_)
+def _baddbmm_in_place(bias: Any, a: Any, b: Any, **_: Any) -> int:
+    return int(2 * a.numel() * b.shape[2])
+
+
+@formula(aten.addmm_)
+def _addmm_in_place(bias: Any, a: Any, b: Any, **_: Any) -> int:
+    return int(2 * a.numel() * b.shape[1])
+
+
 @formula(aten.addbmm)
 def _addbmm(bias: Any, a: Any, b: Any, **_: Any) -> int:
     return int(2 * a.numel() * b.shape[2])
