@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,6 +90,17 @@ class Meter(TorchDispatchMode):
         for leaf in pytree.tree_leaves(values):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf, 0)
+
+    def result(self) -> Trace:
+        """What was seen so far."""
+        return Trace(
+            flops=sum(self.flops.values()),
+            by_op=dict(self.flops),
+            peak_bytes=self.peak,
+            bytes_moved=self.moved,
+            uncounted=dict(self.uncounted),
+            coverage=1.0 - self.moved_unknown / self.moved if self.moved else 1.0,
+        )
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -171,15 +182,15 @@ def trace(
 ) -> Trace:  # fmt: skip
     """Trace one call of ``mode``; never allocates the tensors it describes."""
     meter = Meter()
-    result = Trace()
+    parameters, carried, untraceable = 0, None, ""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         try:
             with _fake_modules_convert():
                 work = workload.prepare(method, dims, params, impl, mode, dtype, device, rotate=1)
-            result.num_parameters = workload.num_parameters(work.module)
+            parameters = workload.num_parameters(work.module)
             if mode in ("stream", "decode"):
                 state = work.state if work.state is not None else work.module.state_at(dims.batch_size, dims.seq_len)  # type: ignore[operator]
-                result.state_bytes = workload.state_bytes(state)
+                carried = workload.state_bytes(state)
                 del state
             meter.ignore(
                 list(work.module.parameters()), list(work.module.buffers()), work.inputs, work.grad, work.state
@@ -190,15 +201,9 @@ def trace(
         except Exception as error:
             if not _is_data_dependent(error):
                 raise
-            result.untraceable = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            untraceable = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     del fake
-    result.flops = sum(meter.flops.values())
-    result.by_op = dict(meter.flops)
-    result.peak_bytes = meter.peak
-    result.bytes_moved = meter.moved
-    result.uncounted = dict(meter.uncounted)
-    result.coverage = 1.0 - meter.moved_unknown / meter.moved if meter.moved else 1.0
-    return result
+    return replace(meter.result(), num_parameters=parameters, state_bytes=carried, untraceable=untraceable)
 
 
 @contextlib.contextmanager
