@@ -1,0 +1,139 @@
+"""One self-contained HTML page from one or more run folders: works from disk, offline, and without JavaScript."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib.resources
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ctxbench import __version__
+from ctxbench.analysis.runs import read_runs
+from ctxbench.errors import RunFolderError
+from ctxbench.registry import Registry, discover
+from ctxbench.reports.report import Report
+from ctxbench.reports.sections import head, memory, methods, model, overview, protocol, table
+from ctxbench.rows import encode
+
+SECTIONS = {
+    "overview": ("Overview", overview),
+    "model": ("Measured against the model", model),
+    "memory": ("Memory sizes", memory),
+    "table": ("Table", table),
+    "methods": ("Methods", methods),
+    "protocol": ("Protocol and environment", protocol),
+}
+
+
+def write(
+    run_folders: Sequence[Path],
+    out: Path | None = None,
+    title: str | None = None,
+    registry: Registry | None = None,
+) -> Path:
+    """Write the report of one or more runs and return its path, by default ``report.html`` in the first folder.
+
+    ``registry`` supplies the cards and formulas of methods; without one, the installed methods are used. A method that
+    is not installed here is reported from its rows alone.
+
+    Raises:
+        RunFolderError: a folder that is no run, is damaged, has no rows, or a file that cannot be written.
+    """
+    runs = read_runs(run_folders)
+    path = out or runs[0].folder / "report.html"
+    name = title or f"ctxbench: {', '.join(run.name for run in runs)}"
+    page = render(Report(runs, registry or discover(), name))
+    _replace(path, page)
+    return path
+
+
+def render(report: Report) -> str:
+    """The page as text."""
+    parts = {"head": head.context(report)}
+    parts |= {name: module.context(report) for name, (_, module) in SECTIONS.items()}
+    template = _environment().get_template("page.j2")
+    return template.render(
+        title=report.title,
+        sections={name: heading for name, (heading, _) in SECTIONS.items()},
+        version=__version__,
+        css=_asset("report.css"),
+        js=_asset("report.js"),
+        plotly=plotly_script(),
+        figures=pack(json.dumps(_finite(report.figures), separators=(",", ":"), allow_nan=False)),
+        rows=pack(_rows(report)),
+        **parts,
+    )
+
+
+def pack(text: str) -> str:
+    """Gzip and base64: what the page unpacks in the browser. Nothing in it can end a script element."""
+    return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
+
+
+@lru_cache(maxsize=1)
+def plotly_script() -> str:
+    """The installed plotly package's own library, packed."""
+    return pack((importlib.resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"))
+
+
+def _rows(report: Report) -> str:
+    """All rows as JSON lines, in the order of the frame and so of the table."""
+    lines = {(run.name, row.cell): encode(row).decode() for run in report.runs for row in run.rows}
+    return "".join(lines[key] for key in zip(report.frame["run"], report.frame["cell"], strict=True))
+
+
+def _finite(node: Any) -> Any:
+    """Numbers as JSON knows them: plain, and null where there is none."""
+    if isinstance(node, dict):
+        return {key: _finite(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_finite(value) for value in node]
+    if hasattr(node, "item"):
+        node = node.item()
+    if isinstance(node, float):
+        return float(f"{node:.6g}") if math.isfinite(node) else None
+    return node
+
+
+def _asset(name: str) -> Markup:
+    return Markup((importlib.resources.files(__package__) / "assets" / name).read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("ctxbench.reports", "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals["now"] = lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return environment
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {path}: {error.strerror}\n  accepted: a file in a folder that exists and is writable\n"
+            "  choose another place with --out FILE"
+        ) from None

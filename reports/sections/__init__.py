@@ -1,0 +1,1 @@
+"""The sections of the page. A module a section: ``context(report)`` gives what the template of the same name prints."""

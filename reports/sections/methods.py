@@ -1,0 +1,69 @@
+"""A card for every method: idea, paper, parameters, deviations, audited claims, implementations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pandas as pd
+
+from ctxbench.method import Method
+from ctxbench.reports.palette import status_of
+from ctxbench.reports.report import Report
+from ctxbench.reports.sections.overview import swatch
+
+
+def context(report: Report) -> dict[str, Any]:
+    """What ``methods.j2`` prints."""
+    cards = []
+    for name, rows in report.frame.groupby("method", sort=True):
+        method = report.method(str(name))
+        cards.append({
+            "name": name, "title": (method.title if method else "") or name, "method": method,
+            "swatch": swatch(report.styles[str(name)]), "params": _params(method, rows), "impls": _impls(method, rows),
+            "link": paper_link(method.paper.link) if method and method.paper else "",
+        })  # fmt: skip
+    return {"cards": cards, "broken": report.registry.broken}
+
+
+def paper_link(link: str) -> str:
+    """The address of a paper, empty for anything that is not an arXiv number, a DOI or an https address."""
+    if link.startswith("arXiv:"):
+        return f"https://arxiv.org/abs/{link.removeprefix('arXiv:')}"
+    if link.startswith("doi:"):
+        return f"https://doi.org/{link.removeprefix('doi:')}"
+    return link if link.startswith("https://") else ""
+
+
+def _params(method: Method | None, rows: pd.DataFrame) -> list[dict[str, str]]:
+    """Parameters with the values of this run; unit and meaning where the method is installed."""
+    values: dict[str, list[Any]] = {}
+    for text in rows["params"].drop_duplicates():
+        for name, value in json.loads(text).items():
+            if value not in values.setdefault(name, []):
+                values[name].append(value)
+    specs = {spec.name: spec.metadata for spec in dataclasses.fields(method.params)} if method else {}
+    used = []
+    for name, found in values.items():
+        meta = specs.get(name, {})
+        role = " (memory size)" if method and name == method.memory_parameter else ""
+        used.append({"name": name, "value": ", ".join(map(str, found)), "unit": meta.get("unit", ""),
+                     "help": meta.get("help", "") + role, "source": meta.get("source", "")})  # fmt: skip
+    return used
+
+
+def _impls(method: Method | None, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Implementations with what became of their cells, in the method's own order."""
+    declared = {impl.name: impl for impl in method.impls} if method else {}
+    found = []
+    for name in dict.fromkeys([*declared, *rows["impl"]]):
+        mine, impl = rows[rows["impl"] == name], declared.get(name)
+        counts = [f"{count} {status_of(str(status)).words}" for status, count in mine["status"].value_counts().items()]
+        reasons = list(dict.fromkeys(text for text in mine.loc[mine["status"] == "unsupported", "reason"] if text))
+        found.append({
+            "name": name, "note": impl.note if impl else "", "outcome": ", ".join(counts) or "not in this run",
+            "reasons": reasons, "defects": dict(impl.defects) if impl else {},
+            "needs": ", ".join(impl.needs) if impl else "",
+        })  # fmt: skip
+    return found
