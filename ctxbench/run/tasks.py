@@ -94,3 +94,28 @@ class Outcome(msgspec.Struct, kw_only=True):
     memory: Memory | None = None
     calibration: Calibration | None = None
     environment: dict[str, Any] | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One line from the client to its server: run this in a child of its own, within these limits."""
+
+    task: Task
+    timeout_s: float
+    memory_limit: int | None = None  # bytes the child may take beyond what it starts with
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """One line from a server to its client; without ``ended`` it only says which process has begun.
+
+    ``exit_code`` is negative for the signal that ended the child. ``oom_kills`` counts processes that the kernel killed
+    for want of memory meanwhile.
+    """
+
+    pid: int
+    ended: bool = False
+    exit_code: int = 0
+    timed_out: bool = False
+    outcome: Outcome | None = None
+    log: str = ""
+    elapsed_s: float = 0.0
+    oom_kills: int = 0

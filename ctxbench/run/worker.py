@@ -1,0 +1,285 @@
+"""What happens inside one measuring child: a task in, an outcome out. Needs torch."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from ctxbench import registry, workload
+from ctxbench.cell import Cell
+from ctxbench.errors import MeasurementError
+from ctxbench.measure import contention, energy, flops, latency, machine, memory, telemetry
+from ctxbench.measure.gate import run_gate
+from ctxbench.measure.statistics import is_bimodal, robust_cv
+from ctxbench.method import Method
+from ctxbench.rows import Gate
+from ctxbench.run.failures import is_out_of_memory, of_exception
+from ctxbench.run.tasks import Calibration, Memory, Outcome, Samples, Task
+from ctxbench.text import Warn
+from ctxbench.workload import Workload
+
+SHORT_CALL_S = 1e-4
+RECHECK_S = 0.2  # longer calls are not repeated for the check on overwritten inputs; the gate made it at a small size
+SPREAD = 0.10
+WARM_UP_TOKENS = 64
+CHECKED_VALUES = 64  # of an output, for its checksum
+
+
+def run_task(task: Task) -> Outcome:
+    """Do one task; whatever is raised becomes an outcome. Never raises."""
+    started = time.monotonic()
+    try:
+        outcome = KINDS[task.kind](task)
+    except BaseException as error:  # a plug-in may raise anything, SystemExit included
+        outcome = of_exception(error)
+    outcome.elapsed_s = time.monotonic() - started
+    return outcome
+
+
+def time_cell(task: Task) -> Outcome:
+    """Gate when asked, build, warm up, sample, and look whether the outputs were really computed."""
+    cell, method = _subject(task)
+    gate = run_gate(method, cell, task.protocol.seed) if task.gate else None
+    if gate is not None and not gate.ok:
+        return Outcome(status="gate_failed", reason=gate.message, gate=gate)
+    gc.collect()
+    started = time.perf_counter()
+    work = _prepare(method, cell, task)
+    built = time.perf_counter() - started
+    sums = _Checksums(work)
+    sensors = contention.read()
+    clocks = telemetry.snapshot(cell.device)
+    stopwatch = latency.stopwatch_for(cell.device)
+    timing = latency.measure(work.call, task.protocol, stopwatch, sums.add)
+    seen, contended = contention.between(sensors, contention.read())
+    seen |= telemetry.snapshot(cell.device)
+    median = sorted(timing.samples)[len(timing.samples) // 2]
+    complaint = sums.complaint() or (_recompute(work) if task.gate and median <= RECHECK_S else "")
+    if complaint:
+        return Outcome(status="gate_failed", reason=complaint, gate=_refused(gate, complaint))
+    counter, reason = energy.counter_for(cell.device)
+    joules = energy.measure(work.call, counter, _settle(cell.device)) if counter else None
+    samples = Samples(
+        samples=timing.samples,
+        cpu=timing.cpu,
+        warmup=timing.warmup,
+        stop=timing.stop,
+        steady=timing.steady,
+        set_up_s=built + (timing.warmup or timing.samples)[0],
+        faults_per_call=timing.faults_per_call,
+        contended=contended,
+        sensors=seen,
+        energy_j=joules,
+        energy_reason=reason,
+        checksum=sums.first,
+        warnings=_timing_warnings(timing, task, telemetry.is_throttled(seen) or telemetry.is_throttled(clocks)),
+    )
+    if isinstance(stopwatch, latency.CudaStopwatch):
+        seen["wall_median_s"] = sorted(stopwatch.wall)[len(stopwatch.wall) // 2]
+    return Outcome(status="ok", gate=gate, samples=samples)
+
+
+def measure_memory(task: Task) -> Outcome:
+    """Both peaks of one call, the state, the parameters, and what the tracer sees."""
+    cell, method = _subject(task)
+    params = cell.params_for(method)
+    found = Memory()
+    trace = _trace_into(found, method, cell)
+    _warm_small(method, cell)
+    work = _prepare(method, cell, task)
+    peak = memory.measure(work.call, cell.device, work.forget_gradients, task.expected_s)
+    found.allocated, found.resident, found.meter = peak.allocated, peak.resident, peak.meter
+    found.parameters = workload.num_parameters(work.module)
+    if peak.reason:
+        found.warnings.append(Warn.OTHER(peak.reason))
+    elif cell.device == "cpu" and memory.agree(peak.allocated, peak.resident) is False:
+        found.warnings.append(Warn.METERS_DISAGREE())
+    if cell.mode in ("stream", "decode"):
+        work.state = None
+        found.state = workload.state_bytes(work.module.state_at(cell.batch_size, cell.seq_len))  # type: ignore[operator]
+    if trace.untraceable:
+        work = workload.prepare(method, cell.dims, params, cell.impl, cell.mode, cell.dtype, cell.device, rotate=1)
+        trace = flops.count_real(work)
+        found.counted_flops, found.coverage = trace.flops, trace.coverage
+        found.uncounted, found.bytes_moved = trace.uncounted, trace.bytes_moved
+    return Outcome(status="ok", memory=found)
+
+
+def trace_cell(task: Task) -> Outcome:
+    """What the fake-tensor tracer alone can tell, without memory or arithmetic."""
+    cell, method = _subject(task)
+    found = Memory(meter="tracer")
+    _trace_into(found, method, cell)
+    return Outcome(status="ok", memory=found)
+
+
+def calibrate(task: Task) -> Outcome:
+    """Matmul and copy ceilings of this machine with the run's threads."""
+    device = task.cell.device if task.cell else "cpu"
+    threads = _set_threads(task.cell)
+    rates, copied = machine.ceilings(device)
+    moment = datetime.now(UTC).isoformat(timespec="seconds")
+    return Outcome(
+        status="ok",
+        calibration=Calibration(
+            matmul_flops_per_s=rates, copy_bytes_per_s=copied, threads=threads, device=device, measured_at=moment
+        ),
+    )
+
+
+def environment(task: Task) -> Outcome:
+    """Torch's own view of the machine and of its build."""
+    _set_threads(task.cell)
+    return Outcome(status="ok", environment=machine.torch_view(task.cell.device if task.cell else "cpu"))
+
+
+KINDS: dict[str, Callable[[Task], Outcome]] = {
+    "time": time_cell,
+    "memory": measure_memory,
+    "trace": trace_cell,
+    "calibrate": calibrate,
+    "environment": environment,
+}
+
+
+class _Checksums:
+    """A few values of every output, summed: equal for equal inputs, different for different ones."""
+
+    def __init__(self, work: Workload):
+        self.rotate = len(work.inputs)
+        self.values: list[float] = []
+
+    def add(self, y: torch.Tensor) -> None:
+        flat = y.detach().reshape(-1)
+        self.values.append(float(flat[:: max(1, flat.numel() // CHECKED_VALUES)].double().sum()))
+
+    @property
+    def first(self) -> float | None:
+        """Checksum of the first input's output, which all replicates share."""
+        return self.values[0] if self.values and math.isfinite(self.values[0]) else None
+
+    def complaint(self) -> str:
+        """What is wrong with the outputs of the timed calls, or nothing."""
+        if not all(map(math.isfinite, self.values)):
+            return "a timed call returned NaN or infinite values\n  accepted: finite values"
+        different = self.values[: self.rotate]
+        if len(different) > 1 and len(set(different)) < len(different):
+            return (
+                "timed calls on different inputs returned the same output\n  accepted: an output computed from the "
+                "input of the call\n  look for results that are kept between calls"
+            )
+        return ""
+
+
+def _subject(task: Task) -> tuple[Cell, Method]:
+    if task.cell is None:
+        raise MeasurementError(f"a task of kind {task.kind!r} needs a cell")
+    _set_threads(task.cell)
+    return task.cell, registry.reload(task.origin)
+
+
+def _set_threads(cell: Cell | None) -> int:
+    if cell is not None and cell.threads:
+        torch.set_num_threads(cell.threads)
+    return torch.get_num_threads()
+
+
+def _prepare(method: Method, cell: Cell, task: Task) -> Workload:
+    """Build the cell. Replicates share the weights and the first input, and differ in the others."""
+    work = workload.prepare(
+        method, cell.dims, cell.params_for(method), cell.impl, cell.mode, cell.dtype, cell.device, task.protocol.seed
+    )
+    torch.manual_seed(task.protocol.seed + 2 + task.process)
+    with torch.no_grad():
+        for x in work.inputs[1:]:
+            x.normal_()
+    return work
+
+
+def _recompute(work: Workload) -> str:
+    """Give the module new contents in a tensor it has seen: an output kept by address or shape shows here."""
+    work.count = 0
+    first = work.call().detach().clone()
+    with torch.no_grad():
+        work.inputs[0].neg_()
+    work.count = 0
+    second = work.call().detach()
+    if torch.equal(first, second):
+        return (
+            "a timed output did not change when its input was overwritten\n  accepted: an output computed from the "
+            "input of the call\n  look for results that are kept between calls"
+        )
+    with torch.no_grad():
+        work.inputs[0].neg_()
+    work.count = 0
+    again = work.call().detach()
+    scale = float(first.abs().max())
+    if float((again - first).abs().max()) > 100 * torch.finfo(first.dtype).eps * scale:
+        return (
+            "a timed output could not be computed again: the same input gave another result\n  accepted: equal outputs "
+            "for equal inputs\n  look for tensors kept on the module, randomness, uninitialised memory"
+        )
+    return ""
+
+
+def _refused(gate: Gate | None, message: str) -> Gate:
+    probes = {**(gate.probes if gate else {}), "fresh": "failed"}
+    return Gate(ok=False, probes=probes, message=message, length=gate.length if gate else None)
+
+
+def _settle(device: str) -> Callable[[], None]:
+    return (lambda: torch.cuda.synchronize(device)) if device.startswith("cuda") else (lambda: None)
+
+
+def _timing_warnings(timing: latency.Timing, task: Task, throttled: bool) -> list[str]:
+    samples, warnings = timing.samples, []
+    if not timing.steady:
+        warnings.append(Warn.UNSTEADY())
+    if timing.stop in ("n=1", "cap"):
+        warnings.append(Warn.FEW_SAMPLES(f"n={len(samples)}"))
+    if sorted(samples)[len(samples) // 2] < SHORT_CALL_S:
+        warnings.append(Warn.SHORT_CALLS())
+    if is_bimodal(samples):
+        warnings.append(Warn.BIMODAL())
+    elif len(samples) > 4 and robust_cv(samples) > SPREAD:
+        warnings.append(Warn.SPREAD(f"{100 * robust_cv(samples):.0f} % in process {task.process}"))
+    if throttled:
+        warnings.append(Warn.THROTTLED())
+    return warnings
+
+
+def _trace_into(found: Memory, method: Method, cell: Cell) -> Any:
+    """Fill in the tracer's figures; an impl it cannot follow leaves them empty and says so."""
+    trace = flops.count(
+        method, cell.dims, cell.params_for(method), cell.impl, cell.mode, cell.dtype, cell.device
+    )  # fmt: skip
+    if trace.untraceable:
+        found.warnings.append(Warn.UNTRACEABLE(trace.untraceable))
+        return trace
+    found.traced, found.counted_flops, found.coverage = trace.peak_bytes, trace.flops, trace.coverage
+    found.uncounted, found.bytes_moved = trace.uncounted, trace.bytes_moved
+    found.parameters, found.state = trace.num_parameters, trace.state_bytes
+    return trace
+
+
+def _warm_small(method: Method, cell: Cell) -> None:
+    """Load code pages and library buffers with a short sequence; skipped where the method has no short one."""
+    dims = cell.dims.replace(seq_len=min(WARM_UP_TOKENS, cell.seq_len), batch_size=1)
+    params = cell.params_for(method)
+    impl = method.impl(cell.impl)
+    if not method.mode_support(cell.mode, dims, params):
+        return
+    if not method.impl_support(impl, cell.mode, dims, params, cell.device, cell.dtype):
+        return
+    try:
+        workload.prepare(method, dims, params, cell.impl, cell.mode, cell.dtype, cell.device, rotate=1).call()
+    except Exception as error:  # what a length of 64 does is not what was asked; the real call speaks for itself
+        if is_out_of_memory(error):
+            raise
+    gc.collect()
