@@ -1,0 +1,76 @@
+"""Longformer: a sliding window for every token, and a prefix of global tokens that see and are seen by all."""
+
+from ctxbench.implementations.longformer.params import LongformerParams
+from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+
+METHOD = Method(
+    name="longformer",
+    title="Longformer",
+    family="sparse",
+    idea="Every token attends to a window around itself; a few global tokens attend to all and are seen by all.",
+    paper=Paper("Beltagy et al. 2020, Longformer: The Long-Document Transformer", "arXiv:2004.05150", "3.1"),
+    build=f"{__name__}.layer:build",
+    params=LongformerParams,
+    memory_parameter="window",
+    modes=("forward", "train", "stream", "decode"),
+    causal=(True, False),
+    support=f"{__name__}.layer:support",
+    impls=(
+        Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores and masks most of them"),
+        Impl(
+            "blocked",
+            run=f"{__name__}.blocked:attend",
+            note="blocks of 128 queries against the run of keys they see; probabilities are recomputed in backward",
+        ),
+        Impl(
+            "as_written",
+            run=f"{__name__}.as_written:SketchAttention",
+            modes=("forward", "train"),
+            support=f"{__name__}.as_written:support",
+            defects={
+                "agreement": "there is no causal form, global tokens have no projections of their own, and an even "
+                "window has one key more than its name says",
+                "causality": "the window reaches window // 2 tokens ahead, and every global token sees all later ones",
+                "receptive_field": "an output depends on later tokens, and on half as many earlier ones as the window",
+            },
+            note="the source document's sketch: a T x T mask filled by a Python loop in every call",
+        ),
+    ),
+    cost=f"{__name__}.cost:cost",
+    reach=f"{__name__}.layer:reach",
+    equals=(
+        Equivalence(
+            "the window covers the sequence (window // 2 of it when bidirectional) and there are no global tokens",
+            other="dense",
+            params={"window": 1 << 20, "num_global": 0},
+        ),
+    ),
+    deviations=(
+        "global tokens are a prefix; the paper allows any positions",
+        "the causal form with global tokens is ours: the paper's language models have none. A global row sees itself "
+        "and earlier tokens, so with separate projections only the prefix itself passes through them",
+        "one window and one dilation for all layers and heads; the paper widens windows towards the top and dilates "
+        "two heads of the upper layers",
+        "pre-norm layer; the released encoder is post-norm",
+        "no padding mask: all sequences of a batch have one length",
+    ),
+    claims=(
+        Claim(
+            "memory N w",
+            "wrong as sketched, right in order of growth done right",
+            "as sketched 2 e B h N^2 of scores and 5 N^2 of masks; blocked keeps no scores of the whole sequence, so "
+            "its memory does not grow with w at all: B N (5 d + ...) and one block's scores",
+        ),
+        Claim(
+            "compute N w d",
+            "wrong as sketched, incomplete done right",
+            "as sketched 4 N^2 d; done right 4 d (N W - W (W - 1) / 2 + globals), plus the projections 8 N d^2, which "
+            "the window exceeds only where W > 2 d",
+        ),
+        Claim(
+            "window_size keys a token",
+            "off by one",
+            "2 * (window // 2) + 1 keys when bidirectional: 513 for 512, 7 for 7",
+        ),
+    ),
+)
