@@ -31,8 +31,9 @@ def fuse(
     merged = linear(coarse[-1], weights[-1], bias if len(coarse) == 1 else None)
     for level in range(len(coarse) - 1, 0, -1):
         rows, offset = coarse[level - 1], start // pool**level % pool if causal else 0
-        above = _repeat(merged, rows.shape[1], pool, offset)
-        merged = linear(rows, weights[level - 1], bias if level == 1 else None) + above
+        projected = linear(rows, weights[level - 1], bias if level == 1 else None)
+        merged = projected + _repeat(merged, rows.shape[1], pool, offset)
+        del projected  # else it would live through the last, largest sum
     return fine + _repeat(merged, fine.shape[1], pool, start % pool + 1 if causal else 0)
 
 

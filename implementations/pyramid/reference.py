@@ -36,7 +36,8 @@ def fuse(
     columns = []
     for level, rows in enumerate(coarse, start=1):
         span = pool**level
-        row = (token + 1) // span - start // span if causal else token // span
+        reads = (token + 1 if causal else token).div(span, rounding_mode="floor")
+        row = reads - start // span if causal else reads
         columns.append(rows[:, row])  # [B, T, d_l]
     return fine + linear(torch.cat(columns, dim=2), weight, bias)
 
