@@ -55,11 +55,9 @@ def _fastest(view: pd.DataFrame, measured: pd.DataFrame) -> str:
 def _reach(view: pd.DataFrame, measured: pd.DataFrame) -> str:
     planned = view.groupby("method")["seq_len"].max()
     reached = measured.groupby("method")["seq_len"].max()
-    complete = [str(method) for method, length in reached.items() if length == planned[method]]
+    complete = [str(method) for method, length in reached.items() if length == planned[str(method)]]
     longest = format_tokens(int(planned.max())) + " tokens" if planned.nunique() == 1 else "their longest length"
-    furthest = {
-        str(method): rows.loc[rows["seq_len"].idxmax(), "series"] for method, rows in measured.groupby("method")
-    }
+    furthest = measured.sort_values("seq_len").groupby("method")["series"].last()
     stops = []
     for method in sorted(view["method"].unique(), key=lambda name: (-int(reached.get(name, 0)), name)):
         if method in complete:

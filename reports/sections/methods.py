@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -46,7 +47,7 @@ def _params(method: Method | None, rows: pd.DataFrame) -> list[dict[str, str]]:
     specs = {spec.name: spec.metadata for spec in dataclasses.fields(method.params)} if method else {}
     used = []
     for name, found in values.items():
-        meta = specs.get(name, {})
+        meta: Mapping[str, Any] = specs.get(name, {})
         role = " (memory size)" if method and name == method.memory_parameter else ""
         used.append({"name": name, "value": ", ".join(map(str, found)), "unit": meta.get("unit", ""),
                      "help": meta.get("help", "") + role, "source": meta.get("source", "")})  # fmt: skip
