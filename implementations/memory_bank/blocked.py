@@ -49,15 +49,17 @@ def _before_the_bank(
     whole, rest = divmod(T - opening, S)
     pieces = []
     if opening:
-        piece, k, v = _self_attend(layer, x[:, :opening], k, v)
-        pieces.append(piece)
+        part = x[:, :opening]
+        mixed, k, v = _self_attend(layer, part, k, v)
+        pieces.append(_prepare(layer, part, mixed))
     if whole:
-        stacked = x[:, opening : T - rest].reshape(B * whole, S, d_model)
-        parts = (part.view(B, whole, S, d_model).unbind(1) for part in _self_attend(layer, stacked)[0])
-        pieces += zip(*parts, strict=True)
+        part = x[:, opening : T - rest].reshape(B * whole, S, d_model)
+        stacked = _prepare(layer, part, _self_attend(layer, part)[0])
+        pieces += zip(*(each.view(B, whole, S, d_model).unbind(1) for each in stacked), strict=True)
     if rest:
-        piece, k, v = _self_attend(layer, x[:, T - rest :])
-        pieces.append(piece)
+        part = x[:, T - rest :]
+        mixed, k, v = _self_attend(layer, part)
+        pieces.append(_prepare(layer, part, mixed))
     elif (fill + T) % S == 0:
         k, v, _ = layer.no_tokens(B)
     return pieces, k, v
@@ -65,26 +67,26 @@ def _before_the_bank(
 
 def _self_attend(
     layer: MemoryBankLayer, x: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None
-) -> tuple[Piece, torch.Tensor, torch.Tensor]:
-    """Consecutive tokens of one segment a batch row; ``k, v`` of its earlier tokens go in, those of all come out."""
-    mixed, k, v = _mix(layer, layer.norm_self(x), k, v)
-    x = x + layer.o(merge_heads(mixed))
-    del mixed
-    normed = layer.norm_read(x)
-    half = linear(normed, layer.gate.weight[:, : x.shape[2]], layer.gate.bias)
-    return (x, layer.read_q(normed), half), k, v
-
-
-def _mix(
-    layer: MemoryBankLayer, normed: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Consecutive tokens of one segment a batch row; ``k, v`` of its earlier tokens go in, those of all come out."""
+    normed = layer.norm_self(x)
     q, new_k, new_v = (split_heads(project(normed), layer.num_heads) for project in (layer.q, layer.k, layer.v))
+    del normed
     if k is None or v is None:
         return scaled_dot_product_attention(q, new_k, new_v, is_causal=q.shape[2] > 1), new_k, new_v
     k, v = torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2)
     T, S = q.shape[2], k.shape[2]
     visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
     return scaled_dot_product_attention(q, k, v, attn_mask=visible), k, v
+
+
+def _prepare(layer: MemoryBankLayer, x: torch.Tensor, mixed: torch.Tensor) -> Piece:
+    """All of a piece that comes before the bank, from its input and what self-attention mixed."""
+    x = x + layer.o(merge_heads(mixed))
+    del mixed
+    normed = layer.norm_read(x)
+    half = linear(normed, layer.gate.weight[:, : x.shape[2]], layer.gate.bias)
+    return x, layer.read_q(normed), half
 
 
 def _with_bank(

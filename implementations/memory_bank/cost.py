@@ -1,0 +1,74 @@
+"""Closed forms of the memory bank. Derivation in README.md."""
+
+from __future__ import annotations
+
+from sympy import Expr, Integer, Max, Mod, ceiling, floor, sympify
+
+from ctxbench.cost import Cost
+from ctxbench.cost.symbols import B, L, T, d, e, param
+from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor, triangle
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations.memory_bank.params import MemoryBankParams
+
+M = param("num_slots")
+S = param("segment_len")
+
+
+def cost(impl: str, mode: str, causal: bool, params: MemoryBankParams) -> Cost:
+    """One impl in one mode. ``stream`` takes a segment a call, so that no segment is split."""
+    argmax = params.write == "argmax"
+    tokens: Expr = Integer(1) if mode == "decode" else T
+    writes = _writes(mode)
+    row_write = linear(B, d, 5 * d + (M if argmax else 0))  # key, gate, the row's two projections; slot logits
+    algorithmic = {
+        "projections": L * projections(tokens),
+        "attention": L * attention(_pairs(mode, whole_squares=False)),
+        "read": L * linear(B * tokens, d, 2 * d),
+        "read_attention": L * attention(tokens * M),
+        "gate": L * linear(B * tokens, 2 * d, d),
+        "ffn": block_ffn(tokens),
+        "write": L * writes * row_write,
+        "bank": L * linear(M, d, 2 * d) if mode != "decode" else Integer(0),  # the initial one, once for all rows
+    }
+    flops = dict(algorithmic)
+    if impl == "reference":
+        flops["attention"] = L * attention(_pairs(mode, whole_squares=True))
+        flops["write"] = L * writes * (row_write + linear(B * (M - 1), d, 2 * d))  # every row projected
+    if mode == "train":
+        core = FUSED_BACKWARD if impl == "blocked" else 2
+        fused = ("attention", "read_attention")
+        flops = {term: forward * (1 + core if term in fused else 3) for term, forward in flops.items()}
+        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
+        if argmax:  # the straight-through gradient asks what a write to any other slot would have changed
+            credit = L * writes * linear(B * M, d, 2 * d)
+            algorithmic["write"] += credit
+            flops["write"] += credit if impl == "blocked" else 0
+    return Cost(
+        algorithmic=algorithmic,
+        flops=flops,
+        num_parameters=_parameters(argmax),
+        state_bytes=L * (4 * tensor(B, M, d) + 2 * tensor(B, Mod(T, S), d) + Max(e, 4) * B * d),
+        depth=L if mode == "decode" else L * ceiling(T / S),
+    )
+
+
+def _writes(mode: str) -> Expr:
+    """Writes made: a whole sequence skips the one that nothing would read, a stream leaves it for what follows."""
+    if mode == "decode":
+        return floor((T + 1) / S) - floor(T / S)
+    return floor(T / S) if mode == "stream" else floor((T - 1) / S)
+
+
+def _pairs(mode: str, whole_squares: bool) -> Expr:
+    """Pairs of self-attention inside the segments; ``whole_squares``: also those a causal query cannot see."""
+    rest = Mod(T, S)
+    if mode == "decode":
+        return rest + 1
+    square = (lambda n: sympify(n) ** 2) if whole_squares else triangle
+    return floor(T / S) * square(S) + square(rest)
+
+
+def _parameters(argmax: bool) -> Expr:
+    maps = 9 * linear_parameters(d, d) + 2 * linear_parameters(2 * d, d)
+    logits = linear_parameters(d, M) if argmax else 0
+    return block_parameters(maps + logits + 4 * d + 2 * M * d)
