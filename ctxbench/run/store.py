@@ -83,6 +83,8 @@ def read_rows(folder: Path) -> list[Row]:
     Raises:
         RunFolderError: for a folder without rows, a damaged line or rows of another schema.
     """
+    if not (folder / ROWS).is_file() and (folder / RUN).is_file():
+        return []  # interrupted before the first cell had finished
     if not (folder / ROWS).is_file():
         raise RunFolderError(f"{folder} is not a run folder: it has no {ROWS}\n  `ctxbench run` writes one under runs/")
     found, _ = _read_lines(folder / ROWS, _row)
@@ -157,15 +159,14 @@ class Store:
 
     def forget(self, cells: Iterable[str]) -> None:
         """Drop the children of these cells, so that they are measured from the beginning; their rows stay for now."""
-        dropped = set(cells)
-        if any(self.outcomes.pop(cell, None) for cell in dropped):
+        if [cell for cell in cells if self.outcomes.pop(cell, None)]:
             kept = (entry for entries in self.outcomes.values() for entry in entries)
             self._replace(JOURNAL, b"".join(msgspec.json.encode(entry) + b"\n" for entry in kept))
 
     def compact(self, cells: Iterable[str]) -> None:
         """Leave exactly the last row of each of these cells, in this order, in one step."""
         wanted = [cell for cell in cells if cell in self.rows]
-        if self._superseded or len(wanted) != len(self.rows):
+        if self._superseded or wanted != list(self.rows):
             self.rows = {cell: self.rows[cell] for cell in wanted}
             self._replace(ROWS, b"".join(rows.encode(row) for row in self.rows.values()))
             self._superseded = False
@@ -307,7 +308,7 @@ def _check_schema(received: str, accepted: str, path: Path) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     """A folder with other things in it is not a run folder; --fresh must not remove files there by mistake."""
-    if not (folder / RUN).exists() and not (folder / ROWS).exists():
+    if not any((folder / name).exists() for name in (RUN, ROWS, JOURNAL)):
         others = [path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(".")]
         if others:
             raise RunFolderError(

@@ -1,0 +1,193 @@
+"""Every combination of the axes yields exactly one planned cell, with a forecast or a reason."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ctxbench.method import Method
+from ctxbench.pace import Pace, effort, groups, processes_for, within_budget
+from ctxbench.rows import row_for
+
+
+def by(plan: Any, **wanted: Any) -> list[Any]:
+    return [
+        planned for planned in plan.cells if all(getattr(planned.cell, name) == value for name, value in wanted.items())
+    ]
+
+
+def test_planning_all_methods_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom ctxbench.cli import cli\n"
+        "cli(['plan', '--methods', 'all', '--seq', '1k..128k', '--json'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules, 'imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_defaults_are_the_methods_own_choices(lab: Any) -> None:
+    plan = lab.plan(methods="all", seq_len="1k")
+    (window,) = by(plan, method="window")
+    cell = window.cell
+    assert (cell.num_layers, cell.d_ff, cell.causal, cell.position, cell.dtype) == (2, 1024, True, "rope", "fp32")
+    assert (cell.memory, cell.params) == (256, {"window": 256, "rate": 1.0, "shared": False, "kind": "soft"})
+    (plain,) = by(plan, method="plain")
+    assert (plain.cell.num_layers, plain.cell.causal, plain.cell.memory) == (1, False, None)
+
+
+def test_the_memory_axis_sets_the_memory_parameter_and_leaves_others_one_cell(lab: Any) -> None:
+    plan = lab.plan(methods="square,window", memory="128..512", seq_len="1k")
+    assert [(p.cell.memory, p.cell.params["window"]) for p in by(plan, method="window")] == [
+        (128, 128), (256, 256), (512, 512),
+    ]  # fmt: skip
+    assert [p.cell.memory for p in by(plan, method="square")] == [None]
+
+
+def test_a_parameter_set_by_name_wins_over_the_memory_axis(lab: Any) -> None:
+    config = lab.config(params={"window.window": 64}, methods="window", memory="128..512", seq_len="1k")
+    assert [planned.cell.memory for planned in lab.plan(config).cells] == [64]
+
+
+def test_what_cannot_run_is_a_cell_with_its_reason(lab: Any) -> None:
+    plan = lab.plan(methods="all", impls="all", seq_len="1023,1k", mode="forward,decode", memory="4k")
+    reasons = {
+        (p.cell.method, p.cell.impl, p.cell.seq_len, p.cell.mode): (p.status, p.reason) for p in plan.cells
+    }  # fmt: skip
+    assert reasons["square", "gpu", 1024, "forward"] == ("unsupported", "gpu runs on cuda, not on cpu")
+    assert reasons["square", "fast", 1023, "forward"] == ("unsupported", "odd lengths are refused")
+    assert reasons["square", "reference", 1024, "decode"] == ("unsupported", "nothing is carried")
+    assert reasons["plain", "reference", 1024, "decode"] == ("unsupported", "plain has no decode mode")
+    assert reasons["window", "reference", 1024, "forward"][0] == "unsupported"
+    assert "between 1 and 2048" in reasons["window", "reference", 1024, "forward"][1]
+    assert reasons["square", "fast", 1024, "forward"] == ("planned", "")
+
+
+def test_half_precision_on_cpu_is_refused_with_the_reason(lab: Any) -> None:
+    (planned,) = lab.plan(dtype="fp16", seq_len="1k").cells
+    assert planned.status == "unsupported"
+    assert "emulated" in planned.reason
+
+
+def test_an_impl_that_a_method_has_not_is_a_row_and_auto_leaves_it_out(lab: Any) -> None:
+    named = lab.plan(methods="plain,square", impls="fast", seq_len="1k")
+    assert {p.cell.method: p.status for p in named.cells} == {"plain": "unsupported", "square": "planned"}
+    auto = lab.plan(methods="square", impls="auto", seq_len="1k")
+    assert {p.cell.impl for p in auto.cells} == {"reference", "fast"}
+    without = lab.plan(methods="square", impls="-gpu", seq_len="1k")
+    assert {p.cell.impl for p in without.cells} == {"reference", "fast"}
+
+
+def test_a_plug_in_that_raises_is_a_cell_with_the_error(lab: Any) -> None:
+    def explode(*_: Any) -> Any:
+        raise RuntimeError("boom")
+
+    lab.add(Method(name="bad_support", build=explode, support=explode))
+    lab.add(Method(name="bad_cost", build=explode, cost=explode))
+    plan = lab.plan(methods="bad_support,bad_cost", seq_len="1k")
+    cost, support = plan.cells
+    assert (support.status, support.reason) == ("error", "support of bad_support raised RuntimeError: boom")
+    assert (cost.status, cost.formula_error) == ("planned", "RuntimeError: boom")
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    methods=st.sets(st.sampled_from(["square", "window", "plain"]), min_size=1),
+    impls=st.sampled_from(["all", "reference", "reference,fast,gpu", "-reference,reference"]),
+    lengths=st.sets(st.integers(1, 5000), min_size=1, max_size=4),
+    memory=st.one_of(st.none(), st.sets(st.sampled_from([1, 64, 4096]), min_size=1)),
+    modes=st.sets(st.sampled_from(["forward", "train", "stream", "decode"]), min_size=1),
+    causal=st.sampled_from(["auto", "true,false", "false"]),
+)
+def test_every_combination_is_planned_exactly_once(
+    lab: Any, methods: set[str], impls: str, lengths: set[int], memory: set[int] | None, modes: set[str], causal: str
+) -> None:
+    axes = {"methods": sorted(methods), "impls": impls, "seq_len": sorted(lengths), "mode": sorted(modes)}
+    plan = lab.plan(lab.config(**axes, causal=causal, memory=sorted(memory) if memory else None))
+    own = {"square": 3, "window": 1, "plain": 1}
+    expected = 0
+    for method in methods:
+        chosen = own[method] if impls == "all" else 3 if "gpu" in impls else 1
+        if impls.startswith("-"):
+            chosen = own[method]  # all, without the reference, and the reference again
+        sizes = len(memory) if memory and method == "window" else 1
+        expected += chosen * sizes * len(lengths) * len(modes) * (2 if causal == "true,false" else 1)
+    keys = [planned.cell.key for planned in plan.cells]
+    assert len(keys) == len(set(keys)) == expected
+    assert {planned.status for planned in plan.cells} <= {"planned", "unsupported", "skipped", "error"}
+    assert all(planned.reason for planned in plan.cells if planned.status != "planned")
+
+
+def test_forecasts_above_the_limits_are_skipped_with_the_limit(lab: Any) -> None:
+    plan = lab.plan(lab.config(limits={"memory_limit": "600MiB", "max_flops": 2e10}, seq_len="1k..16k"))
+    reasons = [planned.reason for planned in plan.cells]
+    assert reasons[0] == ""
+    assert "--max-flops 20.0 GFLOP" in reasons[3]
+    (planned,) = lab.plan(lab.config(limits={"memory_limit": "600MiB"}, seq_len="8k")).cells
+    assert "above the memory limit of 600 MiB" in planned.reason
+    (planned,) = lab.plan(lab.config(limits={"cell_timeout": "1s"}, seq_len="32k")).cells
+    assert "cell timeout" in planned.reason
+    assert planned.forecast.latency_s > 1
+
+
+@pytest.mark.parametrize("status", ["oom", "timeout", "killed"])
+def test_after_a_failure_longer_cells_of_the_series_are_implied(status: str, lab: Any) -> None:
+    plan = lab.plan(impls="reference,fast", seq_len="1k..8k")
+    failed = by(plan, impl="reference", seq_len=2048)[0]
+    again = lab.plan(impls="reference,fast", seq_len="1k..8k", finished=[row_for(failed.cell, status)])
+    assert [p.status for p in by(again, impl="reference")] == ["planned", "planned", "skipped", "skipped"]
+    assert by(again, impl="reference", seq_len=8192)[0].reason == f"implied by {status} at 2k tokens"
+    assert {p.status for p in by(again, impl="fast")} == {"planned"}
+
+
+def test_groups_hold_all_impls_of_a_length_and_long_calls_come_last(lab: Any) -> None:
+    config = lab.config(methods="square,window", impls="reference,fast", seq_len="1k..32k")
+    plan = lab.plan(config)
+    waiting = [planned for planned in plan.cells if planned.status == "planned"]
+    ordered = groups(waiting, config)
+    assert sorted(p.cell.key for group in ordered for p in group) == sorted(p.cell.key for p in waiting)
+    assert {p.cell.label() for p in ordered[0]} == {"square / reference", "square / fast", "window / reference"}
+    classes = [effort(group[0]) for group in ordered]
+    assert classes == sorted(classes)
+    assert classes[-1] > 0
+    for group in ordered:
+        assert len({(p.cell.seq_len, effort(p)) for p in group}) == 1
+
+
+def test_the_budget_takes_the_cheapest_cells(lab: Any) -> None:
+    config = lab.config(limits={"budget": "12s"}, seq_len="1k..32k")
+    plan = lab.plan(config)
+    fitting = [planned.cell.seq_len for planned in within_budget(plan)]
+    assert fitting == [1024, 2048, 4096, 8192][: len(fitting)]
+    assert 0 < len(fitting) < len(plan.cells)
+
+
+def test_long_calls_are_worth_fewer_processes() -> None:
+    assert [processes_for(latency, 5) for latency in (None, 0.1, 2.0, 3.0, 5.0, 6.0)] == [5, 5, 5, 2, 2, 1]
+
+
+def test_processes_shrink_until_the_rest_fits(lab: Any) -> None:
+    config = lab.config(protocol={"processes": 4}, seq_len="1k..4k")
+    cells, pace = lab.plan(config).cells, Pace(config)
+    assert pace.affordable(cells, cells, 1e6) == 4
+    assert pace.affordable(cells, cells, pace.total(cells, 2) + 0.01) == 2
+    assert pace.affordable(cells, cells, 0.0) == 1
+
+
+def test_the_pace_learns_the_fixed_cost_of_a_child(lab: Any) -> None:
+    pace = Pace(lab.config())
+    for _ in range(50):
+        pace.learn(elapsed_s=3.0, calls_s=1.0, gated=False)
+    assert pace.child_s == pytest.approx(2.0, rel=0.01)
+
+
+def test_counts_add_up(lab: Any) -> None:
+    plan = lab.plan(methods="all", impls="all", seq_len="1k..4k", mode="forward,train")
+    assert Counter(planned.status for planned in plan.cells) == plan.counts()
+    assert sum(plan.counts().values()) == len(plan.cells)
