@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sympy import Expr, Integer, Max, Min, Piecewise
 
-from ctxbench.cost.symbols import B, L, d, e, f
+from ctxbench.cost.symbols import B, L, d, f
 from ctxbench.cost.terms import ffn, linear_parameters, tensor, when_ffn
 
 
@@ -25,6 +25,6 @@ def stack_peak(tokens: Expr | int, mixing: Expr) -> Expr:
     residual, its norm and two hidden tensors; from the second layer on the layer's input is alive too.
     """
     row = tensor(B, tokens, d)
-    feed = Piecewise((2 * row + 2 * tensor(B, tokens, f) + 2 * e * B * tokens, f > 0), (Integer(0), True))
+    feed = Piecewise((2 * row + 2 * tensor(B, tokens, f), f > 0), (Integer(0), True))
     carried = Min(L - 1, 1) * row
     return Max(mixing, feed) + carried

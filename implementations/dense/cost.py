@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, floor
+from sympy import Expr, Integer, Max, Min, Piecewise, floor
 
 from ctxbench.cost import Cost
-from ctxbench.cost.symbols import B, C, L, T, d, e, h
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, causal_pairs, linear_parameters, projections, tensor
+from ctxbench.cost.symbols import B, C, L, T, d, e, f, h
+from ctxbench.cost.terms import (
+    FUSED_BACKWARD,
+    attention,
+    causal_pairs,
+    linear_parameters,
+    projections,
+    tensor,
+    when_ffn,
+)
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters, stack_peak
 from ctxbench.method import Params
 
@@ -56,11 +64,63 @@ def _first_chunk_saving() -> Expr:
     return first * (first - 1) / 2
 
 
-def _peak(impl: str, mode: str, causal: bool) -> Expr | None:
-    row = tensor(B, T, d)
+def _peak(impl: str, mode: str, causal: bool) -> Expr:
     if mode == "forward":
-        if impl == "blocked":  # norm, q, k, v, output, log-sum-exp in fp32
-            return stack_peak(T, 5 * row + 4 * B * h * T + 2 * e * B * T)
-        scores = tensor(B, h, T, T)  # norm, q, k, v; scores and masked scores, or scores and probabilities; the mask
-        return stack_peak(T, 4 * row + 2 * scores + (2 * T * T if causal else 0))
-    return None
+        return stack_peak(T, _mixing(impl, T, T, causal, fresh_keys=True))
+    if mode == "train":
+        return _train_peak(impl, causal)
+    if mode == "decode":
+        return _call_peak(impl, Integer(1), T + 1, caches=2 * L * tensor(B, T + 1, d), earlier=Integer(0))
+    whole, rest = floor(T / C) * C, T - floor(T / C) * C
+    return Max(
+        Piecewise((_streamed_call_peak(impl, C, whole), whole > 0), (0, True)),
+        Piecewise((_streamed_call_peak(impl, rest, T), rest > 0), (0, True)),
+    )
+
+
+def _streamed_call_peak(impl: str, tokens: Expr, keys: Expr) -> Expr:
+    """The caches before and after the call are alive together, and so is the output of the call before it."""
+    caches = 2 * L * (tensor(B, keys, d) + tensor(B, keys - tokens, d))
+    return _call_peak(impl, tokens, keys, caches, Piecewise((tensor(B, C, d), keys > tokens), (0, True)))
+
+
+def _call_peak(impl: str, tokens: Expr, keys: Expr, caches: Expr, earlier: Expr) -> Expr:
+    row = tensor(B, tokens, d)
+    mixing = _mixing(impl, tokens, keys, causal=True, fresh_keys=False)
+    feed = when_ffn(2 * row + 2 * tensor(B, tokens, f))
+    return caches + earlier + Max(mixing, feed) + Min(L - 1, 1) * row
+
+
+def _mixing(impl: str, tokens: Expr, keys: Expr, causal: bool, fresh_keys: bool) -> Expr:
+    """Bytes inside the mixer at its worst. ``fresh_keys``: k and v are its own, not part of a cache."""
+    row = tensor(B, tokens, d)
+    own = 2 * row + (2 * row if fresh_keys else 0)  # norm and q; k and v
+    if impl == "blocked":  # output and fp32 log-sum-exp, then output and its projection
+        # Beside a cache there is a mask, kept as booleans and in the dtype.
+        masked = Piecewise(((e + 1) * tokens * keys, (keys > tokens) & (tokens > 1)), (0, True))
+        return own + row + Max(row, 4 * B * h * tokens + masked)
+    scores, mask = tensor(B, h, tokens, keys), tokens * keys if causal else Integer(0)
+    # Scores and masked scores beside the mask and its inverse; then scores, probabilities, mask and output, with a
+    # copy of v where the batch keeps its heads from being one dimension of a batched product.
+    copied = Min(B - 1, 1) * row if fresh_keys else Integer(0)
+    return own + 2 * scores + mask + Max(mask, row + copied)
+
+
+def _train_peak(impl: str, causal: bool) -> Expr:
+    """The top layer's backward pass, in its FFN or in its attention.
+
+    Holds while a layer's activations outweigh its weights, about T > d: then lower layers free more than their
+    gradients take.
+    """
+    row, hidden, statistics = tensor(B, T, d), tensor(B, T, f), 2 * e * B * T
+    scores, mask = tensor(B, h, T, T), T * T if causal else Integer(0)
+    core = 4 * B * h * T if impl == "blocked" else scores + mask  # log-sum-exp; probabilities and mask
+    kept = core + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)  # norm q k v o, output; FFN's
+    in_ffn = when_ffn(kept + hidden + e * (d * f + d))
+    # Attention: the FFN's part is freed but for its gradients, and the gradient of the residual is alive.
+    gradients = e * (d * d + d) + when_ffn(row + e * (2 * d * f + f + 3 * d))
+    if impl == "blocked":  # norm q k v o, output; gradients of o, q, k and v
+        in_attention = core + 10 * row + statistics + gradients
+    else:  # norm q k, output, gradient of v; gradients of the probabilities and of the scores
+        in_attention = core + 5 * row + 2 * scores + statistics + gradients
+    return (L - 1) * kept + Max(in_ffn, in_attention)
