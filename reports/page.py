@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ctxbench import __version__
+from ctxbench.analysis.printable import printable
 from ctxbench.analysis.runs import read_runs
 from ctxbench.errors import RunFolderError
 from ctxbench.registry import Registry, discover
@@ -68,7 +69,7 @@ def render(report: Report) -> str:
         sections={name: heading for name, (heading, _) in SECTIONS.items()},
         version=__version__,
         css=_asset("report.css"),
-        js=_asset("report.js"),
+        scripts=[_asset("report.js"), _asset("table.js")],
         plotly=plotly_script(),
         figures=pack(json.dumps(_finite(report.figures), separators=(",", ":"), allow_nan=False)),
         rows=pack(_rows(report)),
@@ -114,7 +115,7 @@ def _asset(name: str) -> Markup:
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("ctxbench.reports", "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
     )  # fmt: skip
     environment.globals["now"] = lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return environment

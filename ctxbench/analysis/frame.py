@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ctxbench.analysis.printable import printable
 from ctxbench.analysis.runs import Run
 from ctxbench.rows import Row
 from ctxbench.units import format_tokens
@@ -162,7 +163,7 @@ def _series(frame: pd.DataFrame) -> list[str]:
     labels = []
     for method, impl, params in zip(frame["method"], frame["impl"], settings, strict=True):
         extra = ", ".join(f"{name}={params.get(name)}" for name in sorted(varying[method, impl]))
-        labels.append(f"{method} / {impl}" + (f" ({extra})" if extra else ""))
+        labels.append(printable(f"{method} / {impl}" + (f" ({extra})" if extra else "")))
     return labels
 
 

@@ -1,56 +1,69 @@
 "use strict";
-(async () => {
-  const $ = (selector, root = document) => root.querySelector(selector);
-  const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const create = (tag, text = "", attributes = {}) => {
-    const node = document.createElement(tag);
-    node.textContent = text;
-    Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
-    return node;
-  };
-  const say = (text) => { $("#status").textContent = text; setTimeout(() => { $("#status").textContent = ""; }, 2500); };
-  const copy = (text) => navigator.clipboard.writeText(text).then(() => say("Copied"), () => say("The browser refused to copy"));
-  const unpack = (id) => {
-    const bytes = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
-  };
-  const typing = (event) => /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey;
+const $ = (selector, root = document) => root.querySelector(selector);
+const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+const create = (tag, text = "", attributes = {}) => {
+  const node = document.createElement(tag);
+  node.textContent = text;
+  Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
+  return node;
+};
+const say = (text) => { $("#status").textContent = text; setTimeout(() => { $("#status").textContent = ""; }, 2500); };
+const copy = (text) => navigator.clipboard.writeText(text).then(() => say("Copied"), () => say("The browser refused to copy"));
+const unpack = (id) => {
+  const bytes = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+};
+const typing = (event) => /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey;
 
-  // Theme: the system's, until the reader chooses; remembered where the browser allows it.
-  const root = document.documentElement, themes = ["system", "light", "dark"];
-  const remember = (value) => { try { return value ? localStorage.setItem("ctxbench-theme", value) : localStorage.getItem("ctxbench-theme"); } catch { return null; } };
-  let theme = themes.includes(remember()) ? remember() : "system";
-  const setTheme = (next) => {
-    theme = next;
-    if (theme === "system") root.removeAttribute("data-theme"); else root.dataset.theme = theme;
-    $("#theme").textContent = `Theme: ${theme}`;
-    remember(theme);
-    repaint();
-  };
+// Theme: the system's, until the reader chooses; remembered where the browser allows it.
+const root = document.documentElement, themes = ["system", "light", "dark"];
+const remember = (value) => { try { return value ? localStorage.setItem("ctxbench-theme", value) : localStorage.getItem("ctxbench-theme"); } catch { return null; } };
+let theme = themes.includes(remember()) ? remember() : "system";
+const setTheme = (next) => {
+  theme = next;
+  if (theme === "system") root.removeAttribute("data-theme"); else root.dataset.theme = theme;
+  $("#theme").textContent = `Theme: ${theme}`;
+  remember(theme);
+  dispatchEvent(new Event("repaint"));
+};
+const nextTheme = () => setTheme(themes[(themes.indexOf(theme) + 1) % 3]);
+$("#theme").addEventListener("click", nextTheme);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dispatchEvent(new Event("repaint")));
+$$("[hidden]").forEach((node) => { node.hidden = false; });
+$$("[data-copy]").forEach((button) => button.addEventListener("click", () => copy($(`#${button.dataset.copy}`).textContent)));
+document.addEventListener("keydown", (event) => {
+  if (typing(event)) return;
+  if (event.key === "/") { event.preventDefault(); $("#filter").focus(); $("#filter").scrollIntoView({ block: "center" }); }
+  if (event.key === "t") nextTheme();
+});
 
-  // Axes: the same texts as the static figures.
-  const UNITS = { s: [[1e-9, "ns"], [1e-6, "µs"], [1e-3, "ms"], [1, "s"], [1e3, "ks"]], x: [[1, "×"]],
-    B: ["B", "KiB", "MiB", "GiB", "TiB"].map((name, i) => [1024 ** i, name]),
-    FLOP: ["", "k", "M", "G", "T", "P", "E"].map((name, i) => [1000 ** i, `${name}FLOP`]) };
-  const label = (value, unit) => {
-    const [factor, name] = UNITS[unit].findLast(([factor]) => Math.abs(value) >= factor * 0.9995) || UNITS[unit][0];
-    return value === 0 ? "0" : `${Number((value / factor).toPrecision(3))} ${name}`;
-  };
-  const ticks = (low, high, unit, log) => {
-    const base = unit === "B" ? 2 : 10, found = [];
-    if (!log) {
-      const raw = (high - low) / 5, power = base ** Math.floor(Math.log(raw) / Math.log(base));
-      const step = (base === 2 ? [1, 2] : [1, 2, 5, 10]).find((m) => m * power >= raw * 0.999) * power;
-      for (let tick = 0; tick <= high; tick += step) found.push(tick);
-      return found;
-    }
-    const [first, last] = [low, high].map((value) => Math.log(value) / Math.log(base));
-    const step = Math.max(1, Math.ceil((last - first) / 7));
-    const steps = base === 10 && last - first < 1.3 ? [1, 2, 5] : [1];
-    for (let i = Math.floor(first / step) * step; i <= last; i += step) steps.forEach((m) => found.push(m * base ** i));
-    return found.filter((tick) => tick >= low && tick <= high);
-  };
+setTheme(theme);
 
+// Axes: the same texts as the static figures.
+const UNITS = { s: [[1e-9, "ns"], [1e-6, "µs"], [1e-3, "ms"], [1, "s"], [1e3, "ks"]], x: [[1, "×"]],
+  B: ["B", "KiB", "MiB", "GiB", "TiB"].map((name, i) => [1024 ** i, name]),
+  FLOP: ["", "k", "M", "G", "T", "P", "E"].map((name, i) => [1000 ** i, `${name}FLOP`]) };
+const label = (value, unit) => {
+  const [factor, name] = UNITS[unit].findLast(([factor]) => Math.abs(value) >= factor * 0.9995) || UNITS[unit][0];
+  return value === 0 ? "0" : `${Number((value / factor).toPrecision(3))} ${name}`;
+};
+const ticks = (low, high, unit, log) => {
+  const base = unit === "B" ? 2 : 10, found = [];
+  const even = () => {
+    const raw = (high - low) / 5, power = base ** Math.floor(Math.log(raw) / Math.log(base));
+    const step = (base === 2 ? [1, 2] : [1, 2, 5, 10]).find((m) => m * power >= raw * 0.999) * power;
+    return [...Array(Math.floor(high / step) + 1).keys()].map((i) => i * step);
+  };
+  if (!log) return even();
+  const [first, last] = [low, high].map((value) => Math.log(value) / Math.log(base));
+  const step = Math.max(1, Math.ceil((last - first) / 7)), steps = base === 10 && last - first < 2 ? [1, 2, 5] : [1];
+  for (let i = Math.floor(first / step) * step; i <= last; i += step) steps.forEach((m) => found.push(m * base ** i));
+  const inside = (list) => list.filter((tick) => tick >= low && tick <= high);
+  return inside(found).length > 2 ? inside(found) : inside(even());
+};
+
+
+async function drawCharts() {
   const figures = JSON.parse(await unpack("#figures-data"));
   const defaults = JSON.parse($("#views").textContent);
   const state = { view: "0", impl: "fastest", value: "absolute", scale: "log" };
@@ -104,6 +117,7 @@
     plot.dataset.drawn = "";
   };
   const repaint = () => { if (window.Plotly) $$(".plot[data-drawn]").forEach(draw); };
+  addEventListener("repaint", repaint);
   const update = () => {
     chips.forEach((chip) => chip.setAttribute("aria-pressed", shown.has(chip.dataset.series)));
     let lost = 0;
@@ -122,10 +136,6 @@
   };
 
   // Controls
-  $$("[hidden]").forEach((node) => { node.hidden = false; });
-  $$("[data-copy]").forEach((button) => button.addEventListener("click", () => copy($(`#${button.dataset.copy}`).textContent)));
-  $("#theme").addEventListener("click", () => setTheme(themes[(themes.indexOf(theme) + 1) % 3]));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
   new URLSearchParams(location.hash.slice(1)).forEach((value, name) => {
     const select = tools.elements[name];
     if (select && [...select.options].some((option) => option.value === value)) state[name] = select.value = value;
@@ -139,92 +149,7 @@
     chip.addEventListener("dblclick", () => alone(name));
   });
 
-  // Table: sort, filter, copy, details
-  const table = $("#cells"), body = table.tBodies[0], rows = [...body.rows], filter = $("#filter");
-  const records = unpack("#rows-data").then((text) => ({ text, rows: text.trim().split("\n").map((line) => JSON.parse(line)) }));
-  const key = (row, i) => row.cells[i].dataset.v ?? row.cells[i].textContent.trim();
-  const close = () => $$(".detail", body).forEach((row) => { $("button", row.previousElementSibling).setAttribute("aria-expanded", "false"); row.remove(); });
-  $$("th", table).forEach((head, i) => {
-    const button = create("button", head.textContent, { type: "button" });
-    head.replaceChildren(button);
-    button.addEventListener("click", () => {
-      const up = head.getAttribute("aria-sort") !== "ascending", sign = up ? 1 : -1, number = head.classList.contains("n");
-      $$("th", table).forEach((other) => { other.removeAttribute("aria-sort"); $("button", other).textContent = $("button", other).textContent.replace(/ [▲▼]$/, ""); });
-      head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      button.textContent += up ? " ▲" : " ▼";
-      close();
-      const order = (a, b) => (a === "" || b === "" ? (a === "") - (b === "") : sign * (number ? a - b : a.localeCompare(b)));
-      body.append(...rows.sort((a, b) => order(key(a, i), key(b, i))));
-    });
-  });
-  const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
-  const narrow = () => {
-    close();
-    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-    rows.forEach((row) => { row.hidden = !words.every((word) => texts.get(row).includes(word)); });
-    $("#matches").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} cells`;
-  };
-  filter.addEventListener("input", narrow);
-  const ESCAPES = {
-    markdown: (text) => text.replace(/[\\`*_{}[\]<>|#]/g, "\\$&"),
-    latex: (text) => text.replace(/[\\&%$#_{}~^]/g, (c) => ({ "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}" })[c] || `\\${c}`).replace(/±/g, "$\\pm$").replace(/µ/g, "$\\mu$"),
-    csv: (text) => (/[",\n]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text) };
-  $$("[data-table]").forEach((button) => button.addEventListener("click", () => {
-    const kind = button.dataset.table, heads = $$("th", table).map((head) => head.textContent.replace(/ [▲▼]$/, ""));
-    const lines = [heads, ...rows.filter((row) => !row.hidden).sort((a, b) => a.rowIndex - b.rowIndex).map((row) => [...row.cells].map((cell) => cell.lastElementChild?.tagName === "BDI" ? cell.lastElementChild.textContent : cell.textContent.trim()))].map((line) => line.map(ESCAPES[kind]));
-    const rule = `| ${heads.map((_, i) => (table.rows[0].cells[i].classList.contains("n") ? "---:" : "---")).join(" | ")} |`;
-    copy({ csv: () => lines.map((line) => line.join(",")).join("\n"),
-      markdown: () => lines.map((line) => `| ${line.join(" | ")} |`).toSpliced(1, 0, rule).join("\n"),
-      latex: () => `\\begin{tabular}{${heads.map((_, i) => (table.rows[0].cells[i].classList.contains("n") ? "r" : "l")).join("")}}\n${lines.map((line) => `${line.join(" & ")} \\\\`).toSpliced(1, 0, "\\hline").join("\n")}\n\\end{tabular}` }[kind]());
-  }));
-  const strip = (samples) => {
-    const all = samples.flat(), low = Math.min(...all), span = Math.max(...all) - low || 1, ns = "http://www.w3.org/2000/svg";
-    const svg = document.createElementNS(ns, "svg");
-    Object.entries({ class: "strip", role: "img", viewBox: `0 0 400 ${14 * samples.length + 4}`, "aria-label": "All samples, one line a process" }).forEach((pair) => svg.setAttribute(...pair));
-    samples.forEach((process, i) => process.forEach((value) => {
-      const dot = document.createElementNS(ns, "circle");
-      Object.entries({ cx: 6 + (388 * (value - low)) / span, cy: 9 + 14 * i, r: 3 }).forEach((pair) => dot.setAttribute(...pair));
-      svg.append(dot);
-    }));
-    return [svg, create("span", `${label(low, "s")} to ${label(low + span, "s")}, a line for each process`, { class: "note" })];
-  };
-  const details = (row) => {
-    const list = create("dl"), plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-    const add = (name, ...nodes) => { const value = create("dd", "", { dir: "auto" }); value.append(...nodes); list.append(create("dt", name), value); };
-    if (row.reason) add("reason", row.reason);
-    if (row.latency_s) { add("samples", ...strip(row.latency_s.samples)); add("stopped because", row.latency_s.stop.join("; ") || "not recorded"); }
-    row.warnings.forEach((warning) => add("warning", warning));
-    ["gate", "forecast", "flops", "peak_bytes", "state_bytes", "num_parameters", "params", "env_delta"].forEach((name) => { if (row[name] && plain(row[name]) !== "{}") add(name, create("code", plain(row[name]))); });
-    if (row.detail) add("detail", create("pre", row.detail, { tabindex: 0 }));
-    add("cell", create("code", row.cell));
-    return list;
-  };
-  rows.forEach((row) => {
-    const button = create("button", "▸", { type: "button", "aria-expanded": "false", "aria-label": `Details of ${[...row.cells].slice(0, 3).map((cell) => cell.textContent).join(" ")}` });
-    row.cells[0].prepend(button);
-    const toggle = async () => {
-      if (button.getAttribute("aria-expanded") === "true") { row.nextElementSibling.remove(); return button.setAttribute("aria-expanded", "false"); }
-      button.setAttribute("aria-expanded", "true");
-      const detail = create("tr", "", { class: "detail" }), cell = create("td", "", { colspan: row.cells.length }), inner = create("div");
-      inner.append(details((await records).rows[row.dataset.row]));
-      cell.append(inner); detail.append(cell); row.after(detail);
-    };
-    row.addEventListener("click", () => { if (!getSelection().toString()) toggle(); });
-  });
-  narrow();
-  $("#download").addEventListener("click", async () => {
-    const link = create("a", "", { download: "rows.jsonl", href: URL.createObjectURL(new Blob([(await records).text])) });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  });
-  document.addEventListener("keydown", (event) => {
-    if (typing(event)) return;
-    if (event.key === "/") { event.preventDefault(); filter.focus(); filter.scrollIntoView({ block: "center" }); }
-    if (event.key === "t") setTheme(themes[(themes.indexOf(theme) + 1) % 3]);
-  });
-
   // The chart library, and each chart when it comes near; where it fails, the static figure.
-  setTheme(theme);
   update();
   try {
     document.head.append(create("script", await unpack("#plotly-data")));
@@ -236,4 +161,5 @@
   } catch (problem) {
     $$("figure noscript").forEach((fallback) => { fallback.previousElementSibling.innerHTML = fallback.textContent; });
   }
-})();
+}
+drawCharts();

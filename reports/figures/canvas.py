@@ -13,6 +13,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ctxbench.analysis.printable import printable
+
 INK, GRID = "#5b6270", "#9aa0aa"
 STYLE = {
     "svg.fonttype": "none",
@@ -68,7 +70,7 @@ def figure(width: float = 4.4, height: float = 3.4) -> Figure:
     """
     chart = Figure(figsize=(width, height))
     chart.subplots_adjust(
-        left=0.8 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.3 / height, hspace=0.12
+        left=0.8 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.12 / height, hspace=0.12
     )
     return chart
 
@@ -96,7 +98,7 @@ def inline_svg(chart: Figure, title: str) -> str:
     """SVG for the page: coordinates to a tenth of a point, text and axes in the page's own ink."""
     svg = compact(save(chart, "svg", box=None).decode()).replace(INK, "currentColor")
     svg = _STROKES.sub(_join, _GRID_LINE.sub('class="rule"', svg))
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(printable(title))}" ', 1)
 
 
 def _join(match: re.Match[str]) -> str:

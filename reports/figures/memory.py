@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ctxbench.analysis.frame import records
+from ctxbench.analysis.printable import printable
 from ctxbench.reports.figures import canvas, scales
 from ctxbench.reports.figures.overview import LENGTH
 from ctxbench.reports.figures.plotly_json import axis, hover, layout, ticks
@@ -89,7 +90,11 @@ def static(table: pd.DataFrame, metric: Metric, styles: Mapping[str, Style], leg
         for series, mine in drawn.groupby("series", sort=True):
             style, mine = styles[mine["method"].iloc[0]], mine.sort_values("memory")
             axes.plot(
-                mine["memory"], mine["value"], color=style.color, linestyle=MPL_DASHES[style.dash], label=str(series)
+                mine["memory"],
+                mine["value"],
+                color=style.color,
+                linestyle=MPL_DASHES[style.dash],
+                label=str(series),
             )
             for kind, face in (("measured", style.color), ("forecast", "none")):
                 some = mine[mine["kind"] == kind]
@@ -129,7 +134,7 @@ def heat_map(table: pd.DataFrame, metric: Metric, title: str) -> Figure:
         axes.set_yticks(range(len(sizes)), [format_tokens(size) for size in sizes])
         axes.set_xlabel(LENGTH)
         axes.set_ylabel("memory (tokens)")
-        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_title(printable(title), fontsize=9, loc="left")
         return chart
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ctxbench.analysis.printable import printable
 from ctxbench.analysis.slopes import model_table
 from ctxbench.reports.figures import canvas, scales
 from ctxbench.reports.figures.overview import LENGTH
@@ -51,14 +52,21 @@ def interactive(table: pd.DataFrame, style: Style) -> dict[str, Any]:
     return {
         "data": [trace for trace in traces if trace["x"]],
         "layout": layout(
+            annotations=[_label("residual: measured / line \u2212 1", 0.425), _label("local slope", 0.235)],
             xaxis=axis(type="log", range=scales.log_range(lengths), anchor="y3",
                        title={"text": LENGTH, "standoff": 6}, **ticks(*texts)),
-            yaxis=axis(type="log", domain=[0.46, 1], range=scales.log_range(values),
+            yaxis=axis(type="log", domain=[0.48, 1], range=scales.log_range(values),
                        **ticks(*scales.log_ticks(values, "s", most=5))),
-            yaxis2=axis(domain=[0.27, 0.41], range=residual_range(table), ticksuffix=" %", nticks=3),
-            yaxis3=axis(domain=[0, 0.22], range=slope_range(table), nticks=4),
+            yaxis2=axis(domain=[0.27, 0.4], range=residual_range(table), ticksuffix=" %", nticks=3),
+            yaxis3=axis(domain=[0, 0.21], range=slope_range(table), nticks=4),
         ),
     }  # fmt: skip
+
+
+def _label(text: str, height: float) -> dict[str, Any]:
+    """The name of a panel, above its left end."""
+    return {"text": text, "xref": "paper", "yref": "paper", "x": 0, "y": height, "xanchor": "left", "yanchor": "middle",
+            "showarrow": False, "font": {"size": 11}}  # fmt: skip
 
 
 def residual_range(table: pd.DataFrame) -> list[float]:
@@ -127,6 +135,6 @@ def static(table: pd.DataFrame, style: Style, title: str = "") -> Figure:
         residual.set_ylabel("residual (%)")
         slope.set_ylabel("slope")
         slope.set_xlabel(LENGTH)
-        latency.set_title(title, fontsize=9, loc="left")
+        latency.set_title(printable(title), fontsize=9, loc="left")
         chart.align_ylabels()
         return chart

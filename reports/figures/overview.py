@@ -180,7 +180,8 @@ def static(
         canvas.bare_log(axes, "y", *scales.log_ticks(table["value"].dropna(), metric.unit))
         axes.set_xlim(*(10**edge for edge in scales.log_range(lengths)))
         axes.set_xlabel(LENGTH)
-        axes.set_title(f"{metric.title}: {metric.note}" if legend else "", fontsize=9, loc="left")
+        if legend:
+            strip.set_title(f"{metric.title}: {metric.note}", fontsize=9, loc="left")
         if legend and axes.get_legend_handles_labels()[0]:
             axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
         return chart

@@ -6,13 +6,15 @@ import html
 import textwrap
 from typing import Any
 
+from ctxbench.analysis.printable import printable
+
 GRID, INK = "#8a8f98", "#6b7280"  # replaced in the browser by the colours of the theme
 
 
 def hover(text: str) -> str:
     """Escape and wrap a text for Plotly, which interprets a subset of HTML; directions of writing are isolated."""
     lines = []
-    for line in text.splitlines()[:8]:
+    for line in printable(text).splitlines()[:8]:
         wrapped = textwrap.wrap(line, 64, max_lines=4, placeholder=" \u2026") or [""]
         lines += [f"\u2068{html.escape(part)}\u2069" for part in wrapped]
     return "<br>".join(lines)

@@ -39,11 +39,11 @@ LATENCY = Metric(
     ("latency_low_s", "latency_high_s"), ("forecast_low_s", "forecast_high_s"),
 )  # fmt: skip
 MEMORY = Metric(
-    "memory", "Peak memory", "bytes above parameters and inputs", "B", ("peak_allocated", "peak_resident"),
+    "memory", "Peak memory", "above parameters and inputs", "B", ("peak_allocated", "peak_resident"),
     ("peak_traced", "peak_formula", "forecast_peak_bytes"),
 )  # fmt: skip
 FLOPS = Metric(
-    "flops", "FLOPs", "executed per call, one multiply-add = 2", "FLOP", ("flops_counted",),
+    "flops", "FLOPs", "executed per call", "FLOP", ("flops_counted",),
     ("flops_formula", "flops_algorithmic"), exact=True,
 )  # fmt: skip
 METRICS = (LATENCY, MEMORY, FLOPS)

@@ -26,21 +26,23 @@ def text(value: float, unit: str) -> str:
 
 
 def log_ticks(values: Iterable[float], unit: str, most: int = 7) -> tuple[list[float], list[str]]:
-    """Ticks that cover positive values on a logarithmic axis: decades, or powers of two for bytes."""
-    positive = [value for value in values if value > 0 and math.isfinite(value)]
-    if not positive:
-        return [], []
-    low, high = min(positive), max(positive)
-    if unit == "B":
-        ticks = _powers(low, high, 2.0, most)
-    elif high / low < 20:
-        mantissas = (1, 2, 5) if high / low > 2.5 else (1, 1.5, 2, 3, 4, 5, 6, 8)
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        grid = [m * 10.0**power for power in range(first, last + 1) for m in mantissas]
-        ticks = [tick for tick in grid if low / 1.3 <= tick <= high * 1.3]
-    else:
-        ticks = _powers(low, high, 10.0, most)
+    """Ticks inside the range of a logarithmic axis: decades, or powers of two for bytes; finer where it is narrow."""
+    low, high = (10**edge for edge in log_range(values))
+    base = 2.0 if unit == "B" else 10.0
+    ticks = _inside(_powers(low, high, base, most), low, high)
+    if len(ticks) < 3 and base == 10:
+        ticks = _inside([m * tick for tick in _powers(low / 10, high, base, most) for m in (1, 2, 5)], low, high)
+    if len(ticks) < 3:
+        ticks = _inside(even_steps(low, high, base), low, high)
     return ticks, [text(tick, unit) for tick in ticks]
+
+
+def even_steps(low: float, high: float, base: float) -> list[float]:
+    """Three to six multiples of a round number from 0 to ``high``, as far as they lie above ``low``."""
+    raw = (high - low) / 5
+    power = base ** math.floor(math.log(raw, base) + 1e-9)
+    step = next(m * power for m in ((1, 2) if base == 2 else (1, 2, 5, 10)) if m * power >= raw * 0.999)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def token_ticks(lengths: Iterable[int], most: int = 10) -> tuple[list[int], list[str]]:
@@ -48,7 +50,8 @@ def token_ticks(lengths: Iterable[int], most: int = 10) -> tuple[list[int], list
     unique = sorted(set(lengths))
     far = all(b / a > 1.45 for a, b in itertools.pairwise(unique))
     if len(unique) > most or not far:
-        unique = [round(tick) for tick in _powers(unique[0], unique[-1], 2.0, most)] or unique[:1]
+        powers = _inside(_powers(unique[0], unique[-1], 2.0, most), unique[0], unique[-1])
+        unique = [round(tick) for tick in powers] or unique[:1]
     return unique, [format_tokens(tick) for tick in unique]
 
 
@@ -60,9 +63,10 @@ def log_range(values: Iterable[float], margin: float = 0.06) -> list[float]:
 
 
 def _powers(low: float, high: float, base: float, most: int) -> list[float]:
-    first, last = (round(math.log(low, base), 6), round(math.log(high, base), 6))
+    first, last = (round(math.log(edge, base), 6) for edge in (low, high))
     step = max(1, math.ceil((last - first) / most))
-    begin = math.floor(first / step) * step
-    ticks = [base ** (begin + i * step) for i in range(most + 3)]
-    inside = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
-    return inside if len(inside) > 1 else [tick for tick in ticks if low / base <= tick <= high * base]
+    return [base**power for power in range(math.floor(first / step) * step, math.ceil(last) + 1, step)]
+
+
+def _inside(ticks: list[float], low: float, high: float) -> list[float]:
+    return [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]

@@ -11,6 +11,7 @@ from ctxbench.reports.figures import memory, scales
 from ctxbench.reports.figures.points import LATENCY, MEMORY
 from ctxbench.reports.palette import status_of
 from ctxbench.reports.report import Report
+from ctxbench.reports.swatch import swatch
 from ctxbench.units import format_tokens
 
 
@@ -31,7 +32,9 @@ def context(report: Report) -> dict[str, Any]:
                               memory.static(table, metric, report.styles))  # fmt: skip
         charts.append({"metric": metric, "chart": figure})
     fixed = sorted(set(view.frame["method"]) - set(swept["method"]))
-    return {"sentence": "", "charts": charts, "maps": _maps(swept), "length": format_tokens(length), "fixed": fixed}
+    return {"sentence": "", "charts": charts, "maps": _maps(swept), "length": format_tokens(length), "fixed": fixed,
+            "key": [(series, swatch(report.styles[method])) for series, method in
+                    sorted(set(swept[["series", "method"]].itertuples(index=False, name=None)))]}  # fmt: skip
 
 
 def _fixed_length(rows: pd.DataFrame) -> int:

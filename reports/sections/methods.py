@@ -12,7 +12,7 @@ import pandas as pd
 from ctxbench.method import Method
 from ctxbench.reports.palette import status_of
 from ctxbench.reports.report import Report
-from ctxbench.reports.sections.overview import swatch
+from ctxbench.reports.swatch import swatch
 
 
 def context(report: Report) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ctxbench.analysis.frame import records, views
+from ctxbench.analysis.printable import printable
 from ctxbench.analysis.slopes import trend
 from ctxbench.reports.figures import model
 from ctxbench.reports.formulas import formulas
@@ -45,7 +46,7 @@ def _card(report: Report, rows: pd.DataFrame, label: str) -> dict[str, Any]:
     measured = table[table["latency_s"].notna()]
     card: dict[str, Any] = {
         "title": title,
-        "impl": first["series"].removeprefix(f"{first['method']} / "),
+        "impl": first["series"].removeprefix(f"{printable(first['method'])} / "),
         "label": label,
     }
     card["missing"] = _missing(table)
@@ -72,7 +73,11 @@ def _verdict(table: pd.DataFrame) -> str:
         span = f" (95 % interval {seen.low:.2f} to {seen.high:.2f})" if seen.low == seen.low else ""
         text += f" Slope over all lengths: measured {seen.value:.2f}{span}, formula {said.value:.2f}."
     worst = both.sort_values("residual", key=abs).iloc[-1]
-    return text + f" Largest residual {100 * worst['residual']:+.0f} % at {format_tokens(int(worst['seq_len']))}."
+    return text + f" Largest residual {_signed(100 * worst['residual'])} % at {format_tokens(int(worst['seq_len']))}."
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.0f}".replace("-", "\u2212")
 
 
 def _missing(table: pd.DataFrame) -> list[str]:
