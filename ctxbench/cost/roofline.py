@@ -43,6 +43,16 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
         """FLOP/s in a dtype; the slowest known one stands in for a dtype that was not calibrated."""
         return self.flops_per_s.get(dtype) or min(self.flops_per_s.values())
 
+    def raised_by(self, other: Ceilings) -> Ceilings:
+        """The higher of both: a calibration beside other work must not lower what the machine has already shown."""
+        if not self.calibrated:
+            return other
+        rates = {
+            dtype: max(self.flops_per_s.get(dtype, 0.0), other.flops_per_s.get(dtype, 0.0))
+            for dtype in {*self.flops_per_s, *other.flops_per_s}
+        }
+        return msgspec.structs.replace(other, flops_per_s=rates, bytes_per_s=max(self.bytes_per_s, other.bytes_per_s))
+
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
     """A finished cell of a series."""

@@ -52,7 +52,8 @@ class Plain(Progress):
             self._print(f"{self.done:>4}/{self.total}  {describe(row)}{self._eta()}")
 
     def _eta(self) -> str:
-        return "" if self.left_s is None else f"  about {format_seconds(self.left_s)} left"
+        seconds = round(self.left_s or 0)
+        return f"  about {format_seconds(seconds)} left" if seconds else ""
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)

@@ -155,18 +155,17 @@ def _torch_view(supervisor: Supervisor) -> dict[str, Any]:
 
 
 def _calibrate(supervisor: Supervisor) -> None:
-    """Measure the ceilings of devices that have none; without them, forecasts stay cautious."""
+    """Measure the ceilings of every device; without them, forecasts stay cautious."""
+    threads = machine.usable_threads(supervisor.config.protocol.threads)
     for device, known in list(supervisor.ceilings.items()):
-        if known.calibrated:
-            continue
         task = Task(kind="calibrate", cell=_no_cell(supervisor, device))
         outcome = supervisor.executor("timing", device).submit(task, SET_UP_S, None)
-        if outcome.calibration is None:
+        if outcome.calibration is not None:
+            ceilings = known.raised_by(ceilings_of(outcome.calibration, threads))
+            supervisor.use_ceilings(ceilings)
+            machine.save(ceilings, torch_version())
+        elif not known.calibrated:
             supervisor.store.notes.append(f"{device} could not be calibrated ({outcome.reason}); forecasts are rough")
-            continue
-        ceilings = ceilings_of(outcome.calibration, machine.usable_threads(supervisor.config.protocol.threads))
-        supervisor.use_ceilings(ceilings)
-        machine.save(ceilings, torch_version())
 
 
 def _no_cell(supervisor: Supervisor, device: str) -> Cell:

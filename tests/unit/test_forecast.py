@@ -103,6 +103,14 @@ def test_a_dtype_that_was_not_calibrated_takes_the_slowest_ceiling() -> None:
     assert CEILINGS.matmul("fp64") == 1e11
 
 
+def test_a_disturbed_calibration_does_not_lower_known_ceilings() -> None:
+    disturbed = msgspec.structs.replace(CEILINGS, flops_per_s={"fp32": 5e10, "fp64": 1e10}, bytes_per_s=2e10)
+    raised = CEILINGS.raised_by(disturbed)
+    assert raised.flops_per_s == {"fp32": 1e11, "bf16": 2e11, "fp64": 1e10}
+    assert raised.bytes_per_s == 2e10
+    assert machine.built_in("cpu", 1).raised_by(disturbed) == disturbed
+
+
 def test_ceilings_are_cached_by_machine_threads_and_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert not machine.load("cpu", 2, "2.13.0").calibrated

@@ -1,0 +1,73 @@
+"""``ctxbench show``: a run, or one cell of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctxbench.cell import Cell
+from ctxbench.rows import Flops, Forecast, Gate, Latency, PeakBytes, row_for
+from ctxbench.run.store import Store
+from ctxbench.text import Warn
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    latency = Latency(
+        median=0.0124, low=0.012, high=0.013, samples=[[0.0124] * 30, [0.0125]], n_processes=2, stop=["budget", "n=1"],
+        contended=[False, True],
+    )  # fmt: skip
+    cell = Cell(method="dense", impl="blocked", seq_len=4096, params={"window": 3})
+    with Store.open(tmp_path / "run") as store:
+        store.write_header({"suite": "quick", "status": "finished", "command": "ctxbench run"})
+        store.append_row(
+            row_for(
+                cell, "ok", latency_s=latency, gate=Gate(ok=True, probes={"causality": "passed"}),
+                peak_bytes=PeakBytes(allocated=2**20, formula=2**20), flops=Flops(counted=123, formula=123),
+                forecast=Forecast(latency_s=0.01, basis="roofline"), warnings=[Warn.CONTENDED("1 of 2")],
+            )
+        )  # fmt: skip
+        failed = Cell(method="dense", impl="reference", seq_len=8192)
+        store.append_row(
+            row_for(failed, "error", "ValueError: planted", detail="Traceback (most recent call last)\n  here")
+        )
+    return tmp_path / "run"
+
+
+def test_a_run_is_a_table_of_its_cells(folder: Path, ctxbench: Callable[..., Any]) -> None:
+    result = ctxbench("show", folder)
+    assert result.code == 0
+    for part in ("suite quick", "dense / blocked", "12.4 ms", "1.00 MiB", "ValueError: planted"):
+        assert part in result.out
+
+
+@pytest.mark.parametrize("name", ["dense/blocked/4k", "blocked", "4096"])
+def test_a_cell_shows_samples_gate_warnings_and_forecast(name: str, folder: Path, ctxbench: Callable[..., Any]) -> None:
+    out = ctxbench("show", folder, name).out
+    parts = ["process 0: stopped by budget", "10 more (-v)", "process 1: stopped by n=1, contended", "window 3"]
+    for part in [*parts, "causality passed", "1.00 MiB", "(123)", "roofline", "close other programs"]:
+        assert part in out
+    assert "8k" not in out
+    assert "more (-v)" not in ctxbench("show", folder, name, "-v").out
+
+
+def test_a_cell_is_found_by_the_beginning_of_its_key(folder: Path, ctxbench: Callable[..., Any]) -> None:
+    key = Cell(method="dense", impl="reference", seq_len=8192).key
+    found = ctxbench("show", folder, key[:6], "--json").json
+    assert [row["cell"] for row in found] == [key]
+    assert "Traceback" in found[0]["detail"]
+
+
+def test_json_of_a_run_holds_header_and_rows(folder: Path, ctxbench: Callable[..., Any]) -> None:
+    found = ctxbench("show", folder, "--json").json
+    assert (found["run"]["suite"], len(found["rows"])) == ("quick", 2)
+
+
+def test_an_unknown_cell_or_folder_is_a_usage_error(folder: Path, ctxbench: Callable[..., Any], tmp_path: Path) -> None:
+    missing = ctxbench("show", folder, "sparse/blocked")
+    assert (missing.code, "no cell 'sparse/blocked'" in missing.err) == (2, True)
+    nowhere = ctxbench("show", tmp_path / "nowhere")
+    assert (nowhere.code, "is not a run folder" in nowhere.err) == (2, True)
