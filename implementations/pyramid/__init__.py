@@ -12,7 +12,6 @@ METHOD = Method(
         "Source document, PyramidTransformer; shift after Nawrot et al. 2022, Hierarchical Transformers Are More "
         "Efficient Language Models",
         "arXiv:2110.13711",
-        "2.2",
     ),
     build=f"{__name__}.layer:build",
     params=PyramidParams,

@@ -113,9 +113,9 @@ def _saved(impl: str, causal: bool, level: int, levels: int) -> Expr:
     else:
         core = tensor(B, heads(level), cells, cells) + (cells**2 if causal else 0)
     layer = 6 * row + statistics + core + when_ffn(2 * row + 2 * _hidden(level, cells) + statistics)
-    entry = (
-        3 * row + (row if causal and level == levels - 1 else 0) if level else 0
-    )  # pooled cells and their projection
+    entry = 3 * row if level else 0  # the pooled cells, twice as wide, and their projection
+    if level and causal and level == levels - 1:
+        entry += row  # the coarsest output, beside its copy with zeros in front
     return layers_at(level, levels) * layer + entry
 
 
