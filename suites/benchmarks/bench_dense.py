@@ -1,0 +1,51 @@
+"""Dense attention, operator level: q, k, v in, output out."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ctxbench.implementations.dense import blocked, reference
+from ctxbench.suites.benchmarks.ratios import Comparison
+
+HEADS, WIDTH = 4, 64
+IMPLS = {"reference": reference.attend, "blocked": blocked.attend}
+
+
+def operands(queries: int, keys: int | None = None) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (queries, keys or queries, keys or queries)
+    return [torch.randn(1, HEADS, length, WIDTH, generator=generator) for length in lengths]
+
+
+def comparisons() -> list[Comparison]:
+    """``blocked`` against the fused call that a user would write."""
+    found = []
+    for title, queries, keys in (("whole sequence", 4096, 4096), ("decode", 1, 16384)):
+        q, k, v = operands(queries, keys)
+        plain = functools.partial(scaled_dot_product_attention, q, k, v, is_causal=queries > 1)
+        candidates = {"plain SDPA": plain, "dense/blocked": functools.partial(blocked.attend, q, k, v, True)}
+        name = f"dense attention, {title}, {queries} queries, {keys} keys, fp32"
+        found.append(Comparison(name, "plain SDPA", candidates, floor={"dense/blocked": 0.97}))
+    q, k, v = operands(512, 8192)
+    visible = torch.ones(512, 8192, dtype=torch.bool).tril(8192 - 512)
+    candidates = {
+        "plain SDPA, mask ready": functools.partial(scaled_dot_product_attention, q, k, v, attn_mask=visible),
+        "dense/blocked": functools.partial(blocked.attend, q, k, v, True),
+    }
+    title = "dense attention, streamed call, 512 queries, 8192 keys, fp32"
+    found.append(Comparison(title, "plain SDPA, mask ready", candidates, floor={"dense/blocked": 0.95}))
+    return found
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("queries", [1, 256], ids=["decode", "chunk"])
+def test_attend(benchmark: Any, impl: str, queries: int) -> None:
+    q, k, v = operands(queries, 512)
+    benchmark.extra_info.update(method="dense", impl=impl, queries=queries, keys=512)
+    y = benchmark.pedantic(IMPLS[impl], (q, k, v, True), rounds=20, warmup_rounds=3)
+    assert y.shape == q.shape
