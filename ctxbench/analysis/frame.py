@@ -95,8 +95,9 @@ def to_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    frame = pd.DataFrame([flatten(row, run.name) for run in runs for row in run.rows])
-    frame = frame.astype({**dict.fromkeys(COUNTS, "Int64"), "gate_ok": "boolean"})
+    # As objects first: pandas would read counts beside a None as floats, which are not exact above 2^53.
+    frame = pd.DataFrame([flatten(row, run.name) for run in runs for row in run.rows], dtype=object)
+    frame = frame.astype({**dict.fromkeys(COUNTS, "Int64"), "gate_ok": "boolean"}).infer_objects()
     floats = ["latency_s", "latency_low_s", "latency_high_s", "cpu_s", "tokens_per_s", "energy_j", "gate_error"]
     floats += ["gate_tolerance", "forecast_s", "forecast_low_s", "forecast_high_s"]
     frame[floats] = frame[floats].astype(float)
@@ -131,7 +132,8 @@ def views(frame: pd.DataFrame, across_memory: bool = False) -> list[View]:
         for axis, value in zip(varying, values, strict=True):
             here = frame[axis].isna() if pd.isna(value) else (frame[axis] == value).fillna(False).astype(bool)
             chosen &= here | (sizes == 1) if axis == "memory" else here
-        found.append(View(dict(zip(varying, values, strict=True)), frame.loc[chosen]))
+        plain = [None if pd.isna(value) else value.item() if hasattr(value, "item") else value for value in values]
+        found.append(View(dict(zip(varying, plain, strict=True)), frame.loc[chosen]))
     return sorted(found, key=lambda view: -int(view.frame["status"].isin(MEASURED).sum()))
 
 

@@ -18,7 +18,8 @@ def context(report: Report) -> dict[str, Any]:
     shown = report.shown(report.views[0])
     methods = []
     for name, rows in report.frame.groupby("method", sort=True):
-        series = [{"label": label, "name": label.removeprefix(f"{printable(str(name))} / "), "impl": impl, "shown": label in shown}
+        start = f"{printable(str(name))} / "
+        series = [{"label": label, "name": label.removeprefix(start), "impl": impl, "shown": label in shown}
                   for label, impl in rows[["series", "impl"]].drop_duplicates().itertuples(index=False)]  # fmt: skip
         methods.append({"name": name, "swatch": swatch(report.styles[str(name)]), "series": series})
     present = [name for name in STATUSES if name in set(report.frame["status"])]
