@@ -22,6 +22,7 @@ from ctxbench.run.tasks import Protocol
 
 Call = Callable[[], Any]
 Stopwatch = Callable[[Call], tuple[float, float, Any]]
+Sample = tuple[float, float, int]  # wall seconds, process CPU seconds, page faults
 
 WARM_UP = ((1e-3, 0.025), (1e-2, 1.0), (math.inf, 3.0))  # a call of at most .. seconds is warmed up for .. seconds
 LONG_CALL_S = 0.01  # above this, three warm-up calls are enough
@@ -106,23 +107,23 @@ def measure(
     """
     timing = Timing()
 
-    def once() -> tuple[float, float]:
+    def once() -> Sample:
+        before = _faults()
         wall, cpu, result = stopwatch(call)
+        faults = _faults() - before
         consume(result)
-        return wall, cpu
+        return wall, cpu, faults
 
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        first, cpu = once()
+        first, cpu, faults = once()
         timing.warmup.append(first)
         if first > NO_WARM_UP_S:
-            return Timing([first], [cpu], [], "n=1")
+            return Timing([first], [cpu], [], "n=1", faults_per_call=faults)
         _warm_up(once, timing.warmup)
-        faults = _faults()
         _sample(once, protocol, timing)
-        timing.faults_per_call = (_faults() - faults) / len(timing.samples)
         timing.steady = _is_steady(timing.samples)
     finally:
         if collecting:
@@ -130,7 +131,7 @@ def measure(
     return timing
 
 
-def _warm_up(once: Callable[[], tuple[float, float]], times: list[float]) -> None:
+def _warm_up(once: Callable[[], Sample], times: list[float]) -> None:
     """Call until two successive medians agree, but no longer than the band of the call's length says."""
     while times[0] <= ONE_SAMPLE_S:
         typical, spent = min(times), sum(times)
@@ -146,13 +147,14 @@ def _warm_up(once: Callable[[], tuple[float, float]], times: list[float]) -> Non
         times.append(once()[0])
 
 
-def _sample(once: Callable[[], tuple[float, float]], protocol: Protocol, timing: Timing) -> None:
-    spent, check_at = 0.0, 1
+def _sample(once: Callable[[], Sample], protocol: Protocol, timing: Timing) -> None:
+    spent, faults, check_at = 0.0, 0, 1
     noise = _Noise()
     while not timing.stop:
-        wall, cpu = once()
+        wall, cpu, faulted = once()
         timing.samples.append(wall)
         timing.cpu.append(cpu)
+        faults += faulted
         spent += wall
         noise.add(wall)
         count = len(timing.samples)
@@ -168,6 +170,7 @@ def _sample(once: Callable[[], tuple[float, float]], protocol: Protocol, timing:
                 timing.stop = "noise settled"
             if not timing.stop and spent >= protocol.sample_budget_s:
                 timing.stop = "n=1" if count == 1 else "budget"
+    timing.faults_per_call = faults / len(timing.samples)
 
 
 def _least(call_s: float, protocol: Protocol) -> int:
