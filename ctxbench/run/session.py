@@ -81,6 +81,9 @@ def execute(
         store.write_header({**header, "status": "running", "sessions": sessions})
 
         def set_up(supervisor: Supervisor) -> None:
+            for device in config.device:  # both import torch at the same time
+                for heap in ("timing", "memory"):
+                    supervisor.executor(heap, device)
             header["environment"] = {**fingerprint(), **_torch_view(supervisor)}
             _calibrate(supervisor)
             header["calibration"] = msgspec.to_builtins(supervisor.ceilings)

@@ -57,7 +57,7 @@ def test_later_layers_win_and_origins_say_which(tmp_path: Path) -> None:
     assert name == "quick"
     assert (merged.axes.seq_len, origins["axes.seq_len"]) == ("8k", "flag")
     assert (merged.axes.batch_size, origins["axes.batch_size"]) == (2, "pyproject.toml")
-    assert (merged.limits.budget, origins["limits.budget"]) == ("110s", "suite quick")
+    assert (merged.limits.budget, origins["limits.budget"]) == ("100s", "suite quick")
     assert (merged.axes.d_model, origins["axes.d_model"]) == (256, "default")
     assert (merged.params["window.window"], origins["params.window.window"]) == (64, "pyproject.toml")
 
