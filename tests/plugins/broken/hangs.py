@@ -1,0 +1,4 @@
+"""A plug-in whose import never ends."""
+
+while True:
+    pass

@@ -1,0 +1,3 @@
+"""A plug-in without METHOD."""
+
+METHOD = "dense"
