@@ -144,7 +144,8 @@ class Params:
                     f"{spec.name} must be one of {', '.join(map(str, meta['choices']))}, received {value!r}"
                 )
             low, high = meta.get("low"), meta.get("high")
-            if (low is not None and value < low) or (high is not None and value > high):
+            # Negated, so that NaN is refused too.
+            if not (low is None or value >= low) or not (high is None or value <= high):
                 allowed = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ValueError(f"{spec.name} must be {allowed}, received {value!r}")
 
