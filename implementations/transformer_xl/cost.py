@@ -1,0 +1,189 @@
+"""Closed forms of Transformer-XL. Derivation in README.md.
+
+Segment number t has ``m_t`` memory rows: ``min(t S, M)`` from an empty start, M from zeros. Every sum over segments
+is N whole ones and a rest of ``T mod S`` tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sympy import Expr, Integer, Max, Min, Piecewise, Rational, ceiling, floor, sympify
+
+from ctxbench.cost import Cost
+from ctxbench.cost.symbols import B, L, T, d, h, param
+from ctxbench.cost.terms import linear, projections, tensor, triangle, window_pairs
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations.transformer_xl.params import TransformerXLParams
+from ctxbench.implementations.transformer_xl.schedule import BLOCK
+
+S, M = param("segment_len"), param("mem_len")
+WHOLE = floor(T / S)
+REST = T - WHOLE * S
+BACKWARD = {"reference": 2, "blocked": Rational(8, 3), "as_written": 2}  # of the attention products, per forward
+
+
+class Segments(NamedTuple):
+    """``count`` calls or segments of ``rows`` queries, with ``memory`` rows before them in sum.
+
+    ``full``: how many of them have all M rows.
+    """
+
+    rows: Expr
+    count: Expr
+    memory: Expr
+    full: Expr
+
+    @property
+    def keys(self) -> Expr:
+        """Rows of memory and segment, in sum."""
+        return self.rows * self.count + self.memory
+
+    @property
+    def rectangles(self) -> Expr:
+        """Pairs of all queries and all keys of their segment."""
+        return self.rows * self.keys
+
+    @property
+    def visible(self) -> Expr:
+        """Pairs up to each query's own token."""
+        return triangle(self.rows) * self.count + self.rows * self.memory
+
+    @property
+    def blocks(self) -> Expr:
+        """Pairs of the blocked schedule: of the segment's own keys, those up to the block's end."""
+        whole = floor(self.rows / BLOCK)
+        own = BLOCK**2 * triangle(whole) + (self.rows - whole * BLOCK) * self.rows
+        return own * self.count + self.rows * self.memory
+
+
+def cost(impl: str, mode: str, causal: bool, params: TransformerXLParams) -> Cost:
+    """One impl in one mode."""
+    flops = _flops(impl, mode, params)
+    algorithmic = flops if impl == "as_written" else _algorithmic(mode, params)
+    if mode == "train":
+        once = ("positions",)  # the table of distances is a constant: only the weight has a gradient
+        algorithmic = {term: forward * (2 if term in once else 3) for term, forward in algorithmic.items()}
+        backward = {"positions": 1, "attention": BACKWARD[impl]}
+        flops = {term: forward * (1 + backward.get(term, 2)) for term, forward in flops.items()}
+    return Cost(
+        algorithmic=algorithmic,
+        flops=flops,
+        num_parameters=block_parameters(5 * d * d + 2 * d),
+        state_bytes=L * tensor(B, Min(T, M) if impl == "as_written" else _state_rows(params), d),
+        depth=_depth(impl, mode),
+    )
+
+
+def _algorithmic(mode: str, params: TransformerXLParams) -> dict[str, Expr]:
+    """Every token projected once, every distance once for all calls, every visible pair once."""
+    if mode == "decode":
+        keys = _state_rows(params) + 1
+        pairs = Min(keys, M) if params.same_length else keys
+        return _terms(projections(1), Integer(0), 6 * B * d * pairs, Integer(1))
+    if params.same_length:
+        pairs = window_pairs(T, M) if params.start == "empty" else T * M
+    else:
+        pairs = sum(part.visible for part in _sequence(params))
+    return _terms(projections(T), linear(_longest(params), d, d), 6 * B * d * pairs, T)
+
+
+def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]:
+    """Forward FLOPs of what the impl executes, by term."""
+    parts = _sequence(params)
+    tokens: Expr = Integer(1) if mode == "decode" else T
+    if mode == "decode":
+        rows = Min(T, M) if impl == "as_written" else _state_rows(params)
+        if impl == "blocked":
+            rows = Min(rows, M - 1) if params.same_length else rows
+            return _terms(*_single(Segments(tokens, tokens, rows, Integer(0)), params), tokens)
+        parts = (Segments(tokens, tokens, rows, Integer(0)),)
+    if impl == "as_written":
+        if mode in ("forward", "train"):
+            parts = (Segments(T, Integer(1), Integer(0), Integer(0)),)
+        pairs, keys = sum(part.rectangles for part in parts), sum(part.keys for part in parts)
+        return _terms(_projected(tokens, keys), Integer(0), 4 * B * d * pairs, tokens)
+    if impl == "reference":
+        pairs, keys = sum(part.rectangles for part in parts), sum(part.keys for part in parts)
+        return _terms(_projected(tokens, keys), linear(keys, d, d), 6 * B * d * pairs, tokens)
+    if mode == "stream":
+        calls = [_call(part, params) for part in parts]
+        sums = [sum(terms) for terms in zip(*calls, strict=True)]
+        return _terms(*sums, tokens)
+    zeros = M if params.start == "zeros" else Integer(0)
+    batch = _terms(
+        _projected(T, T + zeros),
+        linear(_longest(params), d, d),
+        6 * B * d * sum(part.blocks for part in parts),
+        T,
+    )
+    if mode == "train":
+        return batch
+    first = Segments(Integer(1), Integer(1), zeros, Integer(1 if params.start == "zeros" else 0))
+    alone = _terms(*_single(first, params), Integer(1))
+    return {term: Piecewise((alone[term], sympify(T) <= 1), (batch[term], True)) for term in batch}
+
+
+def _call(part: Segments, params: TransformerXLParams) -> tuple[Expr, Expr, Expr]:
+    """Projections, positions and attention of calls of the blocked impl, each with the rows its state brings."""
+    batch = (
+        _projected(part.rows * part.count, part.keys),
+        linear(part.keys, d, d),
+        6 * B * d * part.blocks,
+    )
+    single = _single(part, params)
+    return tuple(  # type: ignore[return-value]
+        Piecewise((alone, part.rows <= 1), (together, True)) for alone, together in zip(single, batch, strict=True)
+    )
+
+
+def _single(part: Segments, params: TransformerXLParams) -> tuple[Expr, Expr, Expr]:
+    """Calls of one token, whose query takes over the projections of keys, values and distances."""
+    tokens = part.rows * part.count
+    keys = part.keys - (part.full if params.same_length else 0)
+    return projections(tokens), linear(B * tokens, d, d), 6 * B * h * d * keys
+
+
+def _terms(projected: Expr, positions: Expr, attention: Expr, tokens: Expr) -> dict[str, Expr]:
+    return {
+        "projections": L * projected,
+        "positions": L * positions,
+        "attention": L * attention,
+        "ffn": block_ffn(tokens),
+    }
+
+
+def _projected(queries: Expr, keys: Expr) -> Expr:
+    """Queries and output of some rows, keys and values of others."""
+    return 2 * linear(B * queries, d, d) + 2 * linear(B * keys, d, d)
+
+
+def _sequence(params: TransformerXLParams) -> tuple[Segments, Segments]:
+    """The whole segments and the rest; a rest of 0 rows counts nothing."""
+    some = Min(REST, 1)
+    if params.start == "zeros":
+        return Segments(S, WHOLE, WHOLE * M, WHOLE), Segments(REST, some, M * some, some)
+    ramp = Min(WHOLE, floor(M / S) + 1)
+    remembered = S * triangle(ramp - 1) + (WHOLE - ramp) * M
+    full = WHOLE - Min(WHOLE, ceiling(M / S))
+    filled = Piecewise((some, WHOLE * S >= M), (0, True))
+    return Segments(S, WHOLE, remembered, full), Segments(REST, some, Min(WHOLE * S, M) * some, filled)
+
+
+def _longest(params: TransformerXLParams) -> Expr:
+    """Most keys a segment of the sequence has."""
+    if params.start == "zeros":
+        return M + Min(S, T)
+    return Max(Min(WHOLE * S - S, M) + S, Min(WHOLE * S, M) + REST)
+
+
+def _state_rows(params: TransformerXLParams) -> Expr:
+    """Rows a layer carries after T tokens: the memory and the segment so far."""
+    rows = M + REST
+    return rows if params.start == "zeros" else Min(T, rows)
+
+
+def _depth(impl: str, mode: str) -> Expr:
+    """Calls follow one another, as do the segments of the loop; a layer of the one-shot form is one step."""
+    looped = mode == "stream" or (impl == "reference" and mode in ("forward", "train"))
+    return L * ceiling(T / S) if looped else L
