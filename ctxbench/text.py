@@ -49,11 +49,6 @@ class Warn(Enum):
         "the clock of the device fell during the measurement",
         "let the device cool, or fix its clock, and measure again",
     )
-    DRIFT = (
-        "drift",
-        "the reference kernels ran at another speed after the measurement than before it",
-        "measure again on a quiet machine",
-    )
     TOO_FAST = (
         "too_fast",
         "faster than the ceilings of this machine allow",
@@ -116,18 +111,13 @@ class Warn(Enum):
     )
     CHECKSUM = (
         "checksum",
-        "processes with equal inputs computed different outputs",
+        "processes computed different outputs from the same weights and input",
         "check the impl for races or uninitialised memory: `ctxbench check METHOD`",
     )
     NO_GATE = (
         "no_gate",
         "the correctness gate was switched off with --no-gate",
         "never publish such a number; measure again with the gate",
-    )
-    UNCALIBRATED = (
-        "uncalibrated",
-        "forecasts rest on built-in ceilings, not on this machine's",
-        "any `ctxbench run` calibrates the machine once",
     )
     OTHER = ("other", "a remark of the measuring process", "read it")
 

@@ -45,7 +45,7 @@ def command(
     that folder is continued. Ctrl-C keeps all finished rows.
     """
     registry = ctx.registry()
-    config = _stored(out, suite, flags) if resume else None
+    config = _stored(out, suite, flags, registry) if resume else None
     config = config or configure(suite, flags, registry)
     if print_config:
         show_config(config, ctx)
@@ -76,8 +76,12 @@ def show_config(config: Config, ctx: Common) -> None:
     print_config(config, ctx)
 
 
-def _stored(out: Path | None, suite: str | None, flags: Suite) -> Config | None:
-    """The configuration of the run in ``--out``, where nothing else was chosen; its limits can be changed."""
+def _stored(out: Path | None, suite: str | None, flags: Suite, registry: Registry) -> Config | None:
+    """The configuration of the run in ``--out``, where nothing else was chosen; its limits can be changed.
+
+    Raises:
+        UserError: when a method of that run is not there now.
+    """
     if (
         out is None
         or suite is not None
@@ -89,7 +93,14 @@ def _stored(out: Path | None, suite: str | None, flags: Suite) -> Config | None:
     stored = read_run(out).get("config") if out.is_dir() else None
     if stored is None:
         return None
-    return change_limits(msgspec.convert(stored, Config), flags.limits)
+    config = msgspec.convert(stored, Config)
+    missing = [name for name in config.methods if name not in registry.entries]
+    if missing:
+        raise UserError(
+            f"the run in {out} measures {', '.join(missing)}, which is not installed\n"
+            f"  accepted: {', '.join(registry.names())}\n  name the folder of a plug-in with --plugin PATH"
+        )
+    return change_limits(config, flags.limits)
 
 
 def _execute(config: Config, registry: Registry, folder: Path, fresh: bool, rerun: str, ctx: Common) -> Summary:
@@ -143,7 +154,8 @@ def _as_json(summary: Summary, folder: Path, page: Path | None) -> dict[str, Any
 
 def _print_end(summary: Summary, folder: Path, page: Path | None, ctx: Common) -> None:
     if not ctx.quiet and summary.interrupted:
-        click.echo(f"interrupted; continue with `ctxbench run --out {folder}`", err=True)
+        again = shlex.join(["--out", str(folder), *(part for path in ctx.plugins for part in ("--plugin", path))])
+        click.echo(f"interrupted; continue with `ctxbench run {again}`", err=True)
     click.echo(f"rows    {folder / 'rows.jsonl'}")
     if page is not None:
         click.echo(f"report  {page}")

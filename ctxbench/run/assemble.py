@@ -14,6 +14,7 @@ from ctxbench.run.tasks import Memory, Outcome, Samples
 from ctxbench.text import Warn, kind_of
 
 PEAK_TOLERANCE = (2 * 2**20, 0.03)
+CHECKSUM_TOLERANCE = 1e-2  # sums of a few output values; the order of additions may differ, garbage differs more
 TOO_FAST = 0.5  # share of the calibrated bound; a noisy calibration may be somewhat low
 
 
@@ -102,6 +103,9 @@ def _timing_warnings(
     unsteady = sum(not samples.steady for samples in measured)
     if unsteady:
         found.append(Warn.UNSTEADY(f"{unsteady} {processes}"))
+    sums = [samples.checksum for samples in measured if samples.checksum is not None]
+    if sums and max(sums) - min(sums) > CHECKSUM_TOLERANCE * max(1.0, *map(abs, sums)):
+        found.append(Warn.CHECKSUM(f"{min(sums):.6g} to {max(sums):.6g}"))
     failed = [outcome for outcome in timed if outcome.samples is None]
     if failed:
         found.append(

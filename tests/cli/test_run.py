@@ -145,6 +145,19 @@ def test_a_finished_run_is_not_measured_again_unless_asked(instant: Instant, ctx
         assert len(read_rows(Path("here"))) == 2
 
 
+def test_continuing_without_the_plug_in_of_a_run_says_how_to_name_it(
+    instant: Instant, ctxbench: Callable[..., Any]
+) -> None:
+    Path("mine.py").write_text(PLUGIN)
+    mine = ("--plugin", "mine.py", "--no-report", "--out", "here")
+    assert ctxbench("run", "--methods", "mine", "--seq", "64", "--device", "cpu", *mine).code == 0
+    result = ctxbench("run", "--out", "here")
+    assert result.code == 2
+    assert "measures mine, which is not installed" in result.err
+    assert "--plugin PATH" in result.err
+    assert ctxbench("run", *mine).code == 0
+
+
 def test_another_configuration_in_the_same_folder_is_refused(instant: Instant, ctxbench: Callable[..., Any]) -> None:
     run(ctxbench, "--out", "here")
     before = Path("here/rows.jsonl").read_bytes()

@@ -152,6 +152,20 @@ def test_what_contradicts_a_formula_is_a_warning_in_the_row(changes: dict[str, A
     assert codes(row) == {code}
 
 
+def test_replicates_with_different_outputs_are_marked(lab: Any) -> None:
+    machine = lab.machine()
+
+    def behaviour(task: Task) -> Outcome | None:
+        if task.kind != "time":
+            return None
+        outcome = machine.timed(task)
+        return msgspec.structs.replace(outcome, samples=msgspec.structs.replace(outcome.samples, checksum=task.process))
+
+    machine.behaviour = behaviour
+    (row,) = lab.run(machine, lab.config(seq_len="1k")).rows
+    assert codes(row) == {"checksum"}
+
+
 def test_disturbed_processes_are_repeated_kept_marked_and_left_out_of_the_median(lab: Any) -> None:
     machine = lab.machine()
 
