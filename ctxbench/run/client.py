@@ -69,32 +69,47 @@ class Server:
         Raises:
             EnvironmentUnusable: when no server can be started here.
         """
-        request = Request(task=task, timeout_s=timeout_s, memory_limit=memory_limit if self.isolate == "fork" else None)
+        limit = memory_limit if self.isolate == "fork" else None
+        request = Request(task=task, timeout_s=timeout_s, memory_limit=limit)
         try:
-            self._ready()
-            assert self._process is not None
-            assert self._process.stdin is not None
-            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
-            self._process.stdin.flush()
-            started = time.monotonic()
-            deadline = started + timeout_s + GRACE_S
-            while (report := self._receive(deadline)) is not None and not report.ended:
-                self._child = report.pid
-            if report is not None:
-                self._child = 0
-                return failures.of_report(report, request)
-            late = time.monotonic() >= deadline
-            log = self._last_errors()
-        except BrokenPipeError:
-            late, log, started = False, self._last_errors(), time.monotonic()
+            report = self._exchange(request)
+            if report is None and not self._child:  # the server had died before it could begin: a new one can
+                self._kill()
+                report = self._exchange(request)
         except BaseException:
             self._kill()
             raise
+        if report is not None:
+            return failures.of_report(report, request)
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        late, log = self._process.returncode is None, self._last_errors()
         self._kill()
-        status, reason = (
-            ("timeout", "neither the child nor its server answered") if late else ("killed", "its server died")
-        )
-        return Outcome(status=status, reason=reason, detail=log, elapsed_s=time.monotonic() - started)
+        status, reason = ("timeout", "neither child nor server answered") if late else ("killed", "its server died")
+        return Outcome(status=status, reason=reason, detail=log)
+
+    def _exchange(self, request: Request) -> Report | None:
+        """Hand a request over and wait for the final report; None when the server died or never answered."""
+        self._ready()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        deadline = time.monotonic() + request.timeout_s + GRACE_S
+        while (report := self._receive(deadline)) is not None and not report.ended:
+            self._child = report.pid
+        if report is not None:
+            self._child = 0
+        return report
+
+    @property
+    def pid(self) -> int:
+        """The server's process; 0 while there is none."""
+        return self._process.pid if self._process else 0
 
     def close(self) -> None:
         """End the server; a child that runs is ended with it."""
