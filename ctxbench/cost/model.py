@@ -56,7 +56,8 @@ def evaluate(expression: Expr | int, values: Mapping[str, Any]) -> int:
     return result.numerator
 
 
-def _exact(node: Any, values: Mapping[str, Any]) -> Fraction:
+def _exact(node: Any, values: Mapping[str, Any], smoothed: bool = False) -> Fraction:
+    """Value of a formula. ``smoothed`` admits roots and logarithms, in floating point: no integer is expected."""
     if node.is_Symbol:
         if node.name not in values:
             raise CtxbenchError(f"the formula uses {node.name!r}, which has no value here (known: {', '.join(values)})")
@@ -66,9 +67,11 @@ def _exact(node: Any, values: Mapping[str, Any]) -> Fraction:
     if isinstance(node, Piecewise):
         for branch in node.args:
             if _holds(branch.args[1], values):
-                return _exact(branch.args[0], values)
+                return _exact(branch.args[0], values, smoothed)
         raise CtxbenchError(f"no branch of {node} holds")
-    arguments = [_exact(argument, values) for argument in node.args]
+    if isinstance(node, (floor, ceiling)) and _irrational(node):  # SymPy decides these to as many digits as it takes
+        return Fraction(int(node.subs({symbol: values.get(symbol.name, symbol) for symbol in node.free_symbols})))
+    arguments = [_exact(argument, values, smoothed) for argument in node.args]
     if node.is_Add:
         return sum(arguments, Fraction(0))
     if node.is_Mul:
@@ -85,7 +88,18 @@ def _exact(node: Any, values: Mapping[str, Any]) -> Fraction:
         return min(arguments)
     if isinstance(node, Max):
         return max(arguments)
-    raise CtxbenchError(f"formulas may use + - * / ** floor ceiling Mod Min Max Piecewise, not {type(node).__name__}")
+    if smoothed and node.is_Pow:
+        return Fraction(float(arguments[0]) ** float(arguments[1]))
+    if smoothed and isinstance(node, sympy.log):
+        return Fraction(math.log(arguments[0]))
+    raise CtxbenchError(
+        "formulas may use + - * / ** floor ceiling Mod Min Max Piecewise, and roots and logarithms inside floor "
+        f"or ceiling, not {type(node).__name__}"
+    )
+
+
+def _irrational(node: Any) -> bool:
+    return bool(node.has(sympy.log) or any(not power.exp.is_integer for power in node.atoms(sympy.Pow)))
 
 
 def _holds(condition: Any, values: Mapping[str, Any]) -> bool:
@@ -124,8 +138,8 @@ def local_slope(expression: Expr, values: Mapping[str, Any]) -> float:
     """Slope of log cost against log T at this length, ``T f'(T) / f(T)``, by a central difference over +-1 %."""
     plain = smooth(expression)
     step = Fraction(1, 100)
-    high = _exact(plain, {**values, "T": Fraction(values["T"]) * (1 + step)})
-    low = _exact(plain, {**values, "T": Fraction(values["T"]) / (1 + step)})
+    high = _exact(plain, {**values, "T": Fraction(values["T"]) * (1 + step)}, smoothed=True)
+    low = _exact(plain, {**values, "T": Fraction(values["T"]) / (1 + step)}, smoothed=True)
     if low <= 0 or high <= 0:
         return 0.0
     return float(math.log(high / low) / (2 * math.log(1 + step)))
@@ -139,7 +153,7 @@ def big_o(expression: Expr) -> str:
     """
     plain = smooth(expression)
     values: dict[str, Any] = dict.fromkeys(free_names(plain), 8)
-    first, second = (_exact(plain, {**values, "T": Fraction(10) ** power}) for power in (18, 24))
+    first, second = (_exact(plain, {**values, "T": Fraction(10) ** power}, smoothed=True) for power in (18, 24))
     if first <= 0 or second <= 0:
         return "O(1)"
     slope = (math.log10(second.numerator) - math.log10(second.denominator)
