@@ -162,10 +162,14 @@ def _receptive_field(specimen: Specimen) -> str:
     """By gradients: row 0 answers for an output in the middle, row 1 for the last one."""
     if specimen.method.reach is None:
         raise NotClaimed("the method declares no reach")
+    if not specimen.supports("train"):
+        raise NotClaimed("this impl has no backward pass to look along")
     reach = load(specimen.method.reach)
     x = specimen.inputs().requires_grad_()
     outputs = (specimen.length // 2, specimen.length - 1)
     y = specimen.observe(specimen.build(), x, gradients=True)
+    if not y.requires_grad:
+        return "no gradient leads from the output to the input"
     weights = torch.randn(y.shape[2], generator=torch.Generator().manual_seed(specimen.seed)).to(y)
     sum((y[row, i] * weights).sum() for row, i in enumerate(outputs)).backward()  # type: ignore[union-attr]
     assert x.grad is not None
