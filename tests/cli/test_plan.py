@@ -14,6 +14,7 @@ DENSE = ("--methods", "dense", "--impls", "blocked", "--device", "cpu")
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # never calibrated
 
 
 def test_json_has_one_object_a_cell_with_its_forecast(ctxbench: Callable[..., Any]) -> None:

@@ -288,7 +288,7 @@ def interrupt_at(machine: Any, number: int) -> None:
     machine.behaviour = behaviour
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(1, 40), max_size=4), torn=st.integers(0, 200))
 def test_interrupted_anywhere_and_continued_each_child_runs_once_and_each_cell_has_one_row(
     lab: Any, tmp_path_factory: pytest.TempPathFactory, cuts: list[int], torn: int
@@ -349,7 +349,7 @@ def test_rerun_measures_failed_cells_or_all_again(rerun: str, again: int, lab: A
 _STATUSES = ("ok", "oom", "timeout", "killed", "error", "gate_failed")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fates=st.dictionaries(st.integers(1, 60), st.sampled_from(_STATUSES)), budget=st.integers(1, 60))
 def test_whatever_happens_every_cell_has_exactly_one_row(
     lab: Any, tmp_path_factory: pytest.TempPathFactory, fates: dict[int, str], budget: int
