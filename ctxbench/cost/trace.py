@@ -8,6 +8,7 @@ would hold. Temporaries inside a kernel are invisible here (the allocator meter 
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ _NO_MATMUL = frozenset(
     is_same_size set_ resize_ fill_ zero_ _foreach_zero_ detach_ eye scatter_ scatter_add_ scatter_reduce_
     index_add_ index_copy_ index_fill_ masked_fill_ masked_scatter_ take _assert_async _assert_scalar
     _assert_tensor_metadata sym_size sym_stride diagonal_backward diagonal_copy
-    floor_divide unsafe_split unsafe_chunk _linalg_check_errors
+    floor_divide unsafe_split unsafe_chunk _linalg_check_errors complex polar
     """.split()  # noqa: SIM905
 )
 
@@ -183,7 +184,7 @@ def trace(
     """Trace one call of ``mode``; never allocates the tensors it describes."""
     meter = Meter()
     parameters, carried, untraceable = 0, None, ""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _quiet_fake_tensors():
         try:
             with _fake_modules_convert():
                 work = workload.prepare(method, dims, params, impl, mode, dtype, device, rotate=1)
@@ -204,6 +205,17 @@ def trace(
             untraceable = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     del fake
     return replace(meter.result(), num_parameters=parameters, state_bytes=carried, untraceable=untraceable)
+
+
+@contextlib.contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """Keep torch from logging a traceback of an error that is raised anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextlib.contextmanager
