@@ -43,12 +43,19 @@ class Server:
         threads: threads of every child; 0 leaves the choice to torch.
         device: ``cpu`` or a CUDA device.
         isolate: ``fork`` or ``spawn``; by default CUDA devices spawn.
+
+    Raises:
+        EnvironmentUnusable: on a system whose processes cannot be watched this way.
     """
 
     def __init__(self, heap: str, threads: int = 0, device: str = "cpu", isolate: str = ""):
         self.isolate = isolate or ("spawn" if device.startswith("cuda") else "fork")
         if heap not in HEAPS or self.isolate not in ("fork", "spawn"):
             raise ValueError(f"expected a heap of {', '.join(HEAPS)} and fork or spawn, received {heap!r}, {isolate!r}")
+        if not hasattr(os, "pidfd_open"):
+            raise EnvironmentUnusable(
+                f"measuring needs Linux 5.3 or newer\n  this is: {sys.platform}\n  plan, list, describe and report run here"
+            )
         self.heap, self.threads = heap, threads
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: Any = None
