@@ -13,13 +13,14 @@ On the command line: ``ctxbench check NAME``. At once: ``check_method(METHOD).fa
 
 from ctxbench.testing.case import Case, cases_for, small_params
 from ctxbench.testing.kit import Report, answer, check_method, laws_for
-from ctxbench.testing.law import HELD, LAWS, NOT_APPLICABLE, NOT_CLAIMED, VIOLATED, Finding, Law, Violation
+from ctxbench.testing.law import HELD, LAWS, NOT_APPLICABLE, NOT_CLAIMED, STATUSES, VIOLATED, Finding, Law, Violation
 
 __all__ = [
     "HELD",
     "LAWS",
     "NOT_APPLICABLE",
     "NOT_CLAIMED",
+    "STATUSES",
     "VIOLATED",
     "Case",
     "Finding",

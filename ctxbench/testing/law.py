@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from ctxbench.testing.case import Case
 
 HELD, VIOLATED, NOT_CLAIMED, NOT_APPLICABLE = "held", "violated", "not claimed", "not applicable"
+STATUSES = (HELD, VIOLATED, NOT_CLAIMED, NOT_APPLICABLE)
 
 
 class Violation(AssertionError):
