@@ -113,13 +113,14 @@ def _write(layer: MemoryBankLayer, bank: Bank, mean: torch.Tensor, tokens: int) 
     else:
         weights = layer.slot_logits(content[:, 0]).softmax(dim=1)
         slot = weights.argmax(dim=1, keepdim=True)
-    row = slot[:, :, None].expand(B, 1, d_model)
-    old_value, old_key = bank.values.gather(1, row), bank.keys.gather(1, row)
+    batch = torch.arange(B, device=mean.device)[:, None]
+    old_value, old_key = bank.values[batch, slot], bank.keys[batch, slot]  # gather would save the bank for backward
     content_key = layer.write_key(content)
     gate = torch.sigmoid(layer.update(torch.cat((old_value, content), dim=2)))
     value, key = torch.lerp(old_value, content, gate), torch.lerp(old_key, content_key, gate)
     rows = (value, key, layer.read_v(value), layer.read_k(key))
-    written = Bank(*(slots.scatter(1, row, new) for slots, new in zip(bank, rows, strict=True)))
+    place = slot[:, :, None].expand(B, 1, d_model)
+    written = Bank(*(slots.scatter(1, place, row) for slots, row in zip(bank, rows, strict=True)))
     if weights is None or not weights.requires_grad:
         return written
     return Bank(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Max, Mod, ceiling, floor, sympify
+from sympy import Expr, Integer, Max, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
-from ctxbench.cost.symbols import B, L, T, d, e, param
+from ctxbench.cost.symbols import B, L, T, d, e
 from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor, triangle
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
-
-M = param("num_slots")
-S = param("segment_len")
+from ctxbench.implementations.memory_bank.peaks import REST, WHOLE, M, S, peak
 
 
 def cost(impl: str, mode: str, causal: bool, params: MemoryBankParams) -> Cost:
     """One impl in one mode. ``stream`` takes a segment a call, so that no segment is split."""
+    if impl == "as_written":
+        return _sketch(mode)
     argmax = params.write == "argmax"
     tokens: Expr = Integer(1) if mode == "decode" else T
     writes = _writes(mode)
@@ -47,7 +47,8 @@ def cost(impl: str, mode: str, causal: bool, params: MemoryBankParams) -> Cost:
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(argmax),
-        state_bytes=L * (4 * tensor(B, M, d) + 2 * tensor(B, Mod(T, S), d) + Max(e, 4) * B * d),
+        state_bytes=L * (4 * tensor(B, M, d) + 2 * tensor(B, REST, d) + Max(e, 4) * B * d),
+        peak_bytes=peak(impl, mode, argmax, writes),
         depth=L if mode == "decode" else L * ceiling(T / S),
     )
 
@@ -55,20 +56,44 @@ def cost(impl: str, mode: str, causal: bool, params: MemoryBankParams) -> Cost:
 def _writes(mode: str) -> Expr:
     """Writes made: a whole sequence skips the one that nothing would read, a stream leaves it for what follows."""
     if mode == "decode":
-        return floor((T + 1) / S) - floor(T / S)
-    return floor(T / S) if mode == "stream" else floor((T - 1) / S)
+        return floor((T + 1) / S) - WHOLE
+    return WHOLE if mode == "stream" else floor((T - 1) / S)
 
 
 def _pairs(mode: str, whole_squares: bool) -> Expr:
     """Pairs of self-attention inside the segments; ``whole_squares``: also those a causal query cannot see."""
-    rest = Mod(T, S)
     if mode == "decode":
-        return rest + 1
+        return REST + 1
     square = (lambda n: sympify(n) ** 2) if whole_squares else triangle
-    return floor(T / S) * square(S) + square(rest)
+    return WHOLE * square(S) + square(REST)
 
 
 def _parameters(argmax: bool) -> Expr:
     maps = 9 * linear_parameters(d, d) + 2 * linear_parameters(2 * d, d)
     logits = linear_parameters(d, M) if argmax else 0
     return block_parameters(maps + logits + 4 * d + 2 * M * d)
+
+
+def _sketch(mode: str) -> Cost:
+    """The sketch: attention over the B rows at each position, one bank for all, writes without a gradient."""
+    terms = {
+        "projections": L * projections(T),
+        "attention": L * attention(T * B),
+        "read": L * linear(B * T, d, d),
+        "read_attention": L * attention(T * M),
+        "bank": L * linear(M, d, 2 * d),
+        "gate": L * linear(B * T, 2 * d, d),
+        "ffn": block_ffn(T),
+    }
+    factor = 3 if mode == "train" else 1
+    terms = {term: factor * forward for term, forward in terms.items()}
+    terms["write"] = L * linear(B, d, M + 2 * d)
+    bank = 3 * linear_parameters(d, d) + linear_parameters(2 * d, d) + linear_parameters(d, M) + 2 * M * d
+    layer = 8 * linear_parameters(d, d) + linear_parameters(2 * d, d) + 2 * d
+    return Cost(
+        algorithmic=terms,
+        flops=terms,
+        num_parameters=bank + block_parameters(layer) + 2 * d,
+        peak_bytes=peak("as_written", mode, True, Integer(0)),
+        depth=L,
+    )

@@ -78,7 +78,12 @@ class MemoryBankLayer(nn.Module):
 
     def init_state(self, batch_size: int) -> State:
         """The learned initial bank, one copy a batch row."""
-        bank = (self.initial_values, self.initial_keys, self.read_v(self.initial_values), self.read_k(self.initial_keys))
+        bank = (
+            self.initial_values,
+            self.initial_keys,
+            self.read_v(self.initial_values),
+            self.read_k(self.initial_keys),
+        )
         return State(Bank(*(slots.repeat(batch_size, 1, 1) for slots in bank)), *self.no_tokens(batch_size), 0)
 
     def state_at(self, batch_size: int, context: int) -> State:

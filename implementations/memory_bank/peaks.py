@@ -1,0 +1,172 @@
+"""Allocator peaks of the memory bank: what is alive together at the worst moment. Derivation in README.md.
+
+A row is ``B n d`` elements of ``n`` tokens, a slab ``B M d`` elements: one of the four tensors of a layer's bank.
+Tensors of a few rows of one token are left out where a segment or a bank dominates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sympy import Expr, Integer, Max, Min, Mod, Piecewise, floor, sympify
+
+from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
+from ctxbench.cost.terms import linear_parameters, tensor, when_ffn
+
+M = param("num_slots")
+S = param("segment_len")
+WHOLE = floor(T / S)  # segments that are complete
+REST = Mod(T, S)  # tokens of the one that is not
+SLAB = tensor(B, M, d)
+
+Piece = Callable[[Expr], Expr]
+
+
+def peak(impl: str, mode: str, argmax: bool, writes: Expr) -> Expr:
+    """Bytes of one impl in one mode; ``writes``: how many a layer makes in the call."""
+    if impl == "as_written":
+        return _sketch_train() if mode == "train" else _sketch_forward()
+    if mode == "train":
+        return _blocked_train(argmax, writes) if impl == "blocked" else _reference_train(writes)
+    if impl == "blocked":
+        fixed, piece, extra = 3, _after_self_attention, 0
+    else:
+        fixed, piece, extra = 0, _reference_piece, 1
+    if mode == "forward":
+        return _forward(fixed, piece, extra, writes)
+    if mode == "stream":
+        return _stream(fixed, piece, extra)
+    return _decode(impl, writes)
+
+
+def row(tokens: Expr | int) -> Expr:
+    """Bytes of ``tokens`` tokens of every batch row."""
+    return tensor(B, tokens, d)
+
+
+def some(count: Expr | int) -> Expr:
+    """1 where there are any, else 0."""
+    return Min(sympify(count), 1)
+
+
+def _after_self_attention(n: Expr | int) -> Expr:
+    """Blocked, one piece in the loop, its output included: gate, or feed-forward network."""
+    return Max(3 * row(n), 2 * row(n) + 2 * tensor(B, n, f))
+
+
+def _reference_piece(n: Expr | int) -> Expr:
+    """Reference, one piece, its output included: self-attention's, the read's or the feed-forward network's worst."""
+    mask = sympify(n) ** 2  # of one byte each, and its complement where scores are masked
+    copied = SLAB * some(B - 1) * some(h - 1)  # strided heads of several rows cannot be one batch of matrices
+    return mask + Max(
+        4 * row(n) + 2 * tensor(B, h, n, n) + Max(row(n), mask),
+        6 * row(n) + 2 * tensor(B, h, n, M) + copied,
+        6 * row(n) + 2 * tensor(B, n, f),
+    )
+
+
+def _forward(fixed: int, piece: Piece, extra: int, writes: Expr) -> Expr:
+    """``fixed`` rows of all tokens live through the loop; outputs collect, and are joined at the end."""
+    last = T - S * writes  # tokens since the last write
+    stacked = (4 + some(B - 1) * some(REST)) * row(T - REST) + 4 * B * h * T if fixed else Integer(0)
+    held = (1 - extra) * 2 * row(REST)  # keys and values of the last, unfinished segment
+    loop = (
+        fixed * row(T)
+        + held
+        + Max(
+            some(WHOLE) * (row(T - REST - S) + piece(S)),
+            row(T - REST) + piece(REST),
+            some(writes) * (row(S * writes) + (4 + extra) * SLAB + 2 * extra * row(S)),
+        )
+    )
+    join = 2 * row(T) + 2 * extra * row(last)
+    return some(L - 1) * row(T) + 4 * SLAB + Max(stacked, loop, join)
+
+
+def _stream(fixed: int, piece: Piece, extra: int) -> Expr:
+    """The last layer of a call, in a whole segment or in the one the stream ends in."""
+
+    def call(n: Expr, earlier: Expr, unfinished: int) -> Expr:
+        """``earlier``: calls before; the outputs of the last live. An unfinished segment keeps its keys and values."""
+        before = (some(L - 1) + fixed + unfinished * 2 * (L - extra)) * row(n) + some(earlier) * row(S)
+        banks = 4 * (L + (L - 1) * (1 - unfinished)) * SLAB  # all old ones, the new ones of the layers before
+        write = (1 - unfinished) * ((4 + extra) * SLAB + (1 + 2 * extra) * row(n))
+        return before + banks + Max(piece(n), write)
+
+    return Max(some(WHOLE) * call(S, WHOLE - 1, 0), some(REST) * call(REST, WHOLE, 1))
+
+
+def _decode(impl: str, writes: Expr) -> Expr:
+    """One token; a token that completes a segment pays for new banks."""
+    fill = Mod(T, S)
+    caches = 2 * row(fill + 1)
+    kept = (L - 1) * ((1 - writes) * caches + Max(e, 4) * B * d + 4 * writes * SLAB) + some(L - 1) * row(1)
+    if impl == "blocked":
+        loop = (1 - writes) * caches + 3 * row(1) + _after_self_attention(1)
+        return kept + Max(caches + 4 * row(1), loop, writes * (4 * SLAB + 15 * row(1)))
+    copied = SLAB * some(B - 1) * some(h - 1)
+    step = (
+        caches
+        + (fill + 1)
+        + Max(
+            3 * row(1) + 2 * tensor(B, h, fill + 1),
+            4 * row(1) + 2 * tensor(B, h, M) + copied,
+            4 * row(1) + 2 * tensor(B, f),
+        )
+    )
+    return kept + Max(step, writes * (5 * SLAB + caches + 8 * row(1)))
+
+
+def _blocked_train(argmax: bool, writes: Expr) -> Expr:
+    """End of the last layer's forward, its last write, or (arg-max) that write's backward, whichever is the worst."""
+    in_loop = Piecewise((5 * row(1) + 2 * tensor(B, f), f > 0), (3 * row(1), True))  # a token's, kept for backward
+    statistics = (8 * h + Piecewise((24, f > 0), (16, True))) * B  # log-sum-exps and norms, fp32
+    small = writes * (10 * row(1) + (tensor(B, M) if argmax else 0))
+    slabs = 4 if argmax else 2  # a write's, kept for backward
+    layer = T * (8 * row(1) + in_loop + statistics) + small + (slabs * writes + 2) * SLAB
+    earlier = (L - 1) * (layer + row(T))
+    last = T - S * writes
+    end = layer + 2 * row(T) + Max(row(Min(S, last)), 0) + 2 * SLAB
+    written = S * writes
+    write = layer - last * in_loop + row(T) + row(written) + (2 if argmax else 4) * SLAB
+    peaks = [end, some(writes) * write]
+    if argmax:
+        gradients = e * (when_ffn(linear_parameters(d, f)) + 4 * d * d)
+        peaks.append(some(writes) * (layer - last * in_loop + row(T) + 4 * row(last) + gradients + 6 * SLAB))
+    return earlier + Max(*peaks)
+
+
+def _reference_train(writes: Expr) -> Expr:
+    """Backward through a softmax of the last layer's last whole segment, or the end of the forward."""
+
+    def kept(whole: Expr, rest: Expr, made: Expr) -> Expr:
+        tokens, squares = whole * S + rest, whole * S**2 + rest**2
+        rows = Piecewise((15 * row(tokens) + 2 * tensor(B, tokens, f), f > 0), (13 * row(tokens), True))
+        statistics = Piecewise((24, f > 0), (16, True)) * B * tokens
+        scores = tensor(B, h, squares + tokens * M) + squares
+        return rows + statistics + scores + (7 * made + 3) * SLAB
+
+    def softmax(n: Expr) -> Expr:
+        read, own = tensor(B, h, n, M), tensor(B, h, n, n)
+        return row(T) - 2 * tensor(B, n, f) + Max(2 * read, 2 * own - read)
+
+    layer = kept(WHOLE, REST, writes)
+    in_rest = layer + softmax(REST)
+    in_whole = some(WHOLE) * (kept(WHOLE, Integer(0), writes - some(REST)) + softmax(S))
+    return (L - 1) * (layer + row(T)) + Max(layer + 2 * row(T), in_rest, in_whole) + SLAB
+
+
+def _sketch_forward() -> Expr:
+    """Averaged weights of the read live to the end of the layer."""
+    scores, hidden = tensor(B, T, M), tensor(B, T, f)
+    worst = Max(4 * row(T) + scores + 2 * hidden, 3 * row(T) + 2 * scores + 2 * tensor(M, d), 7 * row(T) + scores)
+    return some(L - 1) * row(T) + worst
+
+
+def _sketch_train() -> Expr:
+    """Backward through the feed-forward network or the read's softmax of the last layer."""
+    scores, hidden = tensor(B, T, M), tensor(B, T, f)
+    rows = Piecewise((17, f > 0), (15, True)) * row(T)
+    layer = rows + hidden + scores + 2 * tensor(M, d) + 16 * B * T
+    gate = Piecewise((0, f > 0), (3 * row(T), True))
+    return L * layer + Max(2 * hidden, gate, 2 * scores - hidden - 5 * row(T))
