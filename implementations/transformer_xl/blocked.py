@@ -92,9 +92,10 @@ def staircase(operands: Operands, geometry: Geometry) -> torch.Tensor:
     out = torch.empty_like(operands.content)
     future = _future(operands)
     for block in geometry.blocks(out.shape[1], len(out)):
+        first = geometry.past + block.first_key
         probabilities = _scores(operands, block, geometry, future).softmax(dim=2)
-        values = _windows(operands.v, block, geometry.past + block.first_key, block.keys)
-        _put(out, block, probabilities @ values.flatten(0, 1))
+        _put(out, block, probabilities @ _windows(operands.v, block, first, block.keys))
+        del probabilities  # else it would live through the next block's scores
     return out
 
 
@@ -119,21 +120,29 @@ def staircase_backward(grad: torch.Tensor, operands: Operands, geometry: Geometr
     )  # fmt: skip
     future = _future(operands)
     for block in geometry.blocks(content.shape[1], len(content)):
-        n, K, start = block.queries, block.keys, geometry.past + block.first_key
-        probabilities = _scores(operands, block, geometry, future).softmax(dim=2)  # [X, n, K]
-        above = _queries(grad, block)  # [X, n, D]
-        _add_windows(result.v, result.v_as_memory, probabilities.transpose(1, 2) @ above, block, start)
-        by_score = torch._softmax_backward_data(
-            above @ _windows(v, block, start, K).flatten(0, 1).transpose(1, 2), probabilities, 2, above.dtype
-        )
-        del probabilities
-        by_key = by_score.transpose(1, 2) @ _queries(content, block)
-        _add_windows(result.k, result.k_as_memory, by_key, block, start)
-        _put(result.content, block, by_score @ _windows(k, block, start, K).flatten(0, 1))
-        by_distance = _unshift(by_score).view(len(r), -1, K)  # [H, B * G * n, K]
-        result.r[:, -K:] += by_distance.transpose(1, 2) @ _queries(position, block).reshape(len(r), -1, r.shape[2])
-        _put(result.position, block, (by_distance @ r[:, -K:]).view(-1, n, r.shape[2]))
+        _block_backward(result, grad, operands, block, geometry, future)
     return result
+
+
+def _block_backward(
+    result: Gradients, grad: torch.Tensor, operands: Operands, block: Block, geometry: Geometry, future: torch.Tensor
+) -> None:
+    """Add one block's part; a function, so that nothing of one block lives through the next."""
+    n, K, start = block.queries, block.keys, geometry.past + block.first_key
+    content, position, k, v, r = operands
+    above = _queries(grad, block)  # [X, n, D]
+    probabilities = _scores(operands, block, geometry, future).softmax(dim=2)  # [X, n, K]
+    _add_windows(result.v, result.v_as_memory, probabilities.transpose(1, 2) @ above, block, start)
+    by_score = torch._softmax_backward_data(
+        above @ _windows(v, block, start, K).transpose(1, 2), probabilities, 2, above.dtype
+    )
+    del probabilities
+    by_key = by_score.transpose(1, 2) @ _queries(content, block)
+    _add_windows(result.k, result.k_as_memory, by_key, block, start)
+    _put(result.content, block, by_score @ _windows(k, block, start, K))
+    by_distance = _unshift(by_score).view(len(r), -1, K)  # [H, B * G * n, K]
+    result.r[:, -K:] += by_distance.transpose(1, 2) @ _queries(position, block).reshape(len(r), -1, r.shape[2])
+    _put(result.position, block, (by_distance @ r[:, -K:]).view(-1, n, r.shape[2]))
 
 
 class Staircase(torch.autograd.Function):
@@ -170,7 +179,7 @@ def _scores(operands: Operands, block: Block, geometry: Geometry, future: torch.
     # Key j of row i is K - n + i - j away: column n - 1 - i + j. What the stride reads beyond a row is masked below.
     shifted = by_distance.as_strided((len(operands.k) * block.count, n, K), (n * K, K - 1, 1), n - 1)
     keys = _windows(operands.k, block, geometry.past + block.first_key, K)
-    scores = torch.baddbmm(shifted, _queries(operands.content, block), keys.flatten(0, 1).transpose(1, 2))
+    scores = torch.baddbmm(shifted, _queries(operands.content, block), keys.transpose(1, 2))
     scores[:, :, K - n :].masked_fill_(future[:n, :n], float("-inf"))
     outside = K - geometry.mem_len  # columns that some query of the block is too far from
     if geometry.same_length and outside > 0:
@@ -195,21 +204,26 @@ def _unshift(shifted: torch.Tensor) -> torch.Tensor:
 
 
 def _windows(stream: torch.Tensor, block: Block, first: int, width: int) -> torch.Tensor:
-    """``width`` rows from ``first`` on, and as many one segment further, ...: a view ``[H * B, G, width, D]``."""
+    """``width`` rows from ``first`` on, and as many one segment further, ...: ``[X, width, D]``; a view if G = 1."""
+    return _strided(stream, block, first, width).flatten(0, 1) if block.count > 1 else stream[:, first : first + width]
+
+
+def _strided(stream: torch.Tensor, block: Block, first: int, width: int) -> torch.Tensor:
+    """The same rows as a view ``[H * B, G, width, D]``."""
     matrix, row, column = stream.stride()
     size = (len(stream), block.count, width, stream.shape[2])
     return stream.as_strided(size, (matrix, block.rows * row, row, column), stream.storage_offset() + first * row)
 
 
 def _queries(stream: torch.Tensor, block: Block) -> torch.Tensor:
-    """A block's rows of a stream of queries, ``[X, n, D]``; a view where the block is of one segment."""
-    return _windows(stream, block, block.first + block.offset, block.queries).flatten(0, 1)
+    """A block's rows of a stream of queries, ``[X, n, D]``."""
+    return _windows(stream, block, block.first + block.offset, block.queries)
 
 
 def _put(stream: torch.Tensor, block: Block, values: torch.Tensor) -> None:
     """Write a block's rows, ``values: [X, n, D]``."""
-    target = _windows(stream, block, block.first + block.offset, block.queries)
-    target.copy_(values.view_as(target))
+    target = _strided(stream, block, block.first + block.offset, block.queries)
+    target.copy_(values.view(target.shape))
 
 
 def _add_windows(own: torch.Tensor, memory: torch.Tensor, values: torch.Tensor, block: Block, start: int) -> None:
@@ -222,7 +236,7 @@ def _add_windows(own: torch.Tensor, memory: torch.Tensor, values: torch.Tensor, 
     for target, begin, end in ((memory, 0, split), (own, split, block.keys)):
         for first in range(begin, end, block.rows):
             width = min(block.rows, end - first)
-            _windows(target, block, start + first, width).add_(windows[:, :, first : first + width])
+            _strided(target, block, start + first, width).add_(windows[:, :, first : first + width])
 
 
 def _heads_first(x: torch.Tensor, num_heads: int) -> torch.Tensor:

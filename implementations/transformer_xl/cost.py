@@ -14,6 +14,7 @@ from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
 from ctxbench.cost.terms import linear, projections, tensor, triangle, window_pairs
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations.transformer_xl import peak
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams
 from ctxbench.implementations.transformer_xl.schedule import BLOCK
 
@@ -71,6 +72,7 @@ def cost(impl: str, mode: str, causal: bool, params: TransformerXLParams) -> Cos
         flops=flops,
         num_parameters=block_parameters(5 * d * d + 2 * d),
         state_bytes=L * tensor(B, Min(T, M) if impl == "as_written" else _state_rows(params), d),
+        peak_bytes=_peak(impl, mode, params),
         depth=_depth(impl, mode),
     )
 
@@ -181,6 +183,25 @@ def _state_rows(params: TransformerXLParams) -> Expr:
     """Rows a layer carries after T tokens: the memory and the segment so far."""
     rows = M + REST
     return rows if params.start == "zeros" else Min(T, rows)
+
+
+def _peak(impl: str, mode: str, params: TransformerXLParams) -> Expr:
+    parts = _sequence(params)
+    if impl == "as_written":
+        parts = (Segments(T, Integer(1), Integer(0), Integer(0)),)
+    past = M if params.start == "zeros" else Integer(0)
+    longest = _longest(params)
+    rows = Min(S, T)
+    shape = peak.Shape(
+        T,
+        past,
+        rows,
+        longest - rows,
+        sum(part.keys for part in parts),
+        sum(part.rectangles for part in parts),
+        parts[0].full,
+    )
+    return peak.forward(impl, shape) if mode == "forward" else peak.train(impl, shape)
 
 
 def _depth(impl: str, mode: str) -> Expr:

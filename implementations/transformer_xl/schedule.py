@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 BLOCK = 128  # queries a block: small enough to skip most of the causal half, large enough for full GEMM speed
-SLAB = 1 << 19  # scores a product: two such products stay in a last-level cache
+SLAB = 1 << 20  # scores a product: two such products of float32 stay in a last-level cache
 
 
 class Block(NamedTuple):
