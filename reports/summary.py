@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ctxbench.analysis.frame import MEASURED, fastest
+from ctxbench.analysis.frame import MEASURED, SKETCH, fastest
 from ctxbench.analysis.slopes import trend, work_basis
 from ctxbench.reports.figures import scales
 from ctxbench.reports.palette import status_of
@@ -20,6 +20,8 @@ def sentences(view: pd.DataFrame) -> list[str]:
     measured = view[view["status"].isin(MEASURED) & (view["latency_s"] > 0)]
     if measured.empty:
         return ["No cell of this run was measured; the table says why for each of them."]
+    if (measured["impl"] != SKETCH).any():
+        measured = measured[measured["impl"] != SKETCH]
     return [text for text in (_fastest(view, measured), _reach(view, measured), _growth(view, measured)) if text]
 
 
@@ -35,7 +37,11 @@ def _fastest(view: pd.DataFrame, measured: pd.DataFrame) -> str:
     best = here.loc[here.groupby("method")["latency_s"].idxmin()].sort_values("latency_s")
     count, total = len(best), view["method"].nunique()
     who = (
-        "the only method" if total == 1 else f"all {total} methods" if count == total else f"{count} of {total} methods"
+        "the only method"
+        if total == 1
+        else ("both methods" if total == 2 else f"all {total} methods")
+        if count == total
+        else f"{count} of {total} methods"
     )
     at = f"At {format_tokens(length)} tokens, the longest length that {who} completed,"
     first = best.iloc[0]
@@ -69,8 +75,7 @@ def _reach(view: pd.DataFrame, measured: pd.DataFrame) -> str:
         stops.append(f"{method} after {format_tokens(int(reached[method]))} ({why})" if method in reached
                      else f"{method} before the first length ({why})")  # fmt: skip
     if not stops:
-        return f"Every method reaches its longest length, {longest}." if planned.nunique() == 1 else (
-            "Every method reaches its longest length.")  # fmt: skip
+        return f"Every method reaches {'the longest length, ' if planned.nunique() == 1 else ''}{longest}."
     start = f"{_list(complete)} reach{'es' if len(complete) == 1 else ''}" if complete else "No method reaches"
     more = f"; and {len(stops) - 4} more" if len(stops) > 4 else ""
     return f"{start} {longest}; measurements stop for {'; for '.join(stops[:4])}{more}."

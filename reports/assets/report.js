@@ -87,6 +87,7 @@ async function drawCharts() {
       if (trace.meta.role === "missing") return { ...copy, y: trace.y.map(() => (copy.visible ? lane : 0)), lanes: copy.visible ? (lane += 1) : 0 };
       copy.y = scaled(trace.y, trace.x);
       if (copy.visible) { seen.push(...copy.y.filter((y) => y > 0)); lost += trace.y.filter((y, i) => y !== null && copy.y[i] === null).length; }
+      if (trace.error_y && copy.visible) seen.push(...copy.y.flatMap((y, i) => (y === null ? [] : [y + factor(trace.x[i]) * trace.error_y.array[i], y - factor(trace.x[i]) * trace.error_y.arrayminus[i]])).filter((y) => y > 0));
       if (trace.error_y) copy.error_y = { ...trace.error_y, array: scaled(trace.error_y.array, trace.x), arrayminus: scaled(trace.error_y.arrayminus, trace.x) };
       copy.hovertemplate = state.value === "absolute" ? trace.hovertemplate : `%{text}<br>${relative ? "%{y:.3g} times the baseline" : "%{y:.3s} per token"}<extra></extra>`;
       return copy;

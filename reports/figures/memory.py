@@ -15,11 +15,11 @@ from ctxbench.reports.figures import canvas, scales
 from ctxbench.reports.figures.overview import LENGTH
 from ctxbench.reports.figures.plotly_json import axis, hover, layout, ticks
 from ctxbench.reports.figures.points import Metric, points
-from ctxbench.reports.palette import MPL_DASHES, MPL_MARKERS, Style, status_of
+from ctxbench.reports.palette import DARK, LIGHT, MPL_DASHES, MPL_MARKERS, Style, contrast, status_of
 from ctxbench.units import format_tokens
 
 SIZE = "memory size (tokens per layer)"
-# Light to dark in equal steps, one hue: readable as grey too. Text on the darker half is white.
+# Light to dark in equal steps, one hue: readable as grey too.
 RAMP = ("#e3ecf7", "#c3d7ef", "#9dbde4", "#7aa1d6", "#5a84c4", "#4068ac", "#2b4d8e", "#1b356b")
 
 
@@ -43,6 +43,11 @@ def shade(value: float, low: float, high: float) -> str:
     """Colour of a value between the smallest and the largest of all heat maps, on a logarithmic scale."""
     share = 0.5 if high <= low else (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
     return RAMP[min(len(RAMP) - 1, max(0, int(share * len(RAMP))))]
+
+
+def ink_on(color: str) -> str:
+    """The ink of a text on this colour: the one with the higher contrast."""
+    return max((LIGHT, DARK), key=lambda ink: contrast(color, ink))
 
 
 def at_length(frame: pd.DataFrame, seq_len: int, metric: Metric) -> pd.DataFrame:
@@ -126,7 +131,7 @@ def heat_map(table: pd.DataFrame, metric: Metric, title: str) -> Figure:
                 axes.add_patch(_tile(x, y, color))
                 text = "" if point is None else scales.text(point["value"], metric.unit) if known else ""
                 text = text or ("" if point is None else status_of(point["status"]).words)
-                ink = "white" if color in RAMP[4:] else "#14171c" if known else canvas.INK
+                ink = ink_on(color) if known else canvas.INK
                 axes.text(x, y, text, ha="center", va="center", fontsize=7, color=ink)
         axes.set_xlim(-0.5, len(lengths) - 0.5)
         axes.set_ylim(-0.5, len(sizes) - 0.5)

@@ -47,7 +47,8 @@ def interactive(table: pd.DataFrame, style: Style) -> dict[str, Any]:
                 in zip(steps["slope"], steps["slope_low"], steps["slope_high"], strict=True)], marker=marker,
                error_y=_bars(steps["slope"], steps["slope_low"], steps["slope_high"], style)),
     ]  # fmt: skip
-    values = [*measured["latency_s"], *modelled["model_s"]]
+    ends = [*measured["latency_low_s"], *measured["latency_high_s"]]
+    values = [*measured["latency_s"], *modelled["model_s"], *ends]
     texts = scales.token_ticks(lengths, most=8)
     return {
         "data": [trace for trace in traces if trace["x"]],

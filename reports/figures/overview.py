@@ -59,7 +59,7 @@ def interactive(
 
 
 def _measured(mine: pd.DataFrame, lengths: list[int], style: Style) -> dict[str, Any]:
-    measured = mine[mine["kind"] == "measured"].set_index("seq_len")
+    measured = mine[mine["kind"] == "measured"].drop_duplicates("seq_len", keep="last").set_index("seq_len")
     if measured.empty:
         return {}
     at = [length if length in measured.index else None for length in lengths]  # None breaks the line
@@ -188,7 +188,7 @@ def static(
 
 
 def _draw_series(axes: Any, mine: pd.DataFrame, series: str, style: Style) -> None:
-    measured = mine[mine["kind"] == "measured"].set_index("seq_len")
+    measured = mine[mine["kind"] == "measured"].drop_duplicates("seq_len", keep="last").set_index("seq_len")
     if not measured.empty:
         lengths = sorted(mine["seq_len"].unique())
         drawn = measured.reindex(lengths)  # NaN breaks the line

@@ -39,7 +39,7 @@ LATENCY = Metric(
     ("latency_low_s", "latency_high_s"), ("forecast_low_s", "forecast_high_s"),
 )  # fmt: skip
 MEMORY = Metric(
-    "memory", "Peak memory", "above parameters and inputs", "B", ("peak_allocated", "peak_resident"),
+    "memory", "Peak memory", "above weights and inputs", "B", ("peak_allocated", "peak_resident"),
     ("peak_traced", "peak_formula", "forecast_peak_bytes"),
 )  # fmt: skip
 FLOPS = Metric(

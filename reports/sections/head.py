@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ctxbench.analysis.frame import MEASURED
 from ctxbench.reports.palette import status_of
 from ctxbench.reports.report import Report
 from ctxbench.reports.summary import counts, sentences
@@ -19,45 +20,49 @@ def context(report: Report) -> dict[str, Any]:
         "total": len(report.frame),
         "sentences": sentences(view.frame),
         "sentences_of": view.label,
-        "notes": [f"{run.name}: {warning}" for run in report.runs for warning in run.warnings],
+        "notes": [*(f"{run.name}: {warning}" for run in report.runs for warning in run.warnings), *_doubts(report)],
     }
+
+
+def _doubts(report: Report) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    status = report.frame["status"]
+    unstable, measured = int((status == "unstable").sum()), int(status.isin(MEASURED).sum())
+    if not unstable:
+        return []
+    return [f"{unstable} of {measured} measured cells did not reach the precision asked for; their intervals are wide."]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     frame = report.frame
     starts = sorted(text for text in frame["started_at"] if text)
     return [
-        ("Measured", starts[0][:16].replace("T", " ") if starts else _text(report.info("started_at"))),
+        ("Measured", starts[0][:16].replace("T", " ") if starts else _text(report.info("created_at"))),
         ("Run", ", ".join(run.name for run in report.runs)),
-        ("Suite", _text(report.info("suite") or report.info("config", "suite"))),
+        ("Suite", _text(report.info("suite"))),
         ("Device", _device(report)),
-        ("Threads", ", ".join(str(n) for n in sorted(frame["threads"].unique()) if n)),
-        ("PyTorch", _text(_find(report, "torch", "torch_version"))),
+        ("Threads", _threads(report)),
+        ("PyTorch", _text(report.info("versions", "torch"))),
         ("Sizes", _sizes(report)),
     ]
 
 
 def _device(report: Report) -> str:
-    kinds = ", ".join(sorted(frame_device for frame_device in report.frame["device"].unique()))
-    name = _find(report, "device_name", "gpu_name", "cpu_name", "cpu_model", "processor")
-    return f"{kinds}: {_text(name)}" if name else kinds
+    kinds = ", ".join(sorted(report.frame["device"].unique()))
+    gpus = report.info("environment", "gpu")
+    names = {_text(gpu.get("name")) for gpu in gpus if isinstance(gpu, dict)} if isinstance(gpus, list) else set()
+    on_cpu = set(report.frame["device"]) == {"cpu"}
+    name = _text(report.info("environment", "cpu", "model")) if on_cpu else ", ".join(sorted(names))
+    return f"{kinds}: {name}" if name else kinds
 
 
-def _find(report: Report, *names: str) -> Any:
-    """The first value under one of these names, anywhere in ``run.json``."""
-
-    def search(node: Any) -> Any:
-        if isinstance(node, dict):
-            for name in names:
-                if isinstance(node.get(name), (str, int, float)):
-                    return node[name]
-            for child in node.values():
-                found = search(child)
-                if found is not None:
-                    return found
-        return None
-
-    return search(dict(report.runs[0].info))
+def _threads(report: Report) -> str:
+    """Threads of the measuring processes; 0 in a row stands for all usable cores."""
+    cores = _text(report.info("environment", "cpu", "cores_usable"))
+    counts = [
+        str(n) if n else f"all{f' {cores}' if cores else ''} cores" for n in sorted(report.frame["threads"].unique())
+    ]
+    return ", ".join(counts)
 
 
 def _sizes(report: Report) -> str:
@@ -69,7 +74,7 @@ def _sizes(report: Report) -> str:
 
 
 def _command(report: Report) -> str:
-    command = report.info("command") or report.info("command_line") or report.info("argv")
+    command = report.info("command")
     return " ".join(map(str, command)) if isinstance(command, (list, tuple)) else _text(command)
 
 

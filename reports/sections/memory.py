@@ -64,8 +64,8 @@ def _tile(point: dict[str, Any] | None, low: float, high: float) -> dict[str, st
         status = status_of(point["status"])
         return {"text": status.glyph, "title": point["hover"], "color": "", "ink": ""}
     color = memory.shade(point["value"], low, high)
-    ink = "#ffffff" if color in memory.RAMP[4:] else "#14171c"
-    return {"text": scales.text(point["value"], LATENCY.unit), "title": point["hover"], "color": color, "ink": ink}
+    value = scales.text(point["value"], LATENCY.unit)
+    return {"text": value, "title": point["hover"], "color": color, "ink": memory.ink_on(color)}
 
 
 def _single(report: Report) -> str:

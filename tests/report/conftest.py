@@ -69,7 +69,7 @@ def write_run(folder: Path, rows: list[Row], info: dict | None = None) -> Path:
     (folder / "rows.jsonl").write_bytes(b"".join(encode(row) for row in rows))
     default = {
         "schema": "ctxbench.run/1", "command": ["ctxbench", "run", "scaling", "--methods", "all"], "suite": "scaling",
-        "environment": {"cpu_model": "Example CPU", "torch": "2.13.0", "python": "3.11.9", "memory_bytes": 2**34},
+        "versions": {"torch": "2.13.0"}, "environment": {"cpu": {"model": "Example CPU", "cores_usable": 2}},
         "config": {"limits": {"budget_s": 600, "cell_timeout_s": 120}},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(default if info is None else info))

@@ -1,0 +1,213 @@
+"""The page as text: sentences, tables, escaping, size, bad input."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from ctxbench.analysis.frame import to_frame
+from ctxbench.analysis.runs import read_run
+from ctxbench.cli.report import command
+from ctxbench.errors import RunFolderError
+from ctxbench.method import Claim, Impl, Method
+from ctxbench.registry import Entry, Registry
+from ctxbench.reports import formulas, tables
+from ctxbench.reports.page import render, write
+from ctxbench.reports.report import Report
+from ctxbench.reports.sections.methods import paper_link
+from ctxbench.reports.summary import sentences
+
+
+def unpacked(page: str, name: str) -> str:
+    data = re.search(rf'id="{name}">([^<]*)<', page)
+    assert data is not None
+    return gzip.decompress(base64.b64decode(data[1])).decode()
+
+
+def test_the_page_asks_for_nothing_from_anywhere(report_file):
+    page = report_file("scaling").read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r'<(?:script|img|iframe|source)[^>]+src="(?!data:)', page)
+    assert re.findall(r"<link[^>]*>", page) == ['<link rel="icon" href="data:,">']
+    assert "@import" not in page
+
+
+def test_a_page_of_twenty_methods_stays_within_its_budget(report_file):
+    assert report_file("large").stat().st_size <= 2.6e6
+
+
+def test_static_figures_stand_in_for_every_chart(report_file):
+    page = report_file("scaling").read_text()
+    charts = re.findall(r'data-figure="([^"]+)"', page)
+    assert set(charts) == set(json.loads(unpacked(page, "figures-data")))
+    assert len(re.findall(r"<noscript><svg", page)) == len(charts)
+
+
+def test_the_embedded_rows_are_the_rows_of_the_run(report_file, run_folder):
+    embedded = unpacked(report_file("hostile").read_text(), "rows-data").splitlines()
+    assert sorted(embedded) == sorted((run_folder("hostile") / "rows.jsonl").read_text().splitlines())
+
+
+def test_hostile_texts_are_escaped_everywhere(report_file):
+    page = report_file("hostile").read_text()
+    for attack in ("<script>alert", "<img src=x", "<b>bold", "</textarea>"):
+        assert attack not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "{{ 7 * 7 }}" in page
+    assert "\u202e" not in page
+    assert page.count("<script") == page.count("</script>")
+    for trace in (t for f in json.loads(unpacked(page, "figures-data")).values() for t in f["data"]):
+        assert not any(re.search(r"<(?!br>)", text) for text in trace["text"] if text)
+
+
+def test_every_status_has_its_count_and_its_words(report_file):
+    page = report_file("scaling").read_text()
+    for words in ("not supported", "skipped", "out of memory", "timeout", "killed", "gate failed"):
+        assert re.search(rf"<b>\d+</b> {words}", page)
+
+
+def test_the_sentences_say_what_the_data_say(run_folder):
+    fastest, reach, growth = sentences(to_frame([read_run(run_folder("scaling"))]))
+    assert fastest.startswith("At 32k tokens, the longest length that all 5 methods completed,")
+    assert "dense after 32k (timeout, not done after 120 s)" in reach
+    assert "memory_bank after 64k (killed" in reach
+    assert "longformer, pyramid and transformer_xl reach 128k tokens" in reach
+    assert "as the formulas say for all 5 methods" in growth
+
+
+def test_a_sketch_with_defects_never_counts_as_the_fastest(run_folder):
+    frame = to_frame([read_run(run_folder("scaling"))])
+    rows = frame[frame["method"] == "dense"].copy()
+    rows.loc[rows["impl"] == "blocked", ["impl", "series"]] = ["as_written", "dense / as_written"]
+    assert "dense / reference takes" in sentences(rows)[0]
+
+
+def test_a_run_in_which_nothing_was_measured_says_so(run_folder):
+    frame = to_frame([read_run(run_folder("scaling"))])
+    assert "No cell of this run was measured" in sentences(frame[frame["impl"] == "triton"])[0]
+
+
+def test_a_run_with_one_memory_size_says_so_in_a_sentence(report_file):
+    assert "This run has one memory size for each method" in report_file("scaling").read_text()
+    assert "one memory size" not in report_file("memory").read_text()
+
+
+def test_cost_table_shows_three_kinds_of_flops_and_their_ratios(run_folder):
+    frame = to_frame([read_run(run_folder("scaling"))])
+    head, body = tables.cost_table(frame[frame["series"] == "dense / reference"])
+    assert head[-2:] == ["formula / algorithmic", "counted / formula"]
+    assert body[0][0] == "1k"
+    assert body[0][-2:] == ["2", "equal"]
+    assert body[-1][-1] == "-"  # skipped: nothing was counted
+
+
+def test_the_table_sorts_by_number_not_by_text(run_folder):
+    frame = to_frame([read_run(run_folder("scaling"))])
+    names = list(tables.columns(frame))
+    latency = [row[names.index("latency_s")] for row in tables.entries(frame)]
+    measured = [value for value in latency if value.text]
+    assert sorted(measured, key=lambda v: v.sort)[0].text.endswith("ms")
+    assert sorted(measured, key=lambda v: v.sort)[-1].text.endswith(" s")
+
+
+def test_axes_that_vary_become_columns(run_folder):
+    frame = to_frame([read_run(run_folder("memory"))])
+    assert "mode" not in tables.columns(frame)
+    frame.loc[0, "mode"] = "train"
+    assert "mode" in tables.columns(frame)
+
+
+def test_a_page_is_the_same_page_twice_but_for_its_date(run_folder):
+    run = read_run(run_folder("memory"))
+    first, second = (render(Report([run], Registry(), "title")) for _ in range(2))
+    assert re.sub(r"on \d{4}-[^.]*UTC", "", first) == re.sub(r"on \d{4}-[^.]*UTC", "", second)
+
+
+def test_a_method_card_shows_what_the_plug_in_declares_and_escapes_it(run_folder):
+    method = Method(
+        name="dense", build="x:y", title="<i>Dense</i>", idea="an & idea", deviations=("a <deviation>",),
+        claims=(Claim("<claimed>", "wrong", "the truth"),),
+        impls=(Impl("reference"), Impl("as_written", defects={"causality": "sees the <future>"})),
+    )  # fmt: skip
+    registry = Registry({"dense": Entry(method, "somewhere", "somewhere")})
+    page = render(Report([read_run(run_folder("memory"))], registry, "t"))
+    for text in (
+        "&lt;i&gt;Dense&lt;/i&gt;",
+        "an &amp; idea",
+        "a &lt;deviation&gt;",
+        "&lt;claimed&gt;",
+        "sees the &lt;future",
+    ):
+        assert text in page
+    assert "not installed here" in page  # the other methods
+    assert "The method declares no formula" in page
+
+
+@pytest.mark.parametrize(
+    ("link", "address"),
+    [
+        ("arXiv:1706.03762", "https://arxiv.org/abs/1706.03762"),
+        ("doi:10.1/x", "https://doi.org/10.1/x"),
+        ("javascript:alert(1)", ""),
+        ("http://plain", ""),
+    ],
+)
+def test_only_safe_paper_links_become_links(link, address):
+    assert paper_link(link) == address
+
+
+def test_a_cost_function_that_raises_becomes_a_sentence(run_folder):
+    def broken(*_):
+        raise ZeroDivisionError("no <cost>")
+
+    method = Method(name="dense", build="x:y", cost=broken)
+    row = {"params": "{}", "impl": "reference", "mode": "forward", "causal": True}
+    assert formulas.formulas(method, row) == ([], "The formula could not be evaluated: ZeroDivisionError: no <cost>")
+
+
+def test_a_formula_is_drawn_and_what_cannot_be_drawn_is_left_as_text():
+    image, height = formulas.draw(r"4 B T d^{2} + \left\lfloor{\frac{T}{w}}\right\rfloor")
+    assert image.startswith("data:image/svg+xml;base64,")
+    assert 1 < height < 5
+    assert formulas.draw(r"\begin{cases} 1 \end{cases}") == ("", 0.0)
+
+
+def test_the_built_in_dense_method_has_its_formula_as_image_and_text(report_file):
+    page = report_file("scaling").read_text()
+    assert re.search(r'<img src="data:image/svg\+xml;base64,[^"]+" alt="[^"]*T', page)
+
+
+def test_the_command_prints_the_path_and_takes_title_and_place(run_folder, tmp_path):
+    out = tmp_path / "page.html"
+    result = CliRunner().invoke(
+        command, [str(run_folder("memory")), "--out", str(out), "--title", "A & B", "--json"], catch_exceptions=False
+    )
+    assert json.loads(result.stdout) == {"report": str(out), "bytes": out.stat().st_size}
+    assert "<title>A &amp; B</title>" in out.read_text()
+
+
+def test_two_runs_share_a_page(run_folder, tmp_path):
+    out = write([run_folder("memory"), run_folder("scaling")], tmp_path / "both.html", registry=Registry())
+    page = out.read_text()
+    assert "run memory" in page
+    assert "run scaling" in page
+
+
+def test_a_place_that_cannot_be_written_is_an_error_and_leaves_nothing(run_folder, tmp_path):
+    with pytest.raises(RunFolderError, match=r"(?s)cannot write.*--out"):
+        write([run_folder("memory")], tmp_path / "absent" / "page.html", registry=Registry())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_run_is_reported_with_a_note(run_folder, tmp_path):
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes((run_folder("memory") / "rows.jsonl").read_bytes()[:-40])
+    page = write([folder], registry=Registry()).read_text()
+    assert "the last line of rows.jsonl is truncated" in page
+    assert "the environment of this run is unknown" in page
