@@ -133,7 +133,17 @@ def large_rows() -> list[Row]:
     return [make_row(f"method_{index:02d}", "blocked", length) for index in range(20) for length in LENGTHS]
 
 
-ROWS = {"scaling": scaling_rows, "hostile": hostile_rows, "memory": memory_rows, "large": large_rows}
+def tiny_rows() -> list[Row]:
+    """Two methods at two lengths: for tests that write a page of their own."""
+    rows = [make_row("dense", "blocked", length) for length in LENGTHS[:2]]
+    return [
+        *rows,
+        make_row("longformer", "blocked", 1024),
+        make_row("longformer", "blocked", 2048, "oom", reason="full"),
+    ]
+
+
+ROWS = {"tiny": tiny_rows, "scaling": scaling_rows, "hostile": hostile_rows, "memory": memory_rows, "large": large_rows}
 
 
 @pytest.fixture(scope="session")
