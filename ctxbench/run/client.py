@@ -54,7 +54,8 @@ class Server:
             raise ValueError(f"expected a heap of {', '.join(HEAPS)} and fork or spawn, received {heap!r}, {isolate!r}")
         if not hasattr(os, "pidfd_open"):
             raise EnvironmentUnusable(
-                f"measuring needs Linux 5.3 or newer\n  this is: {sys.platform}\n  plan, list, describe and report run here"
+                f"measuring needs Linux 5.3 or newer\n  received: {sys.platform}\n"
+                "  plan, list, describe and report work here"
             )
         self.heap, self.threads = heap, threads
         self._process: subprocess.Popen[bytes] | None = None

@@ -31,7 +31,7 @@ SHORT_CALL_S = 1e-4
 RECHECK_S = 0.2  # longer calls are not repeated for the check on overwritten inputs; the gate made it at a small size
 SPREAD = 0.10
 COUNT_S = 5.0  # longer calls are not repeated to count what the tracer could not
-WARM_UP_TOKENS = 64
+WARM_UP_TOKENS = 1024  # and at most a quarter of the sequence
 CHECKED_VALUES = 64  # of an output, for its checksum
 
 
@@ -281,8 +281,8 @@ def _trace_into(found: Memory, method: Method, cell: Cell) -> Any:
 
 
 def _warm_small(method: Method, cell: Cell) -> None:
-    """Load code pages and library buffers with a short sequence; skipped where the method has no short one."""
-    dims = cell.dims.replace(seq_len=min(WARM_UP_TOKENS, cell.seq_len), batch_size=1)
+    """Load code pages and library buffers with a shorter sequence; skipped where the method has no shorter one."""
+    dims = cell.dims.replace(seq_len=max(1, min(WARM_UP_TOKENS, cell.seq_len // 4)), batch_size=1)
     params = cell.params_for(method)
     impl = method.impl(cell.impl)
     if not method.mode_support(cell.mode, dims, params):
@@ -291,7 +291,7 @@ def _warm_small(method: Method, cell: Cell) -> None:
         return
     try:
         workload.prepare(method, dims, params, cell.impl, cell.mode, cell.dtype, cell.device, rotate=1).call()
-    except Exception as error:  # what a length of 64 does is not what was asked; the real call speaks for itself
+    except Exception as error:  # what a shorter length does is not what was asked; the real call speaks for itself
         if is_out_of_memory(error):
             raise
     gc.collect()
