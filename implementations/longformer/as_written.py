@@ -35,8 +35,8 @@ class SketchAttention(LongformerAttention):
         """1 where row i may see column j, on the CPU: ``window // 2`` tokens on both sides, whatever the direction."""
         mask = torch.zeros(seq_len, seq_len)
         radius = self.window // 2
-        for i in range(seq_len):
-            mask[i, max(0, i - radius) : min(seq_len, i + radius + 1)] = 1
+        for i, row in enumerate(mask):
+            row[max(0, i - radius) : min(seq_len, i + radius + 1)] = 1
         for i in range(min(self.num_global, seq_len)):
             mask[i, :] = 1
             mask[:, i] = 1

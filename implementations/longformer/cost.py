@@ -18,6 +18,7 @@ from ctxbench.cost.terms import (
 )  # fmt: skip
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
 from ctxbench.implementations.longformer.params import LongformerParams
+from ctxbench.implementations.longformer.peaks import peak
 
 BLOCK = Integer(128)  # queries a block of the blocked impl
 w, g, step = param("window"), param("num_global"), param("dilation")
@@ -49,6 +50,7 @@ def cost(impl: str, mode: str, causal: bool, params: LongformerParams) -> Cost:
         flops=flops,
         num_parameters=block_parameters((7 if form.separate else 4) * linear_parameters(d, d)),
         state_bytes=L * form.state_bytes() if causal else Integer(0),
+        peak_bytes=peak(impl, mode, causal, params),
     )
 
 

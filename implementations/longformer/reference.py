@@ -25,23 +25,29 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: GlobalRows, 
     Returns:
         ``[B, H, T, D]``.
     """
-    T, S, G = q.shape[2], k.shape[2], rows.q.shape[2]
-    query = torch.arange(S - T + G, S, device=q.device)[:, None]
-    key = torch.arange(S, device=q.device)
+    G = rows.q.shape[2]
+    local = softmax_attention(q[:, :, G:], k, v, visible(q.shape[2] - G, k.shape[2], pattern, q.device))
+    return torch.cat((everywhere(rows, pattern.causal), local), dim=2)
+
+
+def visible(queries: int, S: int, pattern: Pattern, device: torch.device) -> torch.Tensor:
+    """Which of S keys each of the last ``queries`` tokens sees: ``[queries, S]``."""
+    query = torch.arange(S - queries, S, device=device)[:, None]
+    key = torch.arange(S, device=device)
     distance = query - key
     near = (distance <= pattern.left * pattern.dilation) & (distance >= -pattern.right * pattern.dilation)
-    visible = (near & (distance % pattern.dilation == 0)) | (key < pattern.num_global)
-    return torch.cat((everywhere(rows, pattern.causal), softmax_attention(q[:, :, G:], k, v, visible)), dim=2)
+    return (near & (distance % pattern.dilation == 0)) | (key < pattern.num_global)
 
 
 def everywhere(rows: GlobalRows, causal: bool) -> torch.Tensor:
     """Global rows over all tokens; in the causal form the last G of their keys are their own tokens."""
     G, S = rows.q.shape[2], rows.k.shape[2]
-    visible = torch.ones(G, S, dtype=torch.bool, device=rows.q.device)
-    return softmax_attention(*rows, visible.tril(S - G) if causal else visible)
+    allowed = torch.ones(G, S, dtype=torch.bool, device=rows.q.device)
+    return softmax_attention(*rows, allowed.tril(S - G) if causal else allowed)
 
 
-def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """``softmax(q k^T / sqrt(D)) v`` over the visible keys."""
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """``softmax(q k^T / sqrt(D)) v`` over the allowed keys."""
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-    return scores.masked_fill(~visible, float("-inf")).softmax(dim=3) @ v
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.softmax(dim=3) @ v

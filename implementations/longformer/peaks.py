@@ -1,0 +1,130 @@
+"""Closed forms of the allocator peak: what is alive together at the worst moment of each mode.
+
+A row is one ``[B, T, d]`` tensor. Forward and streaming compare the mixer with the feed-forward network; training
+compares the top layer's two halves in the backward pass, when everything below it is still saved.
+"""
+
+from __future__ import annotations
+
+from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor
+
+from ctxbench.cost.symbols import B, C, L, T, d, e, f, h, param
+from ctxbench.cost.terms import tensor, when_ffn
+from ctxbench.implementations._shared.forms import stack_peak
+from ctxbench.implementations.longformer.params import LongformerParams
+
+BLOCK, SPAN = 128, 1024  # queries whose scores are alive together, queries copied together
+w, g, step = param("window"), param("num_global"), param("dilation")
+
+
+def peak(impl: str, mode: str, causal: bool, params: LongformerParams) -> Expr:
+    """Bytes above parameters, inputs and incoming state."""
+    sizes = Sizes(impl, causal, params)
+    if mode == "forward":
+        return sizes.forward()
+    if mode == "train":
+        return sizes.train()
+    return sizes.stream() if mode == "stream" else sizes.decode()
+
+
+class Sizes:
+    """Bytes of what one impl keeps, in one direction."""
+
+    def __init__(self, impl: str, causal: bool, params: LongformerParams):
+        self.impl, self.causal = impl, causal
+        self.left, self.right = (w - 1, Integer(0)) if causal else (floor(w / 2), floor(w / 2))
+        self.step = step if params.dilation > 1 else Integer(1)
+        self.local = T - Min(g, T)
+        self.row = tensor(B, T, d)
+        self.own: Expr = Integer(0)  # global rows: queries and outputs, and the keys and values they see
+        if params.separate_global and params.num_global > 0 and impl != "as_written":
+            rows = tensor(B, Min(g, T), d)
+            self.own = 2 * rows + 2 * (rows if causal else self.row)
+
+    def forward(self) -> Expr:
+        """Norm, queries, keys, values; then scores twice with their masks, or the output and the buffers."""
+        if self.impl == "blocked":
+            return stack_peak(T, 5 * self.row + self.own + self._buffers(self.local, self.local))
+        return stack_peak(T, 4 * self.row + self.own + self._scores(self.local, T))
+
+    def _scores(self, queries: Expr, keys: Expr) -> Expr:
+        """Scores twice, masked or as probabilities; their mask, then its inverse or the output."""
+        if self.impl == "as_written":  # float mask, and its inverse
+            return 2 * tensor(B, h, keys, keys) + 5 * keys * keys
+        return 2 * tensor(B, h, queries, keys) + queries * keys + Max(queries * keys, tensor(B, queries, d))
+
+    def _buffers(self, queries: Expr, keys: Expr) -> Expr:
+        """The blocked impl's copies of queries, keys and values, one block's scores, and the corner mask twice."""
+        rows, _, _, scores = self._shape(queries, keys)
+        return self._copies(queries, keys, 1, 2) + tensor(B, h, rows, scores) + 2 * rows * rows
+
+    def _copies(self, queries: Expr, keys: Expr, of_queries: Expr | int, of_keys: Expr | int) -> Expr:
+        _, span, columns, _ = self._shape(queries, keys)
+        return of_queries * tensor(B, span, d) + of_keys * tensor(B, columns, d)
+
+    def _shape(self, queries: Expr, keys: Expr) -> tuple[Expr, Expr, Expr, Expr]:
+        """Queries a block and a span; columns (prefix and run) of a span and of a block."""
+        mine, all_keys = ceiling(queries / self.step), ceiling(keys / self.step)
+        rows, span = Min(BLOCK, mine), Min(SPAN, mine)
+        columns = g + Min(all_keys, self.left + span + self.right)
+        return rows, span, columns, g + Min(all_keys, self.left + rows + self.right)
+
+    def train(self) -> Expr:
+        """The top layer's feed-forward backward with everything saved, or its mixer's."""
+        saved, weights = self._saved(), tensor(d, f)
+        feed = when_ffn(L * saved + tensor(B, T, f) + weights)
+        return Max(feed, (L - 1) * saved + self._mixer_backward() + when_ffn(self.row + 2 * weights))
+
+    def _saved(self) -> Expr:
+        """A layer's activations: norm, q, k, v, mixed, the residuals; with an FFN its norm and hidden tensors."""
+        plain = 6 * self.row + self.own + 2 * e * B * T
+        if self.impl != "blocked":
+            plain += self._probabilities()
+        return plain + when_ffn(2 * self.row + 2 * tensor(B, T, f) + 2 * e * B * T)
+
+    def _probabilities(self) -> Expr:
+        if self.impl == "as_written":
+            return tensor(B, h, T, T) + T * T
+        own = tensor(B, h, Min(g, T), Min(g, T) if self.causal else T)
+        return tensor(B, h, self.local, T) + self.local * T + own
+
+    def _mixer_backward(self) -> Expr:
+        if self.impl != "blocked":  # norm, q, k or v, one gradient of those, output; P, dP, dS
+            queries = T if self.impl == "as_written" else self.local
+            gradient = 2 * tensor(B, h, queries, T)
+            return 5 * self.row + self.own + self._probabilities() + gradient + tensor(d, d)
+        # norm, q, k, v, their gradients, that of the mixed rows, output; sums of key gradients in fp32 or wider
+        rows, _, columns, scores = self._shape(self.local, self.local)
+        wide = 2 * Max(e, 4) * B * (columns + g) * d
+        buffers = self._copies(self.local, self.local, 2, 3) + 2 * tensor(B, h, rows, scores) + wide + 2 * rows * rows
+        return 9 * self.row + self.own + buffers + tensor(d, d)
+
+    def _kept(self, tokens: Expr) -> Expr:
+        """Bytes of one layer's state."""
+        return 2 * tensor(B, Min(tokens, g + self.left * self.step), d)
+
+    def stream(self) -> Expr:
+        """The last call, or the last whole one."""
+        whole = floor(T / C) * C
+        rest = T - whole
+        return Max(self._call(whole - C, C), Piecewise((self._call(whole, rest), rest > 0), (Integer(0), True)))
+
+    def _call(self, before: Expr, tokens: Expr) -> Expr:
+        """All layers' old states, the new ones of the layers below, and the top layer's own tensors."""
+        old, new, row = self._kept(before), self._kept(before + tokens), tensor(B, tokens, d)
+        keys = Min(before, g + self.left * self.step) + tokens
+        local = Min(tokens, Max(before + tokens - g, 0))
+        mixing = L * old + (L - 1) * new + 2 * tensor(B, keys, d) + 2 * row  # joined keys and values, norm, q
+        mixing += row + self._buffers(local, keys - g) if self.impl == "blocked" else self._scores(local, keys)
+        feed = when_ffn(L * (old + new) + 2 * row + 2 * tensor(B, tokens, f))
+        return Max(mixing, feed) + Min(L - 1, 1) * row + tensor(B, Min(before, C), d)  # the output of the call before
+
+    def decode(self) -> Expr:
+        """The last layer: joined keys and values, then their copies or the new state."""
+        most = g + self.left * self.step
+        new, keys = self._kept(T + 1), Min(T, most) + 1
+        joined = 2 * tensor(B, keys, d)
+        inside = joined + self._buffers(Integer(1), keys - g) if self.impl == "blocked" else joined
+        after = joined + Piecewise((new, most <= T), (Integer(0), True))  # else what is joined is the new state
+        feed = when_ffn(new + 2 * tensor(B, 1, f) + 3 * tensor(B, 1, d))
+        return (L - 1) * new + Max(Max(inside, after) + 3 * tensor(B, 1, d), feed)

@@ -1,0 +1,97 @@
+"""Longformer, operator level: q, k, v in, output out; 512 keys a query."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ctxbench.implementations.longformer import METHOD, blocked, reference
+from ctxbench.implementations.longformer.layer import GlobalRows, LongformerAttention
+from ctxbench.implementations.longformer.params import LongformerParams
+from ctxbench.method import Dims
+from ctxbench.suites.benchmarks.ratios import Comparison
+
+HEADS, WIDTH, LENGTH, WINDOW = 8, 64, 8192, 512
+IMPLS = {"reference": reference.attend, "blocked": blocked.attend}
+
+
+def operands(length: int, num_global: int = 0, heads: int = HEADS) -> tuple[torch.Tensor, ...]:
+    """Heads split from ``[B, T, d_model]`` projections, as a layer hands them over, and the rows of a causal prefix."""
+    generator = torch.Generator().manual_seed(0)
+    draws = (torch.randn(1, length, heads, WIDTH, generator=generator) for _ in range(3))
+    q, k, v = (draw.transpose(1, 2) for draw in draws)
+    return q, k, v, GlobalRows(*(a[:, :, :num_global] for a in (q, k, v)))
+
+
+def comparisons() -> list[Comparison]:
+    """Against dense attention, and against the package transformers where it is installed."""
+    found = []
+    q, k, v, rows = operands(LENGTH)
+    for causal in (False, True):
+        pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal)
+        candidates = {
+            "dense SDPA": functools.partial(scaled_dot_product_attention, q, k, v),
+            "dense SDPA, causal": functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True),
+            "longformer/blocked": functools.partial(blocked.attend, q, k, v, rows, pattern),
+        }
+        direction = "causal window" if causal else "window on both sides"
+        found.append(
+            Comparison(
+                f"longformer, {LENGTH} tokens, {WINDOW} keys a query, {direction}, fp32", "dense SDPA", candidates,
+                floor={"longformer/blocked": 6}, aim={"longformer/blocked": 9},
+            )
+        )  # fmt: skip
+    if importlib.util.find_spec("transformers") is not None:
+        title = f"longformer with its q, k, v projections, {LENGTH} tokens, {WINDOW} + 1 keys a query, fp32"
+        name = "transformers"
+        candidates = {name: _transformers(), "longformer/blocked": _ours()}
+        floor, aim = {"longformer/blocked": 2.0}, {"longformer/blocked": 4.0}
+        found.append(Comparison(title, name, candidates, floor=floor, aim=aim))
+    return found
+
+
+def _ours() -> Callable[[], Any]:
+    dims = Dims(seq_len=LENGTH, d_model=HEADS * WIDTH, num_heads=HEADS, d_ff=0, causal=False)
+    layer = LongformerAttention(dims, LongformerParams(window=WINDOW, num_global=0), blocked.attend).eval()
+    layer.o = torch.nn.Identity()  # the package's output projection is in another module
+    x = torch.randn(1, LENGTH, HEADS * WIDTH)
+    return torch.no_grad()(functools.partial(layer, x))
+
+
+def _transformers() -> Callable[[], Any]:
+    from transformers import LongformerConfig
+    from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+    config = LongformerConfig(hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, attention_window=[WINDOW])
+    layer = LongformerSelfAttention(config, layer_id=0).eval()
+    x, mask = torch.randn(1, LENGTH, HEADS * WIDTH), torch.zeros(1, LENGTH)
+    call = functools.partial(
+        layer, x, attention_mask=mask, is_index_masked=mask < 0, is_index_global_attn=mask > 0, is_global_attn=False
+    )
+    return torch.no_grad()(call)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("queries", [1, 256], ids=["decode", "chunk"])
+def test_attend(benchmark: Any, impl: str, queries: int) -> None:
+    q, k, v, rows = operands(512, heads=4)
+    pattern = LongformerParams(window=128, num_global=0).pattern(causal=True)
+    last = q[:, :, -queries:]
+    benchmark.extra_info.update(method="longformer", impl=impl, queries=queries, keys=512, window=128)
+    y = benchmark.pedantic(IMPLS[impl], (last, k, v, GlobalRows(q[:, :, :0], *rows[1:]), pattern), rounds=20)
+    assert y.shape == last.shape
+
+
+def test_sketch(benchmark: Any) -> None:
+    dims, params = Dims(seq_len=256, d_model=64, d_ff=0), LongformerParams(window=128, num_global=4)
+    module = METHOD.make(dims, params, "as_written", "cpu", torch.float32).eval()
+    x = torch.randn(1, 256, 64)
+    benchmark.extra_info.update(method="longformer", impl="as_written", queries=256, keys=256, window=128)
+    with torch.no_grad():
+        benchmark.pedantic(module, (x,), rounds=10)
