@@ -179,29 +179,37 @@ def _longest(params: TransformerXLParams) -> Expr:
     return Max(Min(WHOLE * S - S, M) + S, Min(WHOLE * S, M) + REST)
 
 
-def _state_rows(params: TransformerXLParams) -> Expr:
-    """Rows a layer carries after T tokens: the memory and the segment so far."""
-    rows = M + REST
-    return rows if params.start == "zeros" else Min(T, rows)
+def _state_rows(params: TransformerXLParams, tokens: Expr = T) -> Expr:
+    """Rows a layer carries after some tokens: the memory and the segment so far."""
+    rows = M + tokens - floor(tokens / S) * S
+    return rows if params.start == "zeros" else Min(tokens, rows)
 
 
 def _peak(impl: str, mode: str, params: TransformerXLParams) -> Expr:
+    if mode in ("forward", "train"):
+        return getattr(peak, mode)(impl, _whole_shape(impl, params))
+    if mode == "stream":
+        tokens = Min(S, T)
+        past = _longest(params) - tokens
+        after = Min(past + tokens, M)
+    else:
+        tokens = Integer(1)
+        past = Min(T, M) if impl == "as_written" else _state_rows(params)
+        after = _state_rows(params, T + 1)
+    keys = past + tokens
+    shape = peak.Shape(tokens, past, tokens, past, keys, tokens * keys, Integer(1), after)
+    return getattr(peak, mode)(impl, shape)
+
+
+def _whole_shape(impl: str, params: TransformerXLParams) -> peak.Shape:
+    """A call without state."""
     parts = _sequence(params)
     if impl == "as_written":
         parts = (Segments(T, Integer(1), Integer(0), Integer(0)),)
     past = M if params.start == "zeros" else Integer(0)
-    longest = _longest(params)
-    rows = Min(S, T)
-    shape = peak.Shape(
-        T,
-        past,
-        rows,
-        longest - rows,
-        sum(part.keys for part in parts),
-        sum(part.rectangles for part in parts),
-        parts[0].full,
-    )
-    return peak.forward(impl, shape) if mode == "forward" else peak.train(impl, shape)
+    rows, longest = Min(S, T), _longest(params)
+    keys, rectangles = sum(part.keys for part in parts), sum(part.rectangles for part in parts)
+    return peak.Shape(T, past, rows, longest - rows, keys, rectangles, parts[0].full, Integer(0))
 
 
 def _depth(impl: str, mode: str) -> Expr:

@@ -21,6 +21,7 @@ class Shape(NamedTuple):
         rows, memory: of its longest segment.
         keys, rectangles: rows and pairs of all its segments, in sum.
         regular: how many of them are whole and have a full memory.
+        after: rows of the state that the call leaves.
     """
 
     tokens: Expr
@@ -30,6 +31,7 @@ class Shape(NamedTuple):
     keys: Expr
     rectangles: Expr
     regular: Expr
+    after: Expr
 
 
 def forward(impl: str, shape: Shape) -> Expr:
@@ -37,6 +39,30 @@ def forward(impl: str, shape: Shape) -> Expr:
     row = tensor(B, shape.tokens, d)
     mixing = {"reference": _loop, "blocked": _one_shot, "as_written": _sketch}[impl](shape)
     return Max(mixing, 3 * row, _feed(shape.tokens)) + Min(L - 1, 1) * row
+
+
+def stream(impl: str, shape: Shape) -> Expr:
+    """A call with a full memory: ``tokens`` of the call, ``past`` rows of state; above the input alone."""
+    keys = shape.past + shape.tokens
+    # The sketch keeps a view of memory and input together; the others copy what the next call needs.
+    before, after = (keys, keys) if impl == "as_written" else (shape.past, shape.after)
+    last_output = tensor(B, shape.tokens, d)
+    return L * tensor(B, before, d) + last_output + _continued(impl, shape, after)
+
+
+def decode(impl: str, shape: Shape) -> Expr:
+    """One token; above its input and the incoming state."""
+    return _continued(impl, shape, shape.past + 1 if impl == "as_written" else shape.after)
+
+
+def _continued(impl: str, shape: Shape, after: Expr) -> Expr:
+    """A call that continues: new states of the layers before, and the widest place of the last layer."""
+    state = tensor(B, after, d)
+    mixing = {"reference": _loop, "blocked": _one_shot, "as_written": _sketch_joined}[impl](shape)
+    if impl == "blocked":
+        mixing = Piecewise((_token(shape), shape.tokens <= 1), (mixing, True))
+    carried = Min(L - 1, 1) * tensor(B, shape.tokens, d)
+    return (L - 1) * state + carried + Max(mixing, state + _feed(shape.tokens))
 
 
 def train(impl: str, shape: Shape) -> Expr:
@@ -77,7 +103,8 @@ def _block(shape: Shape, scores: int) -> Expr:
     sizes = []
     for n, K in ((first, shape.memory + first), (last, shape.memory + shape.rows)):
         group = Max(1, Min(shape.regular, floor(SLAB / (B * h * n * K))))
-        copies = Piecewise((tensor(B, group, K + 2 * n, d), group > 1), (Min(B - 1, 1) * tensor(B, n, d), True))
+        part = Min(B - 1, 1, shape.tokens - n)  # of a batch of several, part of the rows is no view
+        copies = Piecewise((tensor(B, group, K + 2 * n, d), group > 1), (part * tensor(B, n, d), True))
         sizes.append(scores * tensor(B, h, group * n, K) + copies)
     return Max(*sizes)
 
@@ -97,6 +124,23 @@ def _sketch(shape: Shape) -> Expr:
     return 3 * tensor(B, shape.keys, d) + 2 * tensor(B, h, shape.rectangles)
 
 
+def _sketch_joined(shape: Shape) -> Expr:
+    """Queries; context, keys and values of memory and input; scores twice, or a copy of the keys and them once."""
+    n, K = shape.tokens, shape.past + shape.tokens
+    scores = tensor(B, h, n, K)
+    return 3 * tensor(B, K, d) + tensor(B, n, d) + scores + Max(scores, Min(B - 1, 1) * tensor(B, K, d))
+
+
+def _token(shape: Shape) -> Expr:
+    """One query against the rows as they are: rows and table of distances, then three tensors of scores."""
+    K = shape.past + 1
+    return (
+        tensor(B, K, d)
+        + 2 * tensor(B, h, d)
+        + Max(tensor(K, d) + tensor(B, h, K), 3 * tensor(B, h, K) + tensor(B, h, d))
+    )
+
+
 def _one_shot_train(shape: Shape) -> tuple[Expr, Expr]:
     """Saved: both queries, keys, values, distances and their table. Extra: the gradients of all but the table."""
     row, stream = tensor(B, shape.tokens, d), tensor(B, shape.past + shape.tokens, d)
@@ -110,8 +154,10 @@ def _one_shot_train(shape: Shape) -> tuple[Expr, Expr]:
 def _loop_train(shape: Shape) -> tuple[Expr, Expr]:
     """Saved of every segment: context, k, v, r, both queries, scores by distance, probabilities, index, mask."""
     n, K = shape.rows, shape.memory + shape.rows
-    saved = 4 * tensor(B, shape.keys, d) + 2 * tensor(B, shape.tokens, d) + (2 * tensor(B, h) + 9) * shape.rectangles
-    return saved, tensor(B, shape.tokens, d) + 3 * tensor(B, h, n, K) + tensor(B, K, d)
+    row = tensor(B, shape.tokens, d)
+    saved = 4 * tensor(B, shape.keys, d) + 2 * row + (2 * tensor(B, h) + 9) * shape.rectangles
+    saved += Min(B - 1, 1) * row  # segments of a batch of several are copied for the projection of queries
+    return saved, row + Max(3 * tensor(B, h, n, K) + tensor(B, K, d), 2 * row)
 
 
 def _sketch_train(shape: Shape) -> tuple[Expr, Expr]:
