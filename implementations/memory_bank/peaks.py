@@ -11,7 +11,7 @@ from collections.abc import Callable
 from sympy import Expr, Integer, Max, Min, Mod, Piecewise, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
-from ctxbench.cost.terms import linear_parameters, tensor, when_ffn
+from ctxbench.cost.terms import tensor
 
 M = param("num_slots")
 S = param("segment_len")
@@ -118,22 +118,31 @@ def _decode(impl: str, writes: Expr) -> Expr:
 
 
 def _blocked_train(argmax: bool, writes: Expr) -> Expr:
-    """End of the last layer's forward, its last write, or (arg-max) that write's backward, whichever is the worst."""
+    """The last layer's forward at its last write or its end, or its backward through a feed-forward network or a write.
+
+    Backward walks the loop from its end: what the last piece kept is gone when the whole segment before it is reached.
+    """
     in_loop = Piecewise((5 * row(1) + 2 * tensor(B, f), f > 0), (3 * row(1), True))  # a token's, kept for backward
     statistics = (8 * h + Piecewise((24, f > 0), (16, True))) * B  # log-sum-exps and norms, fp32
     small = writes * (10 * row(1) + (tensor(B, M) if argmax else 0))
     slabs = 4 if argmax else 2  # a write's, kept for backward
-    layer = T * (8 * row(1) + in_loop + statistics) + small + (slabs * writes + 2) * SLAB
-    earlier = (L - 1) * (layer + row(T))
-    last = T - S * writes
-    end = layer + 2 * row(T) + Max(row(Min(S, last)), 0) + 2 * SLAB
-    written = S * writes
-    write = layer - last * in_loop + row(T) + row(written) + (2 if argmax else 4) * SLAB
-    peaks = [end, some(writes) * write]
+    restacked = some(B - 1) * some(REST) * some(WHOLE - 1) * row(T - REST)
+    layer = T * (8 * row(1) + in_loop + statistics) + restacked + small + (slabs * writes + 2) * SLAB
+    last = T - S * writes  # tokens since the last write
+    until_last = layer - last * in_loop
+    weights = e * d * f
+    gradients = 3 * weights + 6 * e * d * d
+    stages = [
+        2 * row(T) + row(last) + 2 * SLAB + layer,
+        some(writes) * (row(T) + row(S * writes) + (2 if argmax else 4) * SLAB + until_last),
+        row(T) + tensor(B, last, f) + weights + layer,
+        some(WHOLE) * some(REST) * (row(T) + 3 * row(last) + tensor(B, S, f) + gradients + 2 * SLAB + until_last),
+    ]
+    # The loop is done: gradients of all that was prepared before it, next to what that kept.
+    stages.append(T * (8 * row(1) + statistics) + (4 + some(REST)) * row(T) + 14 * e * d * d + 4 * SLAB)
     if argmax:
-        gradients = e * (when_ffn(linear_parameters(d, f)) + 4 * d * d)
-        peaks.append(some(writes) * (layer - last * in_loop + row(T) + 4 * row(last) + gradients + 6 * SLAB))
-    return earlier + Max(*peaks)
+        stages.append(some(writes) * (row(T) + 4 * row(last) + gradients + 6 * SLAB + until_last))
+    return (L - 1) * (layer + row(T)) + Max(*stages)
 
 
 def _reference_train(writes: Expr) -> Expr:
@@ -148,7 +157,7 @@ def _reference_train(writes: Expr) -> Expr:
 
     def softmax(n: Expr) -> Expr:
         read, own = tensor(B, h, n, M), tensor(B, h, n, n)
-        return row(T) - 2 * tensor(B, n, f) + Max(2 * read, 2 * own - read)
+        return row(T) - 2 * tensor(B, n, f) + Max(2 * read - 3 * row(n), 2 * own - read - 8 * row(n))
 
     layer = kept(WHOLE, REST, writes)
     in_rest = layer + softmax(REST)
