@@ -18,7 +18,7 @@ from ctxbench.errors import RunFolderError
 from ctxbench.reports import tables
 from ctxbench.reports.figures import canvas, memory, model, overview
 from ctxbench.reports.figures.points import LATENCY, METRICS
-from ctxbench.reports.palette import styles
+from ctxbench.reports.palette import looks
 from ctxbench.rows import Row
 from ctxbench.units import format_tokens
 
@@ -120,16 +120,16 @@ def _write_figures(run: Run, folder: Path) -> list[Path]:
 def figures(run: Run) -> Iterator[tuple[str, Figure]]:
     """Every figure of a run with the name of its file."""
     frame = to_frame([run])
-    looks = styles(frame["method"])
+    styles = looks(frame)
     split = views(frame)
     for view in split:
         for metric in METRICS:
             table = overview.data(view.frame, metric)
-            yield _name(metric.key, view), overview.static(table, metric, looks, legend=True)
+            yield _name(metric.key, view), overview.static(table, metric, styles, legend=True)
         for series, rows in view.frame.groupby("series", sort=True):
             table = model.data(rows)
             if table["latency_s"].notna().any():
-                yield _name(f"model-{series}", view), model.static(table, looks[rows["method"].iloc[0]], str(series))
+                yield _name(f"model-{series}", view), model.static(table, styles[str(series)], str(series))
     together = views(frame, across_memory=True)[0].frame
     for series, rows in together[together["memory"].notna()].groupby("series", sort=True):
         if rows["memory"].nunique() > 1:

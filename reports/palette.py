@@ -7,26 +7,36 @@ protanopia, deuteranopia and tritanopia. Marker and dash repeat the distinction 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import pandas as pd
 
 LIGHT, DARK = "#ffffff", "#14171c"
 COLORS = ("#3c69f2", "#a05a28", "#c93271", "#09776e", "#8b51b5", "#f25d13", "#109bc9", "#739643")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon", "cross")
 DASHES = ("solid", "10px,3px", "8px,2px,2px,2px", "5px,2px")  # dotted lines are forecasts
 MPL_MARKERS = dict(zip(MARKERS, "osD^v*pP", strict=True))
-MPL_DASHES = {dash: "-" if dash == "solid" else (0, [float(px[:-2]) for px in dash.split(",")]) for dash in DASHES}
+SECOND_DASHES = ("4px,1.5px", "12px,3px,2px,3px", "2px,2px,6px,2px")  # of a method's second, third, fourth series
+IMPL_ORDER = ("blocked", "triton", "flex", "flash_attn", "xformers", "reference", "as_written")
+MPL_DASHES = {
+    dash: "-" if dash == "solid" else (0, [float(px[:-2]) for px in dash.split(",")])
+    for dash in (*DASHES, *SECOND_DASHES)
+}
 _SALT = (384).to_bytes(2, "little")  # spreads the built-in methods evenly over the colours
 
 
 @dataclass(frozen=True)
 class Style:
-    """Colour and, for readers who see no colours, marker and dash."""
+    """Colour and, for readers who see no colours, marker and dash. ``width`` and ``size`` are in pixels."""
 
     color: str
     marker: str
     dash: str
+    width: float = 2.0
+    size: float = 7.0
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,8 @@ STATUSES = {
     "unsupported": Status("line-ew-open", "_", "–", "not supported"),
     "skipped": Status("triangle-right-open", ">", "▷", "skipped"),
     "oom": Status("x-thin-open", "x", "✕", "out of memory"),
-    "timeout": Status("hourglass-open", _HOURGLASS, "◷", "timeout"),
-    "killed": Status("cross-thin-open", "+", "†", "killed"),
+    "timeout": Status("hourglass-open", _HOURGLASS, "⧖", "timeout"),
+    "killed": Status("cross-thin-open", "+", "+", "killed"),
     "gate_failed": Status("diamond-x-open", "D", "◈", "gate failed"),
     "error": Status("asterisk-open", (6, 2, 0), "✱", "error"),
 }
@@ -74,6 +84,24 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
         marker = MARKERS[(color + 3 * turn) % len(MARKERS)]
         chosen[name] = Style(COLORS[color], marker, DASHES[(color + turn) % len(DASHES)])
         uses[color] += 1
+    return chosen
+
+
+def looks(frame: pd.DataFrame) -> dict[str, Style]:
+    """A look for every series: its method's, with thinner lines of other dashes from the second series on."""
+    methods = styles(frame["method"])
+    order = {name: index for index, name in enumerate(IMPL_ORDER)}
+    rows = sorted(
+        set(frame[["method", "impl", "series"]].itertuples(index=False, name=None)),
+        key=lambda row: (row[0], order.get(row[1], len(order)), row[2]),
+    )
+    chosen, ranks = {}, Counter[str]()
+    for method, _, series in rows:
+        look, rank = methods[method], ranks[method]
+        if rank:
+            look = replace(look, dash=SECOND_DASHES[(rank - 1) % len(SECOND_DASHES)], width=1.2, size=5.0)
+        chosen[series] = look
+        ranks[method] += 1
     return chosen
 
 

@@ -16,7 +16,7 @@ from ctxbench.analysis.runs import Run
 from ctxbench.method import Method
 from ctxbench.registry import Registry
 from ctxbench.reports.figures import canvas
-from ctxbench.reports.palette import Style, styles
+from ctxbench.reports.palette import Style, looks, styles
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Report:
     def styles(self) -> Mapping[str, Style]:
         """Colour, marker and dash by method."""
         return styles(self.frame["method"])
+
+    @cached_property
+    def looks(self) -> Mapping[str, Style]:
+        """Colour, marker, dash and width by series."""
+        return looks(self.frame)
 
     def shown(self, view: View) -> set[str]:
         """The series a chart shows at first: the fastest of each method."""

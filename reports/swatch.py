@@ -19,10 +19,11 @@ SHAPES = {
 }
 
 
-def swatch(style: Style) -> Markup:
-    """Line and marker of a method as a small SVG."""
+def swatch(style: Style, marker: bool = True) -> Markup:
+    """Line and marker of a series as a small SVG."""
     dash = "" if style.dash == DASHES[0] else f' stroke-dasharray="{style.dash.replace("px", "")}"'
     return Markup(
         f'<svg class="swatch" viewBox="-16 -6 32 12" aria-hidden="true" fill="{style.color}">'
-        f'<path d="M-15 0H15" stroke="{style.color}" stroke-width="2"{dash}/>{SHAPES[style.marker]}</svg>'
+        f'<path d="M-15 0H15" stroke="{style.color}" stroke-width="{style.width}"{dash}/>'
+        f"{SHAPES[style.marker] if marker else ''}</svg>"
     )

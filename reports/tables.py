@@ -10,7 +10,7 @@ import pandas as pd
 from ctxbench.analysis.frame import records
 from ctxbench.errors import EnvironmentUnusable
 from ctxbench.reports.figures import scales
-from ctxbench.reports.palette import status_of
+from ctxbench.reports.palette import STATUSES, status_of
 from ctxbench.units import format_tokens, significant
 
 
@@ -166,8 +166,8 @@ def to_parquet(frame: pd.DataFrame, path: Path) -> None:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\u00b1": r"$\pm$", "\u00b5": r"$\mu$", "\n": " ",
-    "<": r"\textless{}", ">": r"\textgreater{}", "\u00d7": r"$\times$", "\u25cf": "", "\u25d0": "", "\u2013": "--",
-    "\u25b7": "", "\u2715": "", "\u25f7": "", "\u2020": "", "\u25c8": "", "\u2731": "",
+    "<": r"\textless{}", ">": r"\textgreater{}", "\u00d7": r"$\times$",
+    **{look.glyph: "" for look in STATUSES.values() if not look.glyph.isascii()}, "\u2013": "--",
 }  # fmt: skip
 
 

@@ -51,11 +51,12 @@
   };
   const details = (row) => {
     const list = create("dl"), plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+    const parts = (value) => Object.entries(value).filter(([, part]) => part !== null && part !== "" && plain(part) !== "{}").map(([name, part]) => `${name} ${plain(part)}`).join(" · ");
     const add = (name, ...nodes) => { const value = create("dd", "", { dir: "auto" }); value.append(...nodes); list.append(create("dt", name), value); };
     if (row.reason) add("reason", row.reason);
     if (row.latency_s) { add("samples", ...strip(row.latency_s.samples)); add("stopped because", row.latency_s.stop.join("; ") || "not recorded"); }
     row.warnings.forEach((warning) => add("warning", warning));
-    ["gate", "forecast", "flops", "peak_bytes", "state_bytes", "num_parameters", "params", "env_delta"].forEach((name) => { if (row[name] && plain(row[name]) !== "{}") add(name, create("code", plain(row[name]))); });
+    ["gate", "forecast", "flops", "peak_bytes", "state_bytes", "num_parameters", "params", "env_delta"].forEach((name) => { if (row[name] && parts(row[name])) add(name, create("code", parts(row[name]))); });
     if (row.detail) add("detail", create("pre", row.detail, { tabindex: 0 }));
     add("cell", create("code", row.cell));
     return list;

@@ -63,16 +63,17 @@ def interactive(table: pd.DataFrame, metric: Metric, styles: Mapping[str, Style]
     drawn = table[table["kind"] != "missing"]
     traces = []
     for series, mine in drawn.groupby("series", sort=True):
-        style, mine = styles[mine["method"].iloc[0]], mine.sort_values("memory")
+        style, mine = styles[str(series)], mine.sort_values("memory")
         hollow = [f"{style.marker}-open" if kind == "forecast" else style.marker for kind in mine["kind"]]
         traces.append({
             "type": "scatter", "mode": "lines+markers", "name": hover(str(series)),
             "x": [int(size) for size in mine["memory"]],
             "y": [float(value) for value in mine["value"]], "text": [hover(text) for text in mine["hover"]],
-            "hovertemplate": "%{text}<extra></extra>", "line": {"color": style.color, "width": 2, "dash": style.dash},
+            "hovertemplate": "%{text}<extra></extra>",
+            "line": {"color": style.color, "width": style.width, "dash": style.dash},
             "error_y": {"type": "data", "symmetric": False, "array": list(mine["high"] - mine["value"]),
                         "arrayminus": list(mine["value"] - mine["low"]), "thickness": 1, "width": 2},
-            "marker": {"color": style.color, "symbol": hollow, "size": 7},
+            "marker": {"color": style.color, "symbol": hollow, "size": style.size},
             "meta": {"role": "data", "series": str(series)},
         })  # fmt: skip
     return {
@@ -93,7 +94,7 @@ def static(table: pd.DataFrame, metric: Metric, styles: Mapping[str, Style], leg
         axes = chart.subplots()
         drawn = table[table["kind"] != "missing"]
         for series, mine in drawn.groupby("series", sort=True):
-            style, mine = styles[mine["method"].iloc[0]], mine.sort_values("memory")
+            style, mine = styles[str(series)], mine.sort_values("memory")
             axes.plot(
                 mine["memory"],
                 mine["value"],

@@ -34,7 +34,7 @@ def interactive(
     traces = []
     lengths = sorted(int(length) for length in table["seq_len"].unique())
     for series, mine in table.groupby("series", sort=True):
-        style = styles[mine["method"].iloc[0]]
+        style = styles[str(series)]
         visible = shown is None or series in shown
         for trace in (_measured(mine, lengths, style), _forecast(mine, style), _missing(mine, style, rows)):
             if trace:
@@ -83,8 +83,8 @@ def _measured(mine: pd.DataFrame, lengths: list[int], style: Style) -> dict[str,
             "width": 2,
             "color": style.color,
         },
-        "line": {"color": style.color, "width": 2, "dash": style.dash},
-        "marker": {"color": style.color, "symbol": style.marker, "size": 7},
+        "line": {"color": style.color, "width": style.width, "dash": style.dash},
+        "marker": {"color": style.color, "symbol": style.marker, "size": style.size},
         "connectgaps": False,
         "meta": {"role": "measured"},
     }
@@ -169,7 +169,7 @@ def static(
         strip.axis("off")
         strip.set_ylim(len(rows) - 0.4, -0.6)
         for series, mine in table.groupby("series", sort=True):
-            style = styles[mine["method"].iloc[0]]
+            style = styles[str(series)]
             _draw_series(axes, mine, str(series), style)
             for point in records(mine[mine["kind"] == "missing"]):
                 marker = status_of(point["status"]).marker
@@ -195,7 +195,9 @@ def _draw_series(axes: Any, mine: pd.DataFrame, series: str, style: Style) -> No
         axes.errorbar(
             lengths, drawn["value"], yerr=[drawn["value"] - drawn["low"], drawn["high"] - drawn["value"]],
             color=style.color, marker=MPL_MARKERS[style.marker], linestyle=MPL_DASHES[style.dash],
-            elinewidth=0.8, label=series,
+            elinewidth=0.8,
+            linewidth=0.8 * style.width,
+            markersize=0.7 * style.size, label=series,
         )  # fmt: skip
     path = forecast_path(mine)
     axes.plot([p["seq_len"] if p else math.nan for p in path], [p["value"] if p else math.nan for p in path],

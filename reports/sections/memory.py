@@ -28,13 +28,12 @@ def context(report: Report) -> dict[str, Any]:
     for metric in (LATENCY, MEMORY):
         table = memory.at_length(swept, length, metric)
         caption = f"{metric.title} at {format_tokens(length)} tokens against memory size"
-        figure = report.chart(f"memory-{metric.key}", caption, memory.interactive(table, metric, report.styles),
-                              memory.static(table, metric, report.styles))  # fmt: skip
+        figure = report.chart(f"memory-{metric.key}", caption, memory.interactive(table, metric, report.looks),
+                              memory.static(table, metric, report.looks))  # fmt: skip
         charts.append({"metric": metric, "chart": figure})
     fixed = sorted(set(view.frame["method"]) - set(swept["method"]))
     return {"sentence": "", "charts": charts, "maps": _maps(swept), "length": format_tokens(length), "fixed": fixed,
-            "key": [(series, swatch(report.styles[method])) for series, method in
-                    sorted(set(swept[["series", "method"]].itertuples(index=False, name=None)))]}  # fmt: skip
+            "key": [(series, swatch(report.looks[series])) for series in sorted(set(swept["series"]))]}  # fmt: skip
 
 
 def _fixed_length(rows: pd.DataFrame) -> int:

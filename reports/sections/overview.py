@@ -19,7 +19,8 @@ def context(report: Report) -> dict[str, Any]:
     methods = []
     for name, rows in report.frame.groupby("method", sort=True):
         start = f"{printable(str(name))} / "
-        series = [{"label": label, "name": label.removeprefix(start), "impl": impl, "shown": label in shown}
+        series = [{"label": label, "name": label.removeprefix(start), "impl": impl, "shown": label in shown,
+                   "line": swatch(report.looks[label], marker=False)}
                   for label, impl in rows[["series", "impl"]].drop_duplicates().itertuples(index=False)]  # fmt: skip
         methods.append({"name": name, "swatch": swatch(report.styles[str(name)]), "series": series})
     present = [name for name in STATUSES if name in set(report.frame["status"])]
@@ -47,8 +48,8 @@ def _charts(report: Report, view: View, index: int) -> list[dict[str, Any]]:
         chart = report.chart(
             f"overview-{metric.key}-{index}",
             caption,
-            overview.interactive(table, metric, report.styles, shown),
-            overview.static(table, metric, report.styles, shown),
+            overview.interactive(table, metric, report.looks, shown),
+            overview.static(table, metric, report.looks, shown),
         )
         charts.append({"metric": metric, "chart": chart})
     return charts

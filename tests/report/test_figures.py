@@ -41,7 +41,7 @@ def test_every_row_is_in_every_chart_measured_forecast_or_missing_with_its_reaso
 
 
 def test_a_skipped_cell_is_a_hollow_forecast_and_a_symbol(scaling):
-    figure = overview.interactive(points(scaling, LATENCY), LATENCY, palette.styles(scaling["method"]))
+    figure = overview.interactive(points(scaling, LATENCY), LATENCY, palette.looks(scaling))
     roles = {(t["meta"]["series"], t["meta"]["role"]): t for t in figure["data"]}
     forecast = roles["dense / blocked", "forecast"]
     assert forecast["marker"]["symbol"].endswith("-open")
@@ -56,14 +56,14 @@ def test_a_skipped_cell_is_a_hollow_forecast_and_a_symbol(scaling):
 def test_a_gap_breaks_the_line_instead_of_being_drawn_over(scaling):
     holed = scaling[scaling["series"] == "dense / blocked"].copy()
     holed.loc[holed["seq_len"] == 4096, ["status", "forecast_s"]] = ["error", math.nan]
-    trace = overview.interactive(points(holed, LATENCY), LATENCY, palette.styles(["dense"]))["data"][0]
+    trace = overview.interactive(points(holed, LATENCY), LATENCY, palette.looks(holed))["data"][0]
     assert trace["y"][2] is None
     assert trace["connectgaps"] is False
 
 
 def test_error_bars_are_the_interval(scaling):
     row = scaling[scaling["latency_s"].notna()].iloc[0]
-    traces = overview.interactive(points(scaling, LATENCY), LATENCY, palette.styles(scaling["method"]))["data"]
+    traces = overview.interactive(points(scaling, LATENCY), LATENCY, palette.looks(scaling))["data"]
     trace = next(t for t in traces if t["meta"] == {"role": "measured", "series": row["series"]})
     assert trace["error_y"]["array"][0] == pytest.approx(row["latency_high_s"] - row["latency_s"])
     assert trace["error_y"]["arrayminus"][0] == pytest.approx(row["latency_s"] - row["latency_low_s"])
@@ -72,7 +72,7 @@ def test_error_bars_are_the_interval(scaling):
 def test_only_the_series_asked_for_are_visible_at_first(scaling):
     shown = {"dense / blocked"}
     table = points(scaling, LATENCY)
-    traces = overview.interactive(table, LATENCY, palette.styles(scaling["method"]), shown)["data"]
+    traces = overview.interactive(table, LATENCY, palette.looks(scaling), shown)["data"]
     assert {t["meta"]["series"] for t in traces if t["visible"]} == shown
     assert len({t["meta"]["series"] for t in traces}) == scaling["series"].nunique()
 
@@ -103,7 +103,7 @@ def test_cost_at_one_length_leaves_out_methods_without_a_memory_size(swept):
 
 
 def test_figure_json_is_plain(scaling, swept):
-    looks = palette.styles(scaling["method"])
+    looks = palette.looks(scaling)
     text = json.dumps(overview.interactive(points(scaling, MEMORY), MEMORY, looks), default=lambda value: value.item())
     assert '"template": null' in text
     assert json.loads(text)["layout"]["showlegend"] is False
@@ -177,6 +177,14 @@ def test_no_two_of_64_methods_look_alike():
     assert len(set(looks.values())) == 64
 
 
+def test_series_of_one_method_share_its_colour_and_marker_and_differ_in_line(scaling):
+    looks = palette.looks(scaling)
+    mine = [looks[f"memory_bank / {impl}"] for impl in ("blocked", "reference", "as_written")]
+    assert len({(look.color, look.marker) for look in mine}) == 1
+    assert len({look.dash for look in mine}) == 3
+    assert mine[0].width > mine[1].width
+
+
 @pytest.mark.parametrize("text", ["<b>bold</b>", "a & b", "<a href='x'>", '"quoted"'])
 def test_hover_text_is_inert(text):
     assert not re.search(r"<(?!br>)", hover(text))
@@ -190,7 +198,7 @@ def test_hover_text_of_any_length_stays_a_box():
 
 def test_static_svg_is_small_themed_stable_and_escaped(scaling):
     table = points(scaling, LATENCY)
-    looks = palette.styles(scaling["method"])
+    looks = palette.looks(scaling)
     first, second = (
         canvas.inline_svg(overview.static(table, LATENCY, looks), '"><script>alert(1)</script>') for _ in range(2)
     )
@@ -203,12 +211,12 @@ def test_static_svg_is_small_themed_stable_and_escaped(scaling):
 
 def test_names_in_exported_figures_are_text_not_mathematics(scaling):
     renamed = scaling[scaling["series"] == "dense / blocked"].assign(series="$x_1$ <b> & \\frac{1}")
-    svg = canvas.save(overview.static(points(renamed, LATENCY), LATENCY, palette.styles(["dense"]), legend=True), "svg")
+    svg = canvas.save(overview.static(points(renamed, LATENCY), LATENCY, palette.looks(renamed), legend=True), "svg")
     assert b"$x_1$ &lt;b&gt; &amp; \\frac{1}" in svg
 
 
 def test_ticks_of_a_static_chart_do_not_collide(scaling):
-    chart = overview.static(points(scaling, MEMORY), MEMORY, palette.styles(scaling["method"]))
+    chart = overview.static(points(scaling, MEMORY), MEMORY, palette.looks(scaling))
     chart.canvas.draw()
     axes = chart.axes[1]
     for labels, edge in ((axes.get_xticklabels(), "x"), (axes.get_yticklabels(), "y")):
