@@ -22,13 +22,16 @@ from ctxbench.run.tasks import Outcome, Report, Request, Task
 START_LIMIT_S = 120.0  # a cold import of torch from a slow disk
 GRACE_S = 15.0  # how much later than a child's deadline its server may answer
 
-# glibc reads these when a process starts. Kept: freed blocks stay in the process, as on a GPU's caching allocator.
-# Returned: every large block is mapped alone and given back when freed, so that the resident set follows the tensors.
+# glibc reads these when a process starts. timing: freed blocks stay in the process, as on a GPU's caching allocator.
+# Its thread caches would hold back the splinters that aligned blocks leave, so that no freed block could be used again
+# and the heap grew to twice what lives: they are off. memory: every large block is mapped alone and given back when it
+# is freed, so that the resident set follows the tensors.
 HEAPS = {
     "timing": {
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**34),
         "MALLOC_TOP_PAD_": str(2**28),
+        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
     },
     "memory": {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"},
     "shipped": {},

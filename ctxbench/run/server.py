@@ -173,7 +173,7 @@ def become_child(log: int) -> None:
 def limit_memory(request: Request) -> None:
     """Bound the address space: what is mapped already, the memory limit, and a margin that holds no tensors.
 
-    A kept heap asks for its pad with every growth; one pad is faulted in beforehand, and one may be asked for in vain.
+    A kept heap asks for its pad with every growth.
     """
     if request.memory_limit is None:
         return
@@ -181,8 +181,8 @@ def limit_memory(request: Request) -> None:
 
     threads = (request.task.cell.threads if request.task.cell else 0) or torch.get_num_threads()
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    pads = 2 * int(os.environ.get("MALLOC_TOP_PAD_", "0"))
-    limit = mapped + request.memory_limit + MARGIN_BYTES + threads * THREAD_BYTES + pads
+    pad = int(os.environ.get("MALLOC_TOP_PAD_", "0"))
+    limit = mapped + request.memory_limit + MARGIN_BYTES + threads * THREAD_BYTES + pad
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
-import os
-import resource
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -54,7 +51,6 @@ def time_cell(task: Task) -> Outcome:
         return Outcome(status="gate_failed", reason=gate.message, gate=gate)
     gc.collect()
     started = time.perf_counter()
-    _touch_heap()
     work = _prepare(method, cell, task)
     built = time.perf_counter() - started
     sums = _Checksums(work)
@@ -205,13 +201,6 @@ def _prepare(method: Method, cell: Cell, task: Task) -> Workload:
         for x in work.inputs[1:]:
             x.normal_()
     return work
-
-
-def _touch_heap() -> None:
-    """Fault in the pad of a kept heap, which blocks wander through before they settle: else page faults are timed."""
-    pad = int(os.environ.get("MALLOC_TOP_PAD_", "0"))
-    with contextlib.suppress(RuntimeError):  # a limit below the pad: the calls themselves say whether they fit
-        torch.empty(pad, dtype=torch.uint8)[:: resource.getpagesize()] = 0
 
 
 def _recompute(work: Workload) -> str:

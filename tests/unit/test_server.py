@@ -115,6 +115,13 @@ def test_what_fits_below_the_memory_limit_runs(submit):
     assert submit("torch.ones(2**28, dtype=torch.uint8)", memory_limit=LIMIT).status == "ok"
 
 
+def test_the_kept_heap_times_no_page_faults_and_does_not_outgrow_what_lives(submit):
+    body = "kept = [torch.ones(2**27, dtype=torch.uint8) for _ in range(3)]; kept[0].clone(); del kept"
+    outcome = submit(body, memory_limit=640 * 2**20)  # 512 MiB live at once: more than four fifths of the limit
+    assert outcome.status == "ok", outcome
+    assert outcome.samples.faults_per_call < 2**27 / 4096 / 100  # of those a fresh block would take
+
+
 def test_a_hanging_child_is_ended_with_everything_it_started(submit, tmp_path):
     body = "; ".join(
         f'(HERE / "{name}").write_text(str({SLEEPER.format(options=options)}.pid))'
