@@ -6,7 +6,7 @@ core that recomputes them 2.5 times (five products instead of two).
 
 from __future__ import annotations
 
-from sympy import Expr, Min, Piecewise, Rational, sympify
+from sympy import Expr, Max, Min, Piecewise, Rational, sympify
 
 from ctxbench.cost.symbols import B, d, e, f
 
@@ -65,6 +65,11 @@ def linear_parameters(into: Expr | int, out: Expr | int, bias: bool = True) -> E
 def when_ffn(expression: Expr | int) -> Expr:
     """``expression`` where the layer has a feed-forward network, else 0."""
     return Piecewise((sympify(expression), f > 0), (0, True))
+
+
+def largest(*parts: Expr | int) -> Expr:
+    """``Max`` that SymPy does not try to decide: between long expressions that takes it up to seconds."""
+    return Max(*(sympify(part) for part in parts), evaluate=False)
 
 
 def tensor(*shape: Expr | int) -> Expr:

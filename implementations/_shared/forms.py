@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Max, Min, Piecewise
+from sympy import Expr, Integer, Min, Piecewise
 
 from ctxbench.cost.symbols import B, L, d, f
-from ctxbench.cost.terms import ffn, linear_parameters, tensor, when_ffn
+from ctxbench.cost.terms import ffn, largest, linear_parameters, tensor, when_ffn
 
 
 def block_parameters(mixer: Expr | int) -> Expr:
@@ -27,4 +27,4 @@ def stack_peak(tokens: Expr | int, mixing: Expr) -> Expr:
     row = tensor(B, tokens, d)
     feed = Piecewise((2 * row + 2 * tensor(B, tokens, f), f > 0), (Integer(0), True))
     carried = Min(L - 1, 1) * row
-    return Max(mixing, feed) + carried
+    return largest(mixing, feed) + carried

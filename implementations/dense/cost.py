@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Max, Min, floor
+from sympy import Expr, Integer, Min, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h
@@ -10,6 +10,7 @@ from ctxbench.cost.terms import (
     FUSED_BACKWARD,
     attention,
     causal_pairs,
+    largest,
     linear_parameters,
     projections,
     tensor,
@@ -72,7 +73,7 @@ def _peak(impl: str, mode: str, causal: bool) -> Expr:
     if mode == "decode":
         return _call_peak(impl, Integer(1), T + 1, caches=2 * L * tensor(B, T + 1, d), earlier=Integer(0))
     whole, rest = floor(T / C) * C, T - floor(T / C) * C
-    return Max(
+    return largest(
         _present(whole) * _streamed_call_peak(impl, C, whole), _present(rest) * _streamed_call_peak(impl, rest, T)
     )
 
@@ -92,7 +93,7 @@ def _call_peak(impl: str, tokens: Expr, keys: Expr, caches: Expr, earlier: Expr)
     row = tensor(B, tokens, d)
     mixing = _mixing(impl, tokens, keys, causal=True, fresh_keys=False)
     feed = when_ffn(2 * row + 2 * tensor(B, tokens, f))
-    return caches + earlier + Max(mixing, feed, evaluate=False) + Min(L - 1, 1) * row
+    return caches + earlier + largest(mixing, feed) + Min(L - 1, 1) * row
 
 
 def _mixing(impl: str, tokens: Expr, keys: Expr, causal: bool, fresh_keys: bool) -> Expr:
@@ -102,12 +103,12 @@ def _mixing(impl: str, tokens: Expr, keys: Expr, causal: bool, fresh_keys: bool)
     if impl == "blocked":  # output and fp32 log-sum-exp, then output and its projection
         # Beside a cache there is a mask, kept as booleans and in the dtype.
         masked = _present(keys - tokens) * _present(tokens - 1) * (e + 1) * tokens * keys
-        return own + row + Max(row, 4 * B * h * tokens + masked, evaluate=False)
+        return own + row + largest(row, 4 * B * h * tokens + masked)
     scores, mask = tensor(B, h, tokens, keys), tokens * keys if causal else Integer(0)
     # Scores and masked scores beside the mask and its inverse; then scores, probabilities, mask and output, with a
     # copy of v where the batch keeps its heads from being one dimension of a batched product.
     copied = Min(B - 1, 1) * row if fresh_keys else Integer(0)
-    return own + 2 * scores + mask + Max(mask, row + copied, evaluate=False)
+    return own + 2 * scores + mask + largest(mask, row + copied)
 
 
 def _train_peak(impl: str, causal: bool) -> Expr:
@@ -127,4 +128,4 @@ def _train_peak(impl: str, causal: bool) -> Expr:
         in_attention = core + 10 * row + statistics + gradients
     else:  # norm q k, output, gradient of v; gradients of the probabilities and of the scores
         in_attention = core + 5 * row + 2 * scores + statistics + gradients
-    return (L - 1) * kept + Max(in_ffn, in_attention, evaluate=False)
+    return (L - 1) * kept + largest(in_ffn, in_attention)

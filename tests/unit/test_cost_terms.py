@@ -14,6 +14,7 @@ from ctxbench.cost.terms import (
     band_pairs,
     causal_pairs,
     ffn,
+    largest,
     linear,
     linear_parameters,
     projections,
@@ -73,3 +74,9 @@ def test_a_term_of_the_ffn_vanishes_without_one(width: int, value: int) -> None:
     assert evaluate(when_ffn(d), {"d": 8, "f": width}) == value
     assert e.is_positive
     assert Integer(0) == evaluate(ffn(5), {"B": 1, "d": 8, "f": 0})
+
+
+@given(st.lists(st.integers(-5, 50), min_size=1, max_size=4))
+def test_largest_is_the_maximum(parts: list[int]) -> None:
+    assert evaluate(largest(*parts), {}) == max(parts)
+    assert evaluate(largest(B, *parts) + 1, {"B": 7}) == max(7, *parts) + 1
