@@ -5,7 +5,7 @@ from __future__ import annotations
 from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor
 
 from ctxbench.cost import Cost
-from ctxbench.cost.symbols import B, C, L, T, d, param
+from ctxbench.cost.symbols import B, L, T, d, param
 from ctxbench.cost.terms import (
     FUSED_BACKWARD,
     attention,
@@ -21,7 +21,7 @@ from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.implementations.longformer.peaks import peak
 
 BLOCK = Integer(128)  # queries a block of the blocked impl
-w, g, step = param("window"), param("num_global"), param("dilation")
+w = param("window")
 
 
 def cost(impl: str, mode: str, causal: bool, params: LongformerParams) -> Cost:
@@ -33,7 +33,7 @@ def cost(impl: str, mode: str, causal: bool, params: LongformerParams) -> Cost:
         visible = form.visible_to_one()
         executed = form.kept(T) + 1 if impl == "reference" else visible
     elif mode == "stream":
-        executed = form.streamed(impl)
+        executed = Form(causal, params, numbers=True).streamed(impl)
     algorithmic = {"projections": L * projections(tokens), "attention": L * attention(visible)}
     if form.separate:
         algorithmic["global_projections"] = L * own
@@ -55,19 +55,20 @@ def cost(impl: str, mode: str, causal: bool, params: LongformerParams) -> Cost:
 
 
 class Form:
-    """Pair counts of one direction, all symbolic; T tokens, of which the first ``num_global`` are global."""
+    """Pair counts of one direction over T tokens; parameters appear by name, or as numbers."""
 
-    def __init__(self, causal: bool, params: LongformerParams):
+    def __init__(self, causal: bool, params: LongformerParams, numbers: bool = False):
         self.causal, self.params = causal, params
         self.separate = params.separate_global and params.num_global > 0
-        self.left, self.right = (w - 1, Integer(0)) if causal else (floor(w / 2), floor(w / 2))
-        self.globals = Min(g, T)
-        self.step = step if params.dilation > 1 else Integer(1)
+        window, self.g = (Integer(params.window), Integer(params.num_global)) if numbers else (w, param("num_global"))
+        self.step = param("dilation") if params.dilation > 1 and not numbers else Integer(params.dilation)
+        self.left, self.right = (window - 1, Integer(0)) if causal else (floor(window / 2), floor(window / 2))
+        self.globals = Min(self.g, T)
         self.reach = self.left * self.step
 
     def kept(self, tokens: Expr) -> Expr:
         """Tokens that a causal layer remembers."""
-        return Min(tokens, g + self.reach)
+        return Min(tokens, self.g + self.reach)
 
     def visible(self) -> Expr:
         """Pairs that the mathematics needs."""
@@ -84,8 +85,8 @@ class Form:
 
     def visible_to_one(self) -> Expr:
         """Pairs of one token after T others."""
-        local = g + Min(floor((T - g) / self.step), self.left) + 1
-        return Piecewise((T + 1, g > T), (local, True))
+        local = self.g + Min(floor((T - self.g) / self.step), self.left) + 1
+        return Piecewise((T + 1, self.g > T), (local, True))
 
     def executed(self, impl: str) -> Expr:
         """Pairs that an impl multiplies for a whole sequence."""
@@ -97,30 +98,24 @@ class Form:
         return local * self.globals + self._runs(Integer(0), local) + self._global_rows()
 
     def streamed(self, impl: str) -> Expr:
-        """Pairs over calls of C tokens: the first few fill the state, all later ones are alike."""
-        filling = self._calls_until_full()
-        total: Expr = Integer(0)
-        for call in range(filling):
-            total += self._call(impl, call * C, Min(Max(T - call * C, 0), C))
-        later = Max(T - filling * C, 0)
-        whole = floor(later / C)
-        full = g + self.reach
-        return total + whole * self._call(impl, full, C) + self._call(impl, full, later - whole * C)
-
-    def _calls_until_full(self) -> int:
+        """Pairs over calls of a segment each: the first fill the state, all later whole ones are alike."""
         from ctxbench.implementations.longformer import METHOD
 
-        kept = self.params.pattern(self.causal)
-        return -(-(kept.num_global + kept.reach) // METHOD.segment_len(self.params))
+        segment = Integer(METHOD.segment_len(self.params))
+        whole, filling = floor(T / segment), int(ceiling((self.g + self.reach) / segment))
+        total = self._call(impl, whole * segment, T - whole * segment)  # the last call, if it is shorter
+        for call in range(filling):
+            total += self._call(impl, call * segment, segment) * Min(1, Max(0, whole - call))
+        return total + self._call(impl, filling * segment, segment) * Max(0, whole - filling)
 
     def _call(self, impl: str, context: Expr, tokens: Expr) -> Expr:
         before = self.kept(context)
-        rows = Min(Max(g - before, 0), tokens)
+        rows = Min(Max(self.g - before, 0), tokens)
         local, keys = tokens - rows, before + tokens
         if impl == "reference":
             return local * keys + rows * (before + rows)
         own = Piecewise((triangle(rows), before <= 0), (rows * (before + rows), True))
-        return own + local * g + self._runs(before + rows - g, local)
+        return own + local * self.g + self._runs(before + rows - self.g, local)
 
     def _runs(self, first: Expr, queries: Expr) -> Expr:
         """Pairs of blocks against their runs; ``first`` non-global keys come before the queries."""
@@ -148,12 +143,12 @@ class Form:
 
     def own_projections_of_one(self) -> Expr:
         """The same for one token after T others."""
-        return Piecewise((3 * linear(B, d, d), g > T), (Integer(0), True))
+        return Piecewise((3 * linear(B, d, d), self.g > T), (Integer(0), True))
 
     def state_bytes(self) -> Expr:
         """Keys and values kept, and those of the global rows while the prefix is incomplete."""
         kept = 2 * tensor(B, self.kept(T), d)
-        return kept + Piecewise((2 * tensor(B, T, d), g > T), (Integer(0), True)) if self.separate else kept
+        return kept + Piecewise((2 * tensor(B, T, d), self.g > T), (Integer(0), True)) if self.separate else kept
 
 
 def _ramp(count: Expr, start: Expr) -> Expr:
