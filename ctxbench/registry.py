@@ -10,6 +10,7 @@ import importlib.util
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -175,7 +176,7 @@ def _method_of(module: ModuleType) -> Method:
 
 
 @contextlib.contextmanager
-def time_limit(seconds: int, what: str) -> Iterator[None]:
+def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raise TimeoutError when the block does not end in time; only the main thread can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -184,10 +185,12 @@ def time_limit(seconds: int, what: str) -> Iterator[None]:
     def expire(*_: object) -> None:
         raise TimeoutError(f"{what} did not end within {seconds} s")
 
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(seconds)
+    started, previous = time.monotonic(), signal.signal(signal.SIGALRM, expire)
+    outer, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        if outer:  # a limit around this one keeps its own end
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, outer - (time.monotonic() - started)), interval)

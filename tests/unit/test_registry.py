@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,13 @@ def test_an_import_that_hangs_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> Non
     found = discover([str(PLUGINS / "broken" / "hangs.py")])
     assert "the import did not end within 1 s" in found.broken[0].error
     assert "dense" in found.names()
+
+
+def test_a_limit_inside_a_limit_keeps_the_outer_one() -> None:
+    with pytest.raises(TimeoutError, match="the outer block"), registry.time_limit(1, "the outer block"):
+        with pytest.raises(TimeoutError, match="the inner block"), registry.time_limit(0.2, "the inner block"):
+            time.sleep(30)
+        time.sleep(30)
 
 
 def test_a_failed_import_leaves_no_module_behind() -> None:
