@@ -54,7 +54,7 @@ class SketchStack(Stack):
         return ()
 
     def state_at(self, batch_size: int, context: int) -> tuple[Any, ...]:
-        weight = self.layers[0].mixer.q.weight  # type: ignore[union-attr]
+        weight: torch.Tensor = self.layers[0].mixer.q.weight  # type: ignore[assignment]
         shape = (batch_size, min(context, self.mem_len), weight.shape[1])
         self.memories = [torch.randn(shape, device=weight.device, dtype=weight.dtype) for _ in self.layers]
         return tuple(self.memories)

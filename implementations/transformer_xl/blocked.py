@@ -36,7 +36,7 @@ class Geometry(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What every block reads; both queries are scaled."""
+    """What every block reads; scores are ``(content . k + position . r) / sqrt(D)``."""
 
     content: torch.Tensor  # [H * B, T, D], queries plus u
     position: torch.Tensor  # [H * B, T, D], queries plus v
@@ -52,10 +52,10 @@ def attend(layer: Any, x: torch.Tensor, past: torch.Tensor, phase: int) -> torch
         return attend_token(layer, x, rows)
     params = layer.params
     geometry = Geometry(params.segment_len, params.mem_len, params.same_length, past.shape[1], phase)
-    scale, H = layer.head_dim**-0.5, layer.num_heads
-    q = layer.q(x).mul(scale).unflatten(2, (H, -1)).permute(2, 0, 1, 3)  # [H, B, T, D]
+    H = layer.num_heads
+    q = layer.q(x).unflatten(2, (H, -1)).permute(2, 0, 1, 3)  # [H, B, T, D]
     content, position = (
-        (q + bias.view(H, 1, 1, -1) * scale).flatten(0, 1) for bias in (layer.content_bias, layer.position_bias)
+        (q + bias.view(H, 1, 1, -1)).flatten(0, 1) for bias in (layer.content_bias, layer.position_bias)
     )
     del q  # else it would live through the attention
     longest = max(block.keys for block in geometry.blocks(x.shape[1], heads=1))
@@ -114,9 +114,10 @@ class Gradients(NamedTuple):
 def staircase_backward(grad: torch.Tensor, operands: Operands, geometry: Geometry) -> Gradients:
     """Gradients of :func:`staircase` for ``grad: [H * B, T, D]``; scores are computed again, block by block."""
     content, position, k, v, r = operands
+    exact = torch.promote_types(r.dtype, torch.float32)  # every block of the sequence adds to the distances
     result = Gradients(
         torch.empty_like(content), torch.empty_like(position),
-        *(torch.zeros_like(stream) for stream in (k, v, k, v, r)),
+        *(torch.zeros_like(stream) for stream in (k, v, k, v)), torch.zeros_like(r, dtype=exact),
     )  # fmt: skip
     future = _future(operands)
     for block in geometry.blocks(content.shape[1], len(content)):
@@ -136,6 +137,7 @@ def _block_backward(
     by_score = torch._softmax_backward_data(
         above @ _windows(v, block, start, K).transpose(1, 2), probabilities, 2, above.dtype
     )
+    by_score *= r.shape[2] ** -0.5
     del probabilities
     by_key = by_score.transpose(1, 2) @ _queries(content, block)
     _add_windows(result.k, result.k_as_memory, by_key, block, start)
@@ -168,7 +170,7 @@ class Staircase(torch.autograd.Function):
         by_rows = (k @ w_k).add_(v @ w_v)
         by_w_k = (k + k_as_memory).flatten(0, 1).T @ rows.flatten(0, 1)
         by_w_v = (v + v_as_memory).flatten(0, 1).T @ rows.flatten(0, 1)
-        return result.content, result.position, by_rows, by_w_k, by_w_v, result.r, None
+        return result.content, result.position, by_rows, by_w_k, by_w_v, result.r.to(rows.dtype), None
 
 
 def _scores(operands: Operands, block: Block, geometry: Geometry, future: torch.Tensor) -> torch.Tensor:
@@ -179,7 +181,9 @@ def _scores(operands: Operands, block: Block, geometry: Geometry, future: torch.
     # Key j of row i is K - n + i - j away: column n - 1 - i + j. What the stride reads beyond a row is masked below.
     shifted = by_distance.as_strided((len(operands.k) * block.count, n, K), (n * K, K - 1, 1), n - 1)
     keys = _windows(operands.k, block, geometry.past + block.first_key, K)
-    scores = torch.baddbmm(shifted, _queries(operands.content, block), keys.transpose(1, 2))
+    scale = r.shape[2] ** -0.5  # inside the product, which rounds once
+    content = _queries(operands.content, block)
+    scores = torch.baddbmm(shifted, content, keys.transpose(1, 2), beta=scale, alpha=scale)
     scores[:, :, K - n :].masked_fill_(future[:n, :n], float("-inf"))
     outside = K - geometry.mem_len  # columns that some query of the block is too far from
     if geometry.same_length and outside > 0:
