@@ -1,7 +1,8 @@
 """Does an impl compute what the oracle computes? The tolerance is derived from float64, never tuned.
 
 The error of the impl against the oracle in float64 may be at most twice the oracle's own error in the cell's dtype,
-and one rounding of the largest value more.
+and one rounding more. Errors are root mean squares, of the worst token where there are tokens: the largest of many
+single roundings is luck, and one wrong token still shows.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from ctxbench.measure.specimen import NotClaimed, Specimen
 
 Tensors = dict[str, torch.Tensor]
+PER_TOKEN = ("output", "gradient of the input")
 
 
 @dataclass
 class Agreement:
-    """Worst error and what was allowed there, both relative to the largest value; ``complaint`` when beyond it."""
+    """Worst error and what was allowed there, both relative to the values; ``complaint`` when beyond it."""
 
     error: float | None = None
     tolerance: float | None = None
@@ -55,17 +57,17 @@ def _judge(truth: Tensors, own: Tensors, seen: Tensors, eps: float, specimen: Sp
     worst = Agreement(0.0, eps)
     for group in ("output", "gradient"):
         names = [name for name in truth if name.startswith(group)]
-        scale = max((float(truth[name].abs().max()) for name in names), default=0.0)
+        scale = max((_size(name, truth[name]) for name in names), default=0.0)
         for name in names:
             if name not in seen:
                 return Agreement(complaint=f"no {name}, which the oracle {specimen.method.oracle} has")
-            allowed = 2 * _distance(own[name], truth[name]) + eps * scale
-            error = _distance(seen[name], truth[name])
+            allowed = 2 * _size(name, own[name] - truth[name]) + eps * scale
+            error = _size(name, seen[name] - truth[name])
             relative, limit = error / (scale or 1.0), allowed / (scale or 1.0)
             if not error <= allowed:
                 return Agreement(
                     relative, limit,
-                    f"{name} in {specimen.dtype} is {relative:.2g} of its largest value away from the oracle "
+                    f"{name} in {specimen.dtype} is {relative:.2g} of its size away from the oracle "
                     f"{specimen.method.oracle} in fp64 (allowed {limit:.2g})",
                 )  # fmt: skip
             if worst.error is None or worst.tolerance is None or relative / limit > worst.error / worst.tolerance:
@@ -88,5 +90,7 @@ def _run(specimen: Specimen, module: torch.nn.Module, x: torch.Tensor, gradients
     return found
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
+def _size(name: str, values: torch.Tensor) -> float:
+    """Root mean square: of the largest token in outputs and in the input's gradient, of the whole in parameters."""
+    squares = values.double().square()
+    return float((squares.mean(dim=-1).max() if name in PER_TOKEN else squares.mean()).sqrt())

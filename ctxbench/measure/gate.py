@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ctxbench.cell import Cell
 from ctxbench.measure.agreement import Agreement, compare
@@ -32,6 +33,7 @@ class _Evidence:
     moved: torch.Tensor
     boundary: int  # first token of row 0 that was replaced
     floor: float  # changes up to here are rounding
+    kept: list[str]  # attributes of the module that hold tensors of a call
 
 
 def run_gate(method: Method, cell: Cell, seed: int = 0) -> Gate:
@@ -42,6 +44,7 @@ def run_gate(method: Method, cell: Cell, seed: int = 0) -> Gate:
     specimen = Specimen.of(method, cell, seed)
     defects = method.impl(cell.impl).defects
     module, x = specimen.build(), specimen.inputs()
+    before = _held(module)
     plain = specimen.observe(module, x)
     complaint = _output(x, plain)
     if complaint:
@@ -53,7 +56,7 @@ def run_gate(method: Method, cell: Cell, seed: int = 0) -> Gate:
 
     def look() -> _Evidence:
         if not evidence:
-            evidence.append(_gather(specimen, module, x, plain))
+            evidence.append(_gather(specimen, module, x, plain, before))
         return evidence[0]
 
     def agree() -> str:
@@ -121,13 +124,29 @@ def _output(x: torch.Tensor, y: Any) -> str:
     return ""
 
 
-def _gather(specimen: Specimen, module: torch.nn.Module, x: torch.Tensor, plain: torch.Tensor) -> _Evidence:
-    boundary = specimen.length - max(1, 2 * specimen.length // 5)
+def _gather(
+    specimen: Specimen, module: torch.nn.Module, x: torch.Tensor, plain: torch.Tensor, before: dict[str, set[int]]
+) -> _Evidence:
+    # An odd boundary lies inside every block, so that what leaks only within a block is seen.
+    boundary = min(specimen.length - 1, 3 * specimen.length // 5 | 1)
     other = x.clone()
     other[0, boundary:] = 2 * specimen.inputs(seed=1)[0, boundary:]
     moved = specimen.observe(module, other)
     again = specimen.observe(module, x)
-    return _Evidence(plain, again, moved, boundary, UNCHANGED * float(plain.abs().max()))
+    kept = sorted(name for name, tensors in _held(module).items() if tensors - before.get(name, set()))
+    return _Evidence(plain, again, moved, boundary, UNCHANGED * float(plain.abs().max()), kept)
+
+
+def _held(module: torch.nn.Module) -> dict[str, set[int]]:
+    """Tensors that are attributes of a module or of its parts but neither parameters nor buffers, by identity."""
+    found: dict[str, set[int]] = {}
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                tensors = {id(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)}
+                if tensors:
+                    found[f"{prefix}.{name}".lstrip(".")] = tensors
+    return found
 
 
 def _fresh(seen: _Evidence) -> str:
@@ -188,9 +207,14 @@ def _receptive_field(specimen: Specimen) -> str:
 
 
 def _state(specimen: Specimen, seen: _Evidence) -> str:
-    """Nothing is kept on the module, and continuing a state gives what the whole sequence gives."""
+    """Nothing is kept on the module, and continuing a state gives what the whole sequence gives.
+
+    A tensor on the module that changes no output, as a mask that is kept, fails literal sketches only.
+    """
     if not torch.allclose(seen.plain, seen.again, rtol=0, atol=seen.floor):
         return "the same input gave another output at the second call; look for tensors kept on the module"
+    if seen.kept and specimen.method.impl(specimen.impl).defects:
+        return f"tensors of a call are kept on the module: {', '.join(seen.kept)}"
     if specimen.mode not in ("stream", "decode"):
         return ""
     if not specimen.supports("forward"):

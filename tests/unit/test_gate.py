@@ -75,6 +75,23 @@ class Stateful(Window):
         return super().forward(x) + 0.01 * self.calls
 
 
+class Remembers(Window):
+    """Keeps its last output on the module, without any use for it."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.last = super().forward(x)
+        return self.last
+
+
+class Pooled(Window):
+    """Looks ahead, but never out of a block of 16."""
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        blocks = nn.functional.pad(values, (0, 0, 0, -values.shape[1] % 16)).unflatten(1, (-1, 16))
+        spread = blocks.mean(2, keepdim=True).expand_as(blocks).flatten(1, 2)
+        return spread[:, : values.shape[1]]
+
+
 class Wider(Window):
     def __init__(self, dims: Dims, window: int):
         super().__init__(dims, window + 1)
@@ -174,6 +191,7 @@ def test_a_sound_impl_passes(impl: str, dtype: str, mode: str):
     [
         ("Future", "causality", "earlier outputs"),
         ("Future", "receptive_field", "outside its reach"),
+        ("Pooled", "causality", "earlier outputs"),
         ("Mixed", "batch_independence", "batch axis"),
         ("Kept", "fresh", "the same output"),
         ("Stateful", "state", "second call"),
@@ -245,6 +263,12 @@ class TestLiteralSketches:
         seen = gate("Future", declared)
         assert not seen.ok
         assert "batch_independence: declared as a defect (leaks), but the probe passed" in seen.message
+
+    def test_may_declare_that_they_keep_tensors_on_the_module(self):
+        declared = Impl("Remembers", defects={"state": "the last output lives on the module"})
+        seen = gate("Remembers", window_method(impls=(Impl("reference"), declared)))
+        assert seen.ok, seen.message
+        assert seen.probes["state"] == "failed"
 
     def test_may_declare_that_they_compute_something_else(self):
         declared = self.method(causality="mean", receptive_field="all", agreement="adds a mean")
