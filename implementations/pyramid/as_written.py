@@ -54,7 +54,7 @@ class SketchPyramid(nn.Module):
         outputs = []
         cells = x
         for level, layers in enumerate(self.levels):
-            for layer in layers:
+            for layer in layers:  # type: ignore[attr-defined]
                 cells = layer(cells)
             outputs.append(cells)
             if level < len(self.down):

@@ -115,7 +115,7 @@ def staircase_backward(grad: torch.Tensor, operands: Operands, geometry: Geometr
     """Gradients of :func:`staircase` for ``grad: [H * B, T, D]``; scores are computed again, block by block."""
     content, position, k, v, r = operands
     exact = torch.promote_types(r.dtype, torch.float32)  # every block of the sequence adds to the distances
-    result = Gradients(
+    result = Gradients(  # type: ignore[call-arg]
         torch.empty_like(content), torch.empty_like(position),
         *(torch.zeros_like(stream) for stream in (k, v, k, v)), torch.zeros_like(r, dtype=exact),
     )  # fmt: skip

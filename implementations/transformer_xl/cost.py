@@ -92,7 +92,7 @@ def _algorithmic(mode: str, params: TransformerXLParams) -> dict[str, Expr]:
 
 def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]:
     """Forward FLOPs of what the impl executes, by term."""
-    parts = _sequence(params)
+    parts: tuple[Segments, ...] = _sequence(params)
     tokens: Expr = Integer(1) if mode == "decode" else T
     if mode == "decode":
         rows = Min(T, M) if impl == "as_written" else _state_rows(params)
@@ -111,7 +111,7 @@ def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]
     if mode == "stream":
         calls = [_call(part, params) for part in parts]
         sums = [sum(terms) for terms in zip(*calls, strict=True)]
-        return _terms(*sums, tokens)
+        return _terms(*sums, tokens)  # type: ignore[call-arg]
     zeros = M if params.start == "zeros" else Integer(0)
     batch = _terms(
         _projected(T, T + zeros),
@@ -203,7 +203,7 @@ def _peak(impl: str, mode: str, params: TransformerXLParams) -> Expr:
 
 def _whole_shape(impl: str, params: TransformerXLParams) -> peak.Shape:
     """A call without state."""
-    parts = _sequence(params)
+    parts: tuple[Segments, ...] = _sequence(params)
     if impl == "as_written":
         parts = (Segments(T, Integer(1), Integer(0), Integer(0)),)
     past = M if params.start == "zeros" else Integer(0)

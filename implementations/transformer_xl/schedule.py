@@ -26,7 +26,7 @@ class Block(NamedTuple):
 
     first: int
     rows: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     offset: int
     queries: int
     keys: int

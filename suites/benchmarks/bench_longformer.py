@@ -21,7 +21,9 @@ HEADS, WIDTH, LENGTH, WINDOW = 8, 64, 8192, 512
 IMPLS = {"reference": reference.attend, "blocked": blocked.attend}
 
 
-def operands(length: int, num_global: int = 0, heads: int = HEADS) -> tuple[torch.Tensor, ...]:
+def operands(
+    length: int, num_global: int = 0, heads: int = HEADS
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, GlobalRows]:
     """Heads split from ``[B, T, d_model]`` projections, as a layer hands them over, and the rows of a causal prefix."""
     generator = torch.Generator().manual_seed(0)
     draws = (torch.randn(1, length, heads, WIDTH, generator=generator) for _ in range(3))
@@ -50,16 +52,16 @@ def comparisons() -> list[Comparison]:
     if importlib.util.find_spec("transformers") is not None:
         title = f"longformer with its q, k, v projections, {LENGTH} tokens, {WINDOW} + 1 keys a query, fp32"
         name = "transformers"
-        candidates = {name: _transformers(), "longformer/blocked": _ours()}
+        layers = {name: _transformers(), "longformer/blocked": _ours()}
         floor, aim = {"longformer/blocked": 2.0}, {"longformer/blocked": 4.0}
-        found.append(Comparison(title, name, candidates, floor=floor, aim=aim))
+        found.append(Comparison(title, name, layers, floor=floor, aim=aim))
     return found
 
 
 def _ours() -> Callable[[], Any]:
     dims = Dims(seq_len=LENGTH, d_model=HEADS * WIDTH, num_heads=HEADS, d_ff=0, causal=False)
     layer = LongformerAttention(dims, LongformerParams(window=WINDOW, num_global=0), blocked.attend).eval()
-    layer.o = torch.nn.Identity()  # the package's output projection is in another module
+    layer.o = torch.nn.Identity()  # type: ignore[assignment]  # the package's output projection is in another module
     x = torch.randn(1, LENGTH, HEADS * WIDTH)
     return torch.no_grad()(functools.partial(layer, x))
 

@@ -26,7 +26,7 @@ def comparisons() -> list[Comparison]:
             f"memory_bank/{impl}": prepare(METHOD, dims, params, impl, mode, "fp32").call
             for impl in ("reference", "blocked")
         }
-        title = f"memory bank, {mode}, {length} tokens, {params.num_slots} slots, one layer, fp32"
+        title = f"memory bank, {mode}, {length} tokens, {params.as_dict()['num_slots']} slots, one layer, fp32"
         name = "memory_bank/blocked"
         found.append(Comparison(title, "memory_bank/reference", candidates, floor={name: floor}, aim={name: aim}))
     return found

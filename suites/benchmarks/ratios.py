@@ -6,7 +6,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class Comparison:
 
     title: str
     baseline: str
-    candidates: dict[str, Callable[[], Any]]
+    candidates: Mapping[str, Callable[[], Any]]
     floor: dict[str, float] = field(default_factory=dict)
     aim: dict[str, float] = field(default_factory=dict)
 
@@ -43,7 +43,7 @@ class Ratio:
 
 
 def interleave(
-    candidates: dict[str, Callable[[], Any]], rounds: int = 7, seconds: float = 0.1
+    candidates: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: float = 0.1
 ) -> dict[str, list[float]]:
     """Best seconds a call of each candidate in each round; the order is reversed every round."""
     for function in candidates.values():
