@@ -1,0 +1,52 @@
+"""BigBird: blocks of queries against two global blocks, their neighbours, and a few random blocks."""
+
+from ctxbench.implementations.bigbird.params import BigBirdParams
+from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+
+METHOD = Method(
+    name="bigbird",
+    title="BigBird",
+    family="sparse",
+    idea="Blocks of tokens attend to the first and the last block, to their neighbours, and to a few blocks drawn at "
+    "random once; the first and the last attend to all.",
+    paper=Paper("Zaheer et al. 2020, Big Bird: Transformers for Longer Sequences", "arXiv:2007.14062", "2 and D"),
+    build=f"{__name__}.layer:build",
+    params=BigBirdParams,
+    memory_parameter="block_size",
+    without=dict.fromkeys(
+        ("stream", "decode"),
+        "BigBird cannot be continued: its first block sees all later tokens, and all tokens see its last block",
+    ),
+    causal=(False,),
+    impls=(
+        Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores and masks most of them"),
+        Impl(
+            "blocked",
+            run=f"{__name__}.blocked:attend",
+            note="gathered blocks in slabs of 256 queries, without a mask; probabilities are recomputed in backward",
+        ),
+    ),
+    cost=f"{__name__}.cost:cost",
+    reach=f"{__name__}.params:reach",
+    equals=(
+        Equivalence("one block holds the sequence", other="dense", params={"block_size": 1 << 20}),
+        Equivalence("there are as many random blocks as blocks", other="dense", params={"num_random": 1 << 20}),
+    ),
+    deviations=(
+        "random blocks come from the whole sequence and are a set, in evaluation as in training; the published code "
+        "takes them from the first few blocks (random_within), may count one twice, and draws none in evaluation",
+        "any length: the last block may be shorter; the published code wants a multiple of block_size and turns dense "
+        "up to 5 + 2 num_random blocks",
+        "the internal construction only: no extra global tokens (ETC)",
+        "pre-norm layer; the released encoder is post-norm",
+        "no padding mask: all sequences of a batch have one length",
+    ),
+    claims=(
+        Claim(
+            "approximates full attention in O(N) time",
+            "right in order of growth",
+            "N b (7 + r) - b^2 (12 + 2 r) pairs a head in whole blocks; all N^2 up to 4 + r blocks (448 tokens at the "
+            "published sizes), and projections outweigh attention where 2 d > b (7 + r)",
+        ),
+    ),
+)

@@ -1,0 +1,94 @@
+"""Closed forms of BigBird. Derivation in README.md."""
+
+from __future__ import annotations
+
+from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor
+
+from ctxbench.cost import Cost
+from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
+from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear_parameters, projections, tensor, when_ffn
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, stack_peak
+from ctxbench.implementations.bigbird.params import BigBirdParams
+
+SLAB = Integer(256)  # queries of the blocked impl whose scores are alive together
+b, r = param("block_size"), param("num_random")
+blocks = ceiling(T / b)
+last = T - (blocks - 1) * b  # tokens of the last block
+
+
+def visible_pairs() -> Expr:
+    """Pairs a head needs; with at least five blocks, all full, b^2 (n (7 + r) - 12 - 2 r) for n >= 5 + r blocks."""
+    ends = (b + last) * T
+    edges = 2 * b * ((3 + Min(r, blocks - 4)) * b + last)
+    inner = (blocks - 4) * b * ((4 + Min(r, blocks - 5)) * b + last)
+    return Piecewise((T * T, blocks <= 4), (ends + edges + inner, True))
+
+
+def cost(impl: str, mode: str, causal: bool, params: BigBirdParams) -> Cost:
+    """One impl in one mode."""
+    visible = visible_pairs()
+    algorithmic = {
+        "projections": L * projections(T),
+        "attention": L * attention(visible),
+        "ffn": block_ffn(T),
+    }
+    flops = {**algorithmic, "attention": L * attention(visible if impl == "blocked" else T * T)}
+    if mode == "train":
+        core = FUSED_BACKWARD if impl == "blocked" else 2
+        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
+        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+    return Cost(
+        algorithmic=algorithmic,
+        flops=flops,
+        num_parameters=block_parameters(4 * linear_parameters(d, d)),
+        peak_bytes=_forward_peak(impl) if mode == "forward" else _train_peak(impl),
+    )
+
+
+row, ends = tensor(B, T, d), tensor(B, b + last, d)  # bytes of a sequence, and of its two global blocks
+padded = tensor(B, blocks * b, d)
+_edges, _inner = Min(2, blocks - 2), Max(0, Min(Max(1, floor(SLAB / b)), blocks - 4))  # rows of each kind of slab
+few = blocks <= 2  # nothing between the ends: the blocked impl is one fused call
+
+
+def _buffers(gathered: int, scores: int, queries: int) -> Expr:
+    """Bytes of so many copies of what the largest slab needs: gathered blocks, scores, queries."""
+    most, rows = _largest_slab(), Max(_edges, _inner)
+    return (
+        gathered * tensor(B, most * b, d)
+        + scores * tensor(B, h, most * b, Min(b, SLAB))
+        + queries * tensor(B, rows * b, d)
+    )
+
+
+def _largest_slab() -> Expr:
+    """Blocks gathered for one head of one sequence."""
+    return Max(_edges * (4 + Min(r, blocks - 4)), _inner * (5 + Min(r, blocks - 5)))
+
+
+def _forward_peak(impl: str) -> Expr:
+    """Norm, q, k and v; then scores twice with mask and output, or the output, keys and values by block and a slab."""
+    if impl == "reference":  # with several sequences v is copied for the batched product
+        return stack_peak(T, 5 * row + 2 * tensor(B, h, T, T) + h * T * T + Min(B - 1, 1) * row)
+    slab = 5 * row + ends + 2 * padded + _buffers(2, 1, 1)
+    return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (slab, True)))
+
+
+def _train_peak(impl: str) -> Expr:
+    """The top layer's backward pass, in its FFN or in its attention, with all layers below it still saved."""
+    scores, statistics, hidden = tensor(B, h, T, T), 2 * e * B * T, tensor(B, T, f)
+    if impl == "reference":
+        core = scores + h * T * T  # probabilities and mask
+        attending = core + 5 * row + 2 * scores  # norm q k, output, gradient of v; gradients of probabilities, scores
+    else:
+        core = Piecewise((4 * B * h * T, few), (2 * ends + 4 * B * h * (b + last), True))
+        # Keys and values by block and the sums of their gradients, in single precision at least.
+        wide = Max(e, 4) * B * d * b
+        converted = Piecewise((wide * _largest_slab(), e < 4), (0, True))
+        by_block = 2 * padded + 2 * wide * blocks + converted
+        # Norm q k v, output, gradients of the mixed rows and of q.
+        attending = core + Piecewise((10 * row, few), (7 * row + by_block + _buffers(3, 2, 2), True))
+    kept = core + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)  # norm q k v, mixed, output; FFN's
+    in_ffn = when_ffn(kept + hidden + e * (d * f + d))
+    gradients = e * (d * d + d) + when_ffn(row + e * (2 * d * f + f + 3 * d))
+    return (L - 1) * kept + Max(in_ffn, attending + statistics + gradients)

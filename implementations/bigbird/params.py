@@ -1,0 +1,126 @@
+"""Hyper-parameters of BigBird, and the plan of blocks they stand for. Imports no torch."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ctxbench.method import Dims, Params, param
+
+MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which blocks of keys a block of queries sees; rows and columns below are blocks.
+
+    The first and the last row see all columns, and all rows see those two. A row between them also sees itself, its
+    neighbours, and ``num_random`` more (as many as there are, where there are fewer), drawn for every layer and head
+    from all columns, or from the first ``random_within``. The last block holds what is left of the tokens,
+    ``1 .. block_size`` of them.
+    """
+
+    seq_len: int
+    block_size: int
+    num_random: int
+    random_within: int
+    seed: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the sequence, the last included."""
+        return -(-self.seq_len // self.block_size)
+
+    def fixed(self, row: int) -> list[int]:
+        """The columns that a row between the first and the last sees in every layer and head, ascending."""
+        return sorted({0, row - 1, row, row + 1, self.num_blocks - 1})
+
+    def sees(self, layer: int, head: int) -> tuple[tuple[int, ...], ...]:
+        """The columns of each row, ascending."""
+        return _plan(self, layer, head)
+
+
+@lru_cache(maxsize=64)
+def _plan(pattern: Pattern, layer: int, head: int) -> tuple[tuple[int, ...], ...]:
+    blocks = pattern.num_blocks
+    everything = tuple(range(blocks))
+    numbers = random_numbers(pattern.seed, layer, head)
+    within = min(blocks, pattern.random_within or blocks)
+    between = [_draw(pattern.fixed(row), pattern.num_random, within, numbers) for row in range(1, blocks - 1)]
+    return (everything, *between, everything)[:blocks]
+
+
+def _draw(fixed: list[int], count: int, within: int, numbers: Iterator[int]) -> tuple[int, ...]:
+    """Add ``count`` of the first ``within`` blocks to the fixed ones, each draw uniform over those that are left."""
+    taken = [block for block in fixed if block < within]
+    for _ in range(min(count, within - len(taken))):
+        chosen = next(numbers) * (within - len(taken)) >> 64  # the chosen-th block that is not taken
+        for block in taken:
+            chosen += block <= chosen
+        insort(taken, chosen)
+    return (*taken, *(block for block in fixed if block >= within))
+
+
+def random_numbers(*key: int) -> Iterator[int]:
+    """Endless 64-bit random numbers of a key: SplitMix64 (Steele et al. 2014), the same on every machine."""
+    state = 0
+    for part in key:
+        state = _mix(state + part + 1)
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) & MASK
+        yield _mix(state)
+
+
+def _mix(number: int) -> int:
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & MASK
+    return number ^ number >> 31
+
+
+@dataclass(frozen=True)
+class BigBirdParams(Params):
+    """One layer's attention pattern; layers and heads differ in their random blocks alone."""
+
+    block_size: int = param(
+        64,
+        "tokens of a block; a token sees 5 + num_random blocks",
+        unit="tokens",
+        low=1,
+        source="Zaheer et al. 2020, E",
+    )
+    num_random: int = param(
+        3, "random blocks a block of queries sees", unit="blocks", low=0, source="Zaheer et al. 2020, E"
+    )
+    random_within: int = param(
+        0,
+        "random blocks come from the first so many blocks; 0: from all",
+        unit="blocks",
+        low=0,
+        source="ours: 0; published code: 2 num_random + 4 of longer sequences",
+    )
+    seed: int = param(0, "seed of the random blocks", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = self.num_random + 4  # the first block and a row's window may be among them
+        if 0 < self.random_within < least:
+            raise ValueError(
+                f"random_within must be 0 or at least num_random + 4 = {least}, received {self.random_within}: "
+                "a row would find too few blocks to draw from"
+            )
+
+    def pattern(self, seq_len: int) -> Pattern:
+        """The pattern at one length."""
+        return Pattern(seq_len, self.block_size, self.num_random, self.random_within, self.seed)
+
+
+def reach(dims: Dims, params: BigBirdParams, i: int) -> set[int]:
+    """Input positions that may influence output ``i``: what any head sees, and what they saw in the layers below."""
+    pattern, size = params.pattern(dims.seq_len), params.block_size
+    reached = {i // size}
+    for layer in reversed(range(dims.num_layers)):
+        plans = [pattern.sees(layer, head) for head in range(dims.num_heads)]
+        reached = {column for plan in plans for row in reached for column in plan[row]}
+    return {token for block in reached for token in range(block * size, min((block + 1) * size, dims.seq_len))}

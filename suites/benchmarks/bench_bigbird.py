@@ -1,0 +1,123 @@
+"""BigBird attention, operator level: q, k, v in, output out; the plan of blocks is made beforehand."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ctxbench.implementations.bigbird import blocked, reference
+from ctxbench.implementations.bigbird.layer import BigBirdAttention, Plan
+from ctxbench.implementations.bigbird.params import BigBirdParams
+from ctxbench.method import Dims
+from ctxbench.suites.benchmarks.ratios import Comparison
+
+HEADS, WIDTH, PARAMS = 4, 64, BigBirdParams()
+IMPLS = {"reference": reference.attend, "blocked": blocked.attend}
+
+
+def operands(length: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Queries, keys and values as projections leave them: ``[1, H, T, D]``, stored token by token."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(1, length, HEADS, WIDTH, generator=generator).to(dtype) for _ in range(3)]
+    return [row.transpose(1, 2) for row in rows]
+
+
+def plan(length: int) -> Plan:
+    """The plan of the first layer."""
+    dims = Dims(seq_len=length, d_model=HEADS * WIDTH, num_heads=HEADS, causal=False)
+    mixer = BigBirdAttention(dims, PARAMS, 0, None)
+    return Plan(PARAMS.block_size, mixer.pattern.num_blocks, mixer.edges, mixer.inner)  # type: ignore[arg-type]
+
+
+def flex(length: int) -> Callable[..., Any]:
+    """Compiled FlexAttention with the same blocks, all of them without a mask."""
+    pattern = PARAMS.pattern(length)
+    blocks = pattern.num_blocks
+    counts = torch.zeros(1, HEADS, blocks, dtype=torch.int32)
+    indices = torch.zeros(1, HEADS, blocks, blocks, dtype=torch.int32)
+    for head in range(HEADS):
+        for row, columns in enumerate(pattern.sees(0, head)):
+            counts[0, head, row] = len(columns)
+            indices[0, head, row, : len(columns)] = torch.tensor(columns)
+    nothing = torch.zeros_like(counts), torch.zeros_like(indices)
+    mask = BlockMask.from_kv_blocks(*nothing, counts, indices, BLOCK_SIZE=PARAMS.block_size)
+    return functools.partial(torch.compile(flex_attention), block_mask=mask)
+
+
+def published(length: int) -> Callable[[torch.Tensor], Any] | None:
+    """The layer of the package transformers, projections of its own included; None where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        sys.stdout.write("left out: the package transformers is not installed\n")
+        return None
+    from transformers import BigBirdConfig
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
+
+    config = BigBirdConfig(
+        hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, block_size=PARAMS.block_size,
+        num_random_blocks=PARAMS.num_random, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    layer = BigBirdBlockSparseAttention(config, seed=0).train()  # evaluation mode draws no blocks
+    visible = torch.ones(1, length)
+    seen, band, rows, columns = BigBirdModel.create_masks_for_block_sparse_attn(visible, PARAMS.block_size)
+    return lambda x: layer(x, band, rows, columns, seen, seen)
+
+
+def comparisons() -> list[Comparison]:
+    """``blocked`` against compiled FlexAttention, a dense mask, and the package transformers."""
+    found = []
+    length = 8192
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        q, k, v = operands(length, dtype)
+        candidates = {
+            "compiled FlexAttention": functools.partial(flex(length), q, k, v),
+            "bigbird/blocked": functools.partial(blocked.attend, q, k, v, plan(length)),
+        }
+        title = f"bigbird attention, {length} tokens, blocks of 64, 3 random, {name}"
+        floor, aim = {"bigbird/blocked": 1.2}, {"bigbird/blocked": 2.0}
+        found.append(Comparison(title, "compiled FlexAttention", candidates, floor, aim))
+    length = 4096
+    q, k, v = operands(length)
+    visible = reference.visible(plan(length), length)
+    candidates = {
+        "SDPA, dense mask ready": functools.partial(
+            torch.nn.functional.scaled_dot_product_attention, q, k, v, attn_mask=visible
+        ),
+        "bigbird/blocked": functools.partial(blocked.attend, q, k, v, plan(length)),
+    }
+    found.append(Comparison(f"bigbird attention, {length} tokens, fp32", "SDPA, dense mask ready", candidates))
+    theirs = published(length)
+    if theirs is not None:
+        found.append(_against_published(length, theirs))
+    return found
+
+
+def _against_published(length: int, theirs: Callable[[torch.Tensor], Any]) -> Comparison:
+    dims = Dims(seq_len=length, d_model=HEADS * WIDTH, num_heads=HEADS, causal=False)
+    layer, x = BigBirdAttention(dims, PARAMS, 0, blocked.attend), torch.randn(1, length, HEADS * WIDTH)
+
+    def without_gradients(function: Callable[[torch.Tensor], Any]) -> Any:
+        with torch.no_grad():
+            return function(x)
+
+    candidates = {
+        "transformers, block sparse": functools.partial(without_gradients, theirs),
+        "bigbird/blocked and projections": functools.partial(without_gradients, layer),
+    }
+    floor, aim = ({"bigbird/blocked and projections": ratio} for ratio in (4.0, 8.0))
+    title = f"bigbird layer without norm and FFN, {length} tokens, fp32"
+    return Comparison(title, "transformers, block sparse", candidates, floor, aim)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_attend(benchmark: Any, impl: str) -> None:
+    q, k, v = operands(1024)
+    benchmark.extra_info.update(method="bigbird", impl=impl, tokens=1024)
+    y = benchmark.pedantic(IMPLS[impl], (q, k, v, plan(1024)), rounds=10, warmup_rounds=2)
+    assert y.shape == q.shape
