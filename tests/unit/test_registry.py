@@ -84,10 +84,14 @@ def test_an_import_that_hangs_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_limit_inside_a_limit_keeps_the_outer_one() -> None:
-    with pytest.raises(TimeoutError, match="the outer block"), registry.time_limit(1, "the outer block"):
-        with pytest.raises(TimeoutError, match="the inner block"), registry.time_limit(0.2, "the inner block"):
+    def nested() -> None:
+        with registry.time_limit(1, "the outer block"):
+            with pytest.raises(TimeoutError, match="the inner block"), registry.time_limit(0.2, "the inner block"):
+                time.sleep(30)
             time.sleep(30)
-        time.sleep(30)
+
+    with pytest.raises(TimeoutError, match="the outer block"):
+        nested()
 
 
 def test_a_failed_import_leaves_no_module_behind() -> None:
