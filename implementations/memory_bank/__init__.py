@@ -71,15 +71,15 @@ METHOD = Method(
     claims=(
         Claim(
             "memory N d + M d",
-            "incomplete",
-            "as sketched: scores B N M of the read kept, and 2 M d for slots and keys; done right, 4 B M d + B S (2 d) "
-            "carried and no term in N beyond the activations",
+            "wrong",
+            "the intended layer keeps all its scores, B (h N^2 + N M), and about 19 B N d activations in training; the "
+            "bank is 2 M d, slots and keys. In segments: B h S^2 and B S M of scores at a time, or none when fused",
         ),
         Claim(
             "compute N M d + N^2 d",
             "wrong",
-            "intended layer: 30 N d^2 + 4 N^2 d + 4 N M d + 4 M d^2 + 2 M d + 4 d^2 a row; the N^2 term is absent as "
-            "sketched (attention over the batch) and S N in segments",
+            "the intended layer takes B (30 N d^2 + 4 N^2 d + 4 N M d + 2 M d + 4 d^2) + 4 M d^2: linear maps rule "
+            "below N + M = 7.5 d; as sketched there is no N^2 term (attention over the batch), in segments 2 S N d",
         ),
         Claim(
             "context beyond the attention window",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from sympy import Expr, Integer, Max, Min, Mod, Piecewise, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
-from ctxbench.cost.terms import tensor
+from ctxbench.cost.terms import largest, tensor
 
 M = param("num_slots")
 S = param("segment_len")
@@ -51,15 +51,15 @@ def some(count: Expr | int) -> Expr:
 
 def _after_self_attention(n: Expr | int) -> Expr:
     """Blocked, one piece in the loop, its output included: gate, or feed-forward network."""
-    return Max(3 * row(n), 2 * row(n) + 2 * tensor(B, n, f))
+    return largest(3 * row(n), 2 * row(n) + 2 * tensor(B, n, f))
 
 
 def _reference_piece(n: Expr | int) -> Expr:
     """Reference, one piece, its output included: self-attention's, the read's or the feed-forward network's worst."""
     mask = sympify(n) ** 2  # of one byte each, and its complement where scores are masked
     copied = SLAB * some(B - 1) * some(h - 1)  # strided heads of several rows cannot be one batch of matrices
-    return mask + Max(
-        4 * row(n) + 2 * tensor(B, h, n, n) + Max(row(n), mask),
+    return mask + largest(
+        4 * row(n) + 2 * tensor(B, h, n, n) + largest(row(n), mask),
         6 * row(n) + 2 * tensor(B, h, n, M) + copied,
         6 * row(n) + 2 * tensor(B, n, f),
     )
@@ -73,14 +73,14 @@ def _forward(fixed: int, piece: Piece, extra: int, writes: Expr) -> Expr:
     loop = (
         fixed * row(T)
         + held
-        + Max(
+        + largest(
             some(WHOLE) * (row(T - REST - S) + piece(S)),
             row(T - REST) + piece(REST),
             some(writes) * (row(S * writes) + (4 + extra) * SLAB + 2 * extra * row(S)),
         )
     )
     join = 2 * row(T) + 2 * extra * row(last)
-    return some(L - 1) * row(T) + 4 * SLAB + Max(stacked, loop, join)
+    return some(L - 1) * row(T) + 4 * SLAB + largest(stacked, loop, join)
 
 
 def _stream(fixed: int, piece: Piece, extra: int) -> Expr:
@@ -91,9 +91,9 @@ def _stream(fixed: int, piece: Piece, extra: int) -> Expr:
         before = (some(L - 1) + fixed + unfinished * 2 * (L - extra)) * row(n) + some(earlier) * row(S)
         banks = 4 * (L + (L - 1) * (1 - unfinished)) * SLAB  # all old ones, the new ones of the layers before
         write = (1 - unfinished) * ((4 + extra) * SLAB + (1 + 2 * extra) * row(n))
-        return before + banks + Max(piece(n), write)
+        return before + banks + largest(piece(n), write)
 
-    return Max(some(WHOLE) * call(S, WHOLE - 1, 0), some(REST) * call(REST, WHOLE, 1))
+    return largest(some(WHOLE) * call(S, WHOLE - 1, 0), some(REST) * call(REST, WHOLE, 1))
 
 
 def _decode(impl: str, writes: Expr) -> Expr:
@@ -103,18 +103,18 @@ def _decode(impl: str, writes: Expr) -> Expr:
     kept = (L - 1) * ((1 - writes) * caches + Max(e, 4) * B * d + 4 * writes * SLAB) + some(L - 1) * row(1)
     if impl == "blocked":
         loop = (1 - writes) * caches + 3 * row(1) + _after_self_attention(1)
-        return kept + Max(caches + 4 * row(1), loop, writes * (4 * SLAB + 15 * row(1)))
+        return kept + largest(caches + 4 * row(1), loop, writes * (4 * SLAB + 15 * row(1)))
     copied = SLAB * some(B - 1) * some(h - 1)
     step = (
         caches
         + (fill + 1)
-        + Max(
+        + largest(
             3 * row(1) + 2 * tensor(B, h, fill + 1),
             4 * row(1) + 2 * tensor(B, h, M) + copied,
             4 * row(1) + 2 * tensor(B, f),
         )
     )
-    return kept + Max(step, writes * (5 * SLAB + caches + 8 * row(1)))
+    return kept + largest(step, writes * (5 * SLAB + caches + 8 * row(1)))
 
 
 def _blocked_train(argmax: bool, writes: Expr) -> Expr:
@@ -142,7 +142,7 @@ def _blocked_train(argmax: bool, writes: Expr) -> Expr:
     stages.append(T * (8 * row(1) + statistics) + (4 + some(REST)) * row(T) + 14 * e * d * d + 4 * SLAB)
     if argmax:
         stages.append(some(writes) * (row(T) + 4 * row(last) + gradients + 6 * SLAB + until_last))
-    return (L - 1) * (layer + row(T)) + Max(*stages)
+    return (L - 1) * (layer + row(T)) + largest(*stages)
 
 
 def _reference_train(writes: Expr) -> Expr:
@@ -157,18 +157,18 @@ def _reference_train(writes: Expr) -> Expr:
 
     def softmax(n: Expr) -> Expr:
         read, own = tensor(B, h, n, M), tensor(B, h, n, n)
-        return row(T) - 2 * tensor(B, n, f) + Max(2 * read - 3 * row(n), 2 * own - read - 8 * row(n))
+        return row(T) - 2 * tensor(B, n, f) + largest(2 * read - 3 * row(n), 2 * own - read - 8 * row(n))
 
     layer = kept(WHOLE, REST, writes)
     in_rest = layer + softmax(REST)
     in_whole = some(WHOLE) * (kept(WHOLE, Integer(0), writes - some(REST)) + softmax(S))
-    return (L - 1) * (layer + row(T)) + Max(layer + 2 * row(T), in_rest, in_whole) + SLAB
+    return (L - 1) * (layer + row(T)) + largest(layer + 2 * row(T), in_rest, in_whole) + SLAB
 
 
 def _sketch_forward() -> Expr:
     """Averaged weights of the read live to the end of the layer."""
     scores, hidden = tensor(B, T, M), tensor(B, T, f)
-    worst = Max(4 * row(T) + scores + 2 * hidden, 3 * row(T) + 2 * scores + 2 * tensor(M, d), 7 * row(T) + scores)
+    worst = largest(4 * row(T) + scores + 2 * hidden, 3 * row(T) + 2 * scores + 2 * tensor(M, d), 7 * row(T) + scores)
     return some(L - 1) * row(T) + worst
 
 
@@ -178,4 +178,4 @@ def _sketch_train() -> Expr:
     rows = Piecewise((17, f > 0), (15, True)) * row(T)
     layer = rows + hidden + scores + 2 * tensor(M, d) + 16 * B * T
     gate = Piecewise((0, f > 0), (3 * row(T), True))
-    return L * layer + Max(2 * hidden, gate, 2 * scores - hidden - 5 * row(T))
+    return L * layer + largest(2 * hidden, gate, 2 * scores - hidden - 5 * row(T))

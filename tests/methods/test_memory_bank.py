@@ -271,6 +271,19 @@ def test_segments_that_look_alike_collapse_onto_one_slot_unless_the_least_used_i
     assert entropy == {"argmax": 0.0, "least_used": pytest.approx(math.log(6))}
 
 
+def test_argmax_visits_few_slots_on_words_of_a_zipf_vocabulary():
+    words = tokens(100, batch=1, d_model=32)[0]
+    draws = torch.multinomial(1 / torch.arange(1, 101.0), 32 * 64, True, generator=torch.Generator().manual_seed(3))
+    visited = {}
+    for write in WRITES:
+        params = MemoryBankParams(num_slots=256, segment_len=64, write=write)
+        module = make("blocked", params, num_layers=1, d_model=32, d_ff=32)
+        found = states(module, words[draws][None], 64)
+        visited[write] = int((found[0].bank.values != found[-1].bank.values)[0].any(dim=1).sum())
+    assert visited["least_used"] == 32
+    assert visited["argmax"] < 16
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_earlier_segments_arrive_through_the_bank_alone(impl):
     module, x = make(impl, num_layers=1), tokens(12)
