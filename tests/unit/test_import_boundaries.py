@@ -110,6 +110,15 @@ def test_the_data_of_a_method_imports_no_torch(folder: Path) -> None:
             assert "torch" not in roots(source), source.name
 
 
+@pytest.mark.parametrize("method", list(discover()), ids=lambda method: method.name)
+def test_what_planning_asks_of_a_method_is_in_a_file_without_torch(method) -> None:
+    asked = [method.support, method.reach, method.cost, *(impl.support for impl in method.impls)]
+    for target in (target for target in asked if isinstance(target, str)):
+        module = target.partition(":")[0].removeprefix("ctxbench.implementations.")
+        source = IMPLEMENTATIONS / f"{module.replace('.', '/')}.py"
+        assert "torch" not in roots(source), f"{target}: move it to params.py"
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_reference_fits_on_three_screens(folder: Path) -> None:
     source = folder / "reference.py"
