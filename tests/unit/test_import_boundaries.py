@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ctxbench
+from ctxbench.registry import discover
 
 HARNESS = Path(ctxbench.__file__).parent
 IMPLEMENTATIONS = Path(__import__("ctxbench.implementations", fromlist=["_"]).__file__).parent
