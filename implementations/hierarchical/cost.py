@@ -1,0 +1,159 @@
+"""Closed forms of hierarchical attention: FLOPs, parameters and state. Derivation in README.md; ``peaks.py`` has peaks.
+
+The causal forms treat the window as a scale of cells of one token: all counts are sums over scales.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+from sympy import Expr, Integer, Max, Min, ceiling, floor, sympify
+
+from ctxbench.cost import Cost
+from ctxbench.cost.symbols import B, L, T, d
+from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations.hierarchical.params import HierarchicalParams, Scale, slab_rows
+from ctxbench.implementations.hierarchical.peaks import peak
+from ctxbench.implementations.hierarchical.sizes import keeps, most
+
+SEGMENT = 512  # tokens a call in stream mode
+
+
+def cost(impl: str, mode: str, causal: bool, params: HierarchicalParams) -> Cost:
+    """One impl in one mode; the direction follows from the form. Exact at every length."""
+    tokens = Integer(1) if mode == "decode" else T
+    if params.form == "seed":
+        algorithmic = _branches([ceiling(T / span) for span in params.spans], [T for _ in params.spans[1:]])
+    else:
+        visible = sum((_visible(scale, mode) for scale in params.scales), Integer(0))
+        algorithmic = {"projections": L * projections(tokens), "attention": L * attention(visible)}
+    algorithmic["ffn"] = block_ffn(tokens)
+    flops = {**algorithmic, **_executed(impl, mode, params)}
+    if impl == "as_written" and params.form != "seed":
+        flops = {term: flops[term] for term in ("projections", "attention", "upsampling", "fusion", "ffn")}
+    if mode == "train":
+        core = FUSED_BACKWARD if impl == "blocked" else 2
+        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
+        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+    branched = params.form == "seed" or impl == "as_written"
+    return Cost(
+        algorithmic=algorithmic,
+        flops=flops,
+        num_parameters=block_parameters(_branch_parameters(params) if branched else 4 * linear_parameters(d, d)),
+        state_bytes=Integer(0) if branched else _state_bytes(params),
+        peak_bytes=None if branched and mode in ("stream", "decode") else peak(impl, mode, params),
+    )
+
+
+def _executed(impl: str, mode: str, params: HierarchicalParams) -> dict[str, Expr]:
+    """The terms in which an impl does more than the mathematics needs."""
+    if impl == "as_written":  # whole cells only, and attention among the B samples of a batch
+        cells = [floor(T / span) for span in params.spans]
+        return _branches(cells, [count * span for count, span in zip(cells, params.spans, strict=True)][1:], of=B)
+    if params.form == "seed":
+        cells = [ceiling(T / span) for span in params.spans]
+        return _branches(cells, [count * span for count, span in zip(cells, params.spans, strict=True)][1:])
+    pairs: Expr = Integer(0)
+    for scale in params.scales:
+        if mode == "decode":
+            pairs += _visible(scale, mode) if impl == "blocked" else keeps(scale, T) + _new(scale, T, T + 1)
+        elif mode == "stream":
+            pairs += _streamed_slabs(scale, params) if impl == "blocked" else _streamed_rectangles(scale)
+        else:
+            pairs += (
+                _slabs(scale, slab_rows(params.scales), Integer(0)) if impl == "blocked" else T * floor(T / scale.span)
+            )
+    return {"attention": L * attention(pairs)}
+
+
+def _branches(cells: list[Expr], restored: list[Expr], of: Expr | None = None) -> dict[str, Expr]:
+    """One layer's branches over ``cells``; each cell attends to ``of`` others, or to all of its scale."""
+    pairs = sum((count * (count if of is None else of) for count in cells), Integer(0))
+    return {
+        "projections": L * projections(sum(cells, Integer(0))),
+        "attention": L * attention(pairs),
+        "upsampling": L * linear(B * sum(restored, Integer(0)), d, d),
+        "fusion": L * linear(B * T, len(cells) * d, d),
+    }
+
+
+def _branch_parameters(params: HierarchicalParams) -> Expr:
+    branches = params.levels * 4 * linear_parameters(d, d)
+    up = sum((linear_parameters(d, d * span) - d * (span - 1) for span in params.spans[1:]), Integer(0))
+    return branches + up + linear_parameters(params.levels * d, d)
+
+
+def _state_bytes(params: HierarchicalParams) -> Expr:
+    """Keys and values of what later tokens see, and of the sum of each coarse scale's open cell."""
+    cells = sum((keeps(scale, T) for scale in params.scales), Integer(params.levels - 1))
+    return 2 * L * tensor(B, cells, d)
+
+
+def _visible(scale: Scale, mode: str) -> Expr:
+    """Pairs of tokens and cells of one scale: token i sees ``min(most, floor((i + 1) / s))``."""
+    if mode == "decode":
+        complete = floor((T + 1) / scale.span)
+        return complete if scale.most is None else Min(most(scale), complete)
+    complete = floor(T / scale.span)
+    m = complete if scale.most is None else Min(most(scale), complete)
+    return scale.span * m * (m - 1) / 2 + m * (T - m * scale.span + 1)
+
+
+def _new(scale: Scale, before: Expr, after: Expr) -> Expr:
+    """Cells that tokens ``before`` to ``after - 1`` complete."""
+    return floor(after / scale.span) - floor(before / scale.span)
+
+
+def _slabs(scale: Scale, step: int, start: Expr) -> Expr:
+    """Pairs of slabs of ``step`` queries that cover tokens ``start`` to T - 1, and the cells that any of them sees."""
+    whole = floor((T - start) / step)
+    rest, last = T - start - whole * step, start + whole * step
+    ends = step * _ramp(whole, start + step, step, scale.span) + rest * floor(T / scale.span)
+    if scale.most is None:
+        return ends
+    hidden = step * _ramp(whole, start + 1, step, scale.span, most(scale))
+    return ends - hidden - rest * Max(0, floor((last + 1) / scale.span) - most(scale))
+
+
+def _streamed_slabs(scale: Scale, params: HierarchicalParams) -> Expr:
+    """The same over calls of SEGMENT tokens: slab by slab of the whole calls, then the last, shorter call."""
+    calls, step = floor(T / SEGMENT), slab_rows(params.scales)
+    total = _slabs(scale, step, calls * SEGMENT)
+    for begin in range(0, SEGMENT, step):
+        end = min(begin + step, SEGMENT)
+        total += (end - begin) * _ramp(calls, Integer(end), SEGMENT, scale.span)
+        if scale.most is not None:
+            total -= (end - begin) * _ramp(calls, Integer(begin + 1), SEGMENT, scale.span, most(scale))
+    return total
+
+
+def _streamed_rectangles(scale: Scale) -> Expr:
+    """Pairs of calls of SEGMENT tokens and all cells at hand: those remembered and those the call completes.
+
+    ``min(n, keep) + n' - n = n' - max(0, n - keep)`` with n and n' complete cells before and after a call.
+    """
+    calls = floor(T / SEGMENT)
+    start, span = calls * SEGMENT, scale.span
+    total = SEGMENT * _ramp(calls, Integer(SEGMENT), SEGMENT, span) + (T - start) * floor(T / span)
+    if scale.most is None:
+        return total
+    keep = most(scale) - int(span == 1)
+    dropped = SEGMENT * _ramp(calls, Integer(0), SEGMENT, span, keep)
+    return total - dropped - (T - start) * Max(0, floor(start / span) - keep)
+
+
+def _ramp(count: Expr, first: Expr, stride: int, span: int, less: Expr | int = 0) -> Expr:
+    """Sum over b < count of ``max(0, floor((first + b * stride) / span) - less)``.
+
+    Every ``period`` strides are whole cells, so each residue of b is an arithmetic sequence.
+    """
+    period = span // gcd(stride, span)
+    slope = stride * period // span
+    total: Expr = Integer(0)
+    for residue in range(period):
+        terms = count if period == 1 else floor((count - residue + period - 1) / Integer(period))
+        head = floor((first + residue * stride) / Integer(span)) - sympify(less)
+        skipped = Integer(0) if less == 0 else Min(terms, Max(0, ceiling(-head / Integer(slope))))
+        total += (terms - skipped) * head + slope * (terms * (terms - 1) - skipped * (skipped - 1)) / 2
+    return total

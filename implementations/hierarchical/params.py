@@ -1,0 +1,111 @@
+"""Hyper-parameters of hierarchical attention, and which cells a token sees. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ctxbench.method import YES, Dims, Params, Support, no, param
+
+FORMS = ("causal_full", "causal_linear", "seed")
+WIDEST_CELL = 512
+SLAB = 128
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One resolution of the causal forms: token i sees the last ``most`` cells of ``span`` tokens complete with it.
+
+    The tokens themselves are the scale of span 1. ``most`` None stands for all cells.
+    """
+
+    span: int
+    most: int | None
+
+    def sees(self, i: int) -> range:
+        """Cells that token ``i`` sees."""
+        complete = (i + 1) // self.span
+        return range(0 if self.most is None else max(0, complete - self.most), complete)
+
+    def keeps(self, tokens: int) -> int:
+        """Cells that must be remembered after ``tokens`` tokens; every next token brings its own cell of span 1."""
+        complete = tokens // self.span
+        return complete if self.most is None else min(complete, self.most - (self.span == 1))
+
+
+@dataclass(frozen=True)
+class HierarchicalParams(Params):
+    """Which form, how many resolutions, and how far each of them reaches."""
+
+    form: str = param(
+        "causal_full",
+        "causal_full: a window and all complete cells; causal_linear: a window and the last cells of each scale; "
+        "seed: the source document's branches, repaired, bidirectional",
+        choices=FORMS,
+    )
+    window: int = param(256, "tokens a causal token sees one by one, itself included", unit="tokens", low=1)
+    cells: int = param(128, "causal_linear: cells of each coarse scale that a token sees", unit="cells", low=1)
+    pool: int = param(
+        4, "tokens of a cell of the first coarse scale, and cells of one scale in a cell of the next", unit="cells",
+        low=2, source="source document, scales 1, 4, 16",
+    )  # fmt: skip
+    levels: int = param(
+        3, "scales, that of single tokens included", low=1, high=10, source="source document, scales 1, 4, 16"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spans[-1] > WIDEST_CELL:
+            raise ValueError(
+                f"the widest cell, pool ** (levels - 1), may hold {WIDEST_CELL} tokens; "
+                f"received pool={self.pool} and levels={self.levels}, which make {self.spans[-1]}"
+            )
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Tokens of a cell of each scale, fine to coarse."""
+        return tuple(self.pool**level for level in range(self.levels))
+
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """What a token of the causal forms sees of each scale, fine to coarse."""
+        most = self.cells if self.form == "causal_linear" else None
+        return tuple(Scale(span, self.window if span == 1 else most) for span in self.spans)
+
+
+def slab_rows(scales: Sequence[Scale]) -> int:
+    """Queries a slab of the blocked impl: whole cells of the widest scale, as near to SLAB as they come."""
+    return scales[-1].span * max(1, SLAB // scales[-1].span)
+
+
+def support(dims: Dims, params: HierarchicalParams, mode: str) -> Support:
+    """Every form has one direction; only the causal ones can be continued."""
+    if params.form == "seed":
+        if dims.causal:
+            return no(
+                "form=seed is bidirectional: its cells and queries look ahead; choose causal_full or causal_linear"
+            )
+        if mode in ("stream", "decode"):
+            return no("form=seed cannot be continued: every output depends on later tokens")
+    elif not dims.causal:
+        return no(f"form={params.form} is causal; the bidirectional form is seed")
+    return YES
+
+
+def reach(dims: Dims, params: HierarchicalParams, i: int) -> range | set[int]:
+    """Input positions that may influence output ``i``: what it sees, and what that has seen in the layers below."""
+    if params.form == "seed":
+        return range(dims.seq_len)
+    reached = {i}
+    for _ in range(dims.num_layers):
+        reached = set().union(*(_tokens(params, j) for j in reached))
+    return reached
+
+
+def _tokens(params: HierarchicalParams, i: int) -> set[int]:
+    """Tokens that one layer brings to token ``i``; the cells of a scale that it sees are neighbours."""
+    seen: set[int] = set()
+    for scale in params.scales:
+        cells = scale.sees(i)
+        seen.update(range(cells.start * scale.span, cells.stop * scale.span))
+    return seen
