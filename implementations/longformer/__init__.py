@@ -14,7 +14,7 @@ METHOD = Method(
     memory_parameter="window",
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
-    support=f"{__name__}.layer:support",
+    support=f"{__name__}.params:support",
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores and masks most of them"),
         Impl(
@@ -26,7 +26,7 @@ METHOD = Method(
             "as_written",
             run=f"{__name__}.as_written:SketchAttention",
             modes=("forward", "train"),
-            support=f"{__name__}.as_written:support",
+            support=f"{__name__}.params:sketch_support",
             defects={
                 "agreement": "there is no causal form, global tokens have no projections of their own, and an even "
                 "window has one key more than its name says",
@@ -37,7 +37,7 @@ METHOD = Method(
         ),
     ),
     cost=f"{__name__}.cost:cost",
-    reach=f"{__name__}.layer:reach",
+    reach=f"{__name__}.params:reach",
     equals=(
         Equivalence(
             "the window covers the sequence (window // 2 of it when bidirectional) and there are no global tokens",

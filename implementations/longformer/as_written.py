@@ -14,7 +14,7 @@ import torch
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations.longformer.layer import LongformerAttention, State
 from ctxbench.implementations.longformer.params import LongformerParams
-from ctxbench.method import YES, Dims, Output, Support, no
+from ctxbench.method import Dims, Output
 
 
 class SketchAttention(LongformerAttention):
@@ -41,10 +41,3 @@ class SketchAttention(LongformerAttention):
             mask[i, :] = 1
             mask[:, i] = 1
         return mask
-
-
-def support(dims: Dims, params: LongformerParams, device: str, dtype: str) -> Support:
-    """The sketch has no dilation."""
-    if params.dilation > 1:
-        return no(f"the sketch has no dilation, received dilation={params.dilation}")
-    return YES

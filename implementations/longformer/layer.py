@@ -9,7 +9,7 @@ from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
 from ctxbench.implementations.longformer.params import LongformerParams, Pattern
-from ctxbench.method import YES, Dims, Output, Support, load, no
+from ctxbench.method import Dims, Output, load
 
 
 class GlobalRows(NamedTuple):
@@ -107,18 +107,3 @@ def build(dims: Dims, params: LongformerParams, impl: str, device: str, dtype: t
 
     layers: list[nn.Module] = [PreNormBlock(mixer(), dims) for _ in range(dims.num_layers)]
     return Stack(layers).to(device, dtype)
-
-
-def support(dims: Dims, params: LongformerParams, mode: str) -> Support:
-    """State is of use only when later tokens cannot change earlier outputs."""
-    if mode in ("stream", "decode") and not dims.causal:
-        return no("a bidirectional layer cannot be continued: a token sees window // 2 later tokens, a global one all")
-    return YES
-
-
-def reach(dims: Dims, params: LongformerParams, i: int) -> set[int]:
-    """Input positions that may influence output ``i``: what it sees, and what that has seen in the layers below."""
-    pattern, reached = params.pattern(dims.causal), {i}
-    for _ in range(dims.num_layers):
-        reached = set().union(*(pattern.sees(j, dims.seq_len) | {j} for j in reached))
-    return reached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.method import Params, param
+from ctxbench.method import YES, Dims, Params, Support, no, param
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,25 @@ class LongformerParams(Params):
         """The pattern in one direction of attention."""
         left, right = (self.window - 1, 0) if causal else (self.window // 2, self.window // 2)
         return Pattern(left, right, self.dilation, self.num_global, causal)
+
+
+def support(dims: Dims, params: LongformerParams, mode: str) -> Support:
+    """State is of use only when later tokens cannot change earlier outputs."""
+    if mode in ("stream", "decode") and not dims.causal:
+        return no("a bidirectional layer cannot be continued: a token sees window // 2 later tokens, a global one all")
+    return YES
+
+
+def reach(dims: Dims, params: LongformerParams, i: int) -> set[int]:
+    """Input positions that may influence output ``i``: what it sees, and what that has seen in the layers below."""
+    pattern, reached = params.pattern(dims.causal), {i}
+    for _ in range(dims.num_layers):
+        reached = set().union(*(pattern.sees(j, dims.seq_len) | {j} for j in reached))
+    return reached
+
+
+def sketch_support(dims: Dims, params: LongformerParams, device: str, dtype: str) -> Support:
+    """The sketch has no dilation."""
+    if params.dilation > 1:
+        return no(f"the sketch has no dilation, received dilation={params.dilation}")
+    return YES

@@ -30,7 +30,7 @@ METHOD = Method(
             "as_written",
             run=f"{__name__}.as_written:SketchPyramid",
             modes=("forward", "train"),
-            support=f"{__name__}.as_written:support",
+            support=f"{__name__}.params:sketch_support",
             defects={
                 "agreement": "attention runs over the batch axis, layers beyond a multiple of the levels are dropped, "
                 "and coarse cells are stretched to the length by linear interpolation",
@@ -44,7 +44,7 @@ METHOD = Method(
         ),
     ),
     cost=f"{__name__}.cost:cost",
-    reach=f"{__name__}.layer:reach",
+    reach=f"{__name__}.params:reach",
     equals=(
         Equivalence("one level", other="dense", params={"levels": 1}),
         Equivalence("one level, any pool factor", other="dense", params={"levels": 1, "pool": 3}),

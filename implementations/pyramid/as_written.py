@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import avg_pool1d, interpolate
 
 from ctxbench.implementations.pyramid.params import PyramidParams
-from ctxbench.method import YES, Dims, Support, no
+from ctxbench.method import Dims
 
 
 class SketchLayer(nn.Module):
@@ -66,16 +66,3 @@ class SketchPyramid(nn.Module):
             for cells in outputs
         ]  # fmt: skip
         return self.fusion(torch.cat(stretched, dim=2))
-
-
-def support(dims: Dims, params: PyramidParams, device: str, dtype: str) -> Support:
-    """Where the sketch raises: too few tokens to pool, or a coarse width that all heads cannot share."""
-    tokens = params.pool ** (params.levels - 1)
-    if dims.seq_len < tokens:
-        return no(f"the sketch pools without padding and needs at least {tokens} tokens, received {dims.seq_len}")
-    narrowest = dims.d_model >> (params.levels - 1)
-    if narrowest % dims.num_heads:
-        return no(
-            f"the sketch keeps all {dims.num_heads} heads at the coarsest width of {narrowest}, no multiple of it"
-        )
-    return YES

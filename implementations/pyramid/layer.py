@@ -179,8 +179,3 @@ def build(dims: Dims, params: PyramidParams, impl: str, device: str, dtype: torc
     run = load(METHOD.impl(impl).run)
     module: nn.Module = Pyramid(dims, params, run) if isinstance(run, Operators) else run(dims, params)
     return module.to(device, dtype)
-
-
-def reach(dims: Dims, params: PyramidParams, i: int) -> range:
-    """Input positions that may influence output ``i``: level 0 alone reaches all that the direction allows."""
-    return range(i + 1) if dims.causal else range(dims.seq_len)

@@ -56,3 +56,21 @@ def support(dims: Dims, params: PyramidParams, mode: str) -> Support:
     if mode in ("stream", "decode") and not dims.causal:
         return no("a bidirectional pyramid cannot be continued: every output depends on later tokens")
     return YES
+
+
+def reach(dims: Dims, params: PyramidParams, i: int) -> range:
+    """Input positions that may influence output ``i``: level 0 alone reaches all that the direction allows."""
+    return range(i + 1) if dims.causal else range(dims.seq_len)
+
+
+def sketch_support(dims: Dims, params: PyramidParams, device: str, dtype: str) -> Support:
+    """Where the sketch raises: too few tokens to pool, or a coarse width that all heads cannot share."""
+    tokens = params.pool ** (params.levels - 1)
+    if dims.seq_len < tokens:
+        return no(f"the sketch pools without padding and needs at least {tokens} tokens, received {dims.seq_len}")
+    narrowest = dims.d_model >> (params.levels - 1)
+    if narrowest % dims.num_heads:
+        return no(
+            f"the sketch keeps all {dims.num_heads} heads at the coarsest width of {narrowest}, no multiple of it"
+        )
+    return YES

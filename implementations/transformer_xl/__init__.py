@@ -26,7 +26,7 @@ METHOD = Method(
         Impl(
             "as_written",
             run=f"{__name__}.as_written:SketchStack",
-            support=f"{__name__}.as_written:support",
+            support=f"{__name__}.params:sketch_support",
             defects={
                 "agreement": "no relative positions, and the memory holds outputs of the same layer, not its inputs",
                 "causality": "no mask: every token sees all later ones",
@@ -37,7 +37,7 @@ METHOD = Method(
         ),
     ),
     cost=f"{__name__}.cost:cost",
-    reach=f"{__name__}.layer:reach",
+    reach=f"{__name__}.params:reach",
     deviations=(
         "u and v belong to each layer, as with the published option untie_r; the base models share them",
         "no dropout, no embedding scale: a benchmark has no vocabulary and no regularisation",

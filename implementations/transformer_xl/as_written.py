@@ -14,7 +14,7 @@ import torch
 from ctxbench.implementations._shared.blocks import PostNormBlock, Stack, merge_heads, split_heads
 from ctxbench.implementations.transformer_xl.layer import RelativeAttention
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams
-from ctxbench.method import YES, Dims, Output, Support, no
+from ctxbench.method import Dims, Output
 
 
 class SketchAttention(RelativeAttention):
@@ -58,12 +58,3 @@ class SketchStack(Stack):
         shape = (batch_size, min(context, self.mem_len), weight.shape[1])
         self.memories = [torch.randn(shape, device=weight.device, dtype=weight.dtype) for _ in self.layers]
         return tuple(self.memories)
-
-
-def support(dims: Dims, params: TransformerXLParams, device: str, dtype: str) -> Support:
-    """The sketch has a memory and no variants of it."""
-    if not params.mem_len:
-        return no("the sketch cuts its memory with [:, -mem_len:], which keeps everything for mem_len = 0")
-    if params.same_length or params.clamp_len or params.start != "empty":
-        return no("the sketch has no same_length, no clamp_len and no zeros start")
-    return YES

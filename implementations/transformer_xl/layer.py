@@ -91,18 +91,3 @@ def build(dims: Dims, params: TransformerXLParams, impl: str, device: str, dtype
         PostNormBlock(RelativeAttention(dims, params, run), dims) for _ in range(dims.num_layers)
     ]
     return Stack(layers).to(device, dtype)
-
-
-def reach(dims: Dims, params: TransformerXLParams, i: int) -> frozenset[int]:
-    """Input positions that may influence output ``i``: one staircase (or band) a layer.
-
-    A set and not a range, which would promise gradients at its ends: memory passes values and no gradients.
-    """
-    lowest = i
-    for _ in range(dims.num_layers):
-        if params.same_length:
-            lowest -= params.mem_len - 1
-        else:
-            lowest -= lowest % params.segment_len + params.mem_len
-        lowest = max(lowest, 0)
-    return frozenset(range(lowest, i + 1))

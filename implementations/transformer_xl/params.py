@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.method import Params, param
+from ctxbench.method import YES, Dims, Params, Support, no, param
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,27 @@ class TransformerXLParams(Params):
         super().__post_init__()
         if self.same_length and not self.mem_len:
             raise ValueError("same_length needs mem_len of at least 1, received 0: a query would see no key")
+
+
+def reach(dims: Dims, params: TransformerXLParams, i: int) -> frozenset[int]:
+    """Input positions that may influence output ``i``: one staircase (or band) a layer.
+
+    A set and not a range, which would promise gradients at its ends: memory passes values and no gradients.
+    """
+    lowest = i
+    for _ in range(dims.num_layers):
+        if params.same_length:
+            lowest -= params.mem_len - 1
+        else:
+            lowest -= lowest % params.segment_len + params.mem_len
+        lowest = max(lowest, 0)
+    return frozenset(range(lowest, i + 1))
+
+
+def sketch_support(dims: Dims, params: TransformerXLParams, device: str, dtype: str) -> Support:
+    """The sketch has a memory and no variants of it."""
+    if not params.mem_len:
+        return no("the sketch cuts its memory with [:, -mem_len:], which keeps everything for mem_len = 0")
+    if params.same_length or params.clamp_len or params.start != "empty":
+        return no("the sketch has no same_length, no clamp_len and no zeros start")
+    return YES

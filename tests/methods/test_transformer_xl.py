@@ -14,8 +14,8 @@ from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
 from ctxbench.implementations.transformer_xl import METHOD, blocked
-from ctxbench.implementations.transformer_xl.layer import State, reach, sinusoids
-from ctxbench.implementations.transformer_xl.params import TransformerXLParams
+from ctxbench.implementations.transformer_xl.layer import State, sinusoids
+from ctxbench.implementations.transformer_xl.params import TransformerXLParams, reach
 from ctxbench.implementations.transformer_xl.schedule import BLOCK, blocks
 from ctxbench.method import Dims
 from ctxbench.workload import map_state, state_bytes
