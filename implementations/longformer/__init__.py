@@ -20,7 +20,7 @@ METHOD = Method(
         Impl(
             "blocked",
             run=f"{__name__}.blocked:attend",
-            note="blocks of 128 queries against the run of keys they see; probabilities are recomputed in backward",
+            note="blocks of 64 queries against the run of keys they see; probabilities are recomputed in backward",
         ),
         Impl(
             "as_written",

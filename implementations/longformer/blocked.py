@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctxbench.implementations.longformer.layer import GlobalRows
 from ctxbench.implementations.longformer.params import Pattern
 
-BLOCK = 128  # queries a block: larger ones multiply more masked pairs, smaller ones are dearer to start
-SPAN = 8  # blocks a copy
+BLOCK = 64  # queries a block: larger ones multiply more masked pairs, smaller ones gain little and cost more calls
+SPAN = 16  # blocks a copy
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: GlobalRows, pattern: Pattern) -> torch.Tensor:
@@ -92,6 +92,7 @@ class Operands(NamedTuple):
 
     query: torch.Tensor  # [B * H, n, D]
     keys: torch.Tensor  # [B * H, m, D], as values
+    keys_t: torch.Tensor  # [B * H, D, m]
     values: torch.Tensor
     scores: torch.Tensor  # [B * H, n, m]
     hidden: list[tuple[torch.Tensor, torch.Tensor]]  # corners of the scores, and where they are masked
@@ -138,9 +139,11 @@ class _Scratch:
         if last + 1 < end - start:
             hidden.append((scores[:, :, last:], self.corner.T[:rows, : end - start - last]))
         pairs = ((self.keys, self.k), (self.values, self.v)) if g else ()
+        keys = self.keys[:, :, start:end].flatten(0, 1)
         return Operands(
             query=self.queries[i * batch * rows * D : (i + 1) * batch * rows * D].view(batch, rows, D),
-            keys=self.keys[:, :, start:end].flatten(0, 1),
+            keys=keys,
+            keys_t=keys.transpose(1, 2),
             values=self.values[:, :, start:end].flatten(0, 1),
             scores=scores,
             hidden=hidden,
@@ -153,7 +156,7 @@ def probabilities(block: Operands) -> torch.Tensor:
     for place, prefix in block.prefix:
         place.copy_(prefix)
     scores, scale = block.scores, block.query.shape[2] ** -0.5
-    scores.baddbmm_(block.query, block.keys.transpose(1, 2), beta=0, alpha=scale)
+    scores.baddbmm_(block.query, block.keys_t, beta=0, alpha=scale)
     for corner, mask in block.hidden:
         corner.masked_fill_(mask, float("-inf"))
     return torch.softmax(scores, dim=2, out=scores)

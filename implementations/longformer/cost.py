@@ -20,7 +20,7 @@ from ctxbench.implementations._shared.forms import block_ffn, block_parameters
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.implementations.longformer.peaks import peak
 
-BLOCK = Integer(128)  # queries a block of the blocked impl
+BLOCK = Integer(64)  # queries a block of the blocked impl
 w = param("window")
 
 

@@ -6,14 +6,14 @@ compares the top layer's two halves in the backward pass, when everything below 
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor
+from sympy import Expr, Integer, Min, Piecewise, ceiling, floor
 
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h, param
-from ctxbench.cost.terms import tensor, when_ffn
+from ctxbench.cost.terms import largest, tensor, when_ffn
 from ctxbench.implementations._shared.forms import stack_peak
 from ctxbench.implementations.longformer.params import LongformerParams
 
-BLOCK, SPAN = 128, 1024  # queries whose scores are alive together, queries copied together
+BLOCK, SPAN = 64, 1024  # queries whose scores are alive together, queries copied together
 w, g, step = param("window"), param("num_global"), param("dilation")
 
 
@@ -51,7 +51,7 @@ class Sizes:
         """Scores twice, masked or as probabilities; their mask, then its inverse or the output."""
         if self.impl == "as_written":  # float mask, and its inverse
             return 2 * tensor(B, h, keys, keys) + 5 * keys * keys
-        return 2 * tensor(B, h, queries, keys) + queries * keys + Max(queries * keys, tensor(B, queries, d))
+        return 2 * tensor(B, h, queries, keys) + queries * keys + largest(queries * keys, tensor(B, queries, d))
 
     def _buffers(self, queries: Expr, keys: Expr) -> Expr:
         """The blocked impl's copies of queries, keys and values, one block's scores, and the corner mask twice."""
@@ -73,7 +73,7 @@ class Sizes:
         """The top layer's feed-forward backward with everything saved, or its mixer's."""
         saved, weights = self._saved(), tensor(d, f)
         feed = when_ffn(L * saved + tensor(B, T, f) + weights)
-        return Max(feed, (L - 1) * saved + self._mixer_backward() + when_ffn(self.row + 2 * weights))
+        return largest(feed, (L - 1) * saved + self._mixer_backward() + when_ffn(self.row + 2 * weights))
 
     def _saved(self) -> Expr:
         """A layer's activations: norm, q, k, v, mixed, the residuals; with an FFN its norm and hidden tensors."""
@@ -95,7 +95,7 @@ class Sizes:
             return 5 * self.row + self.own + self._probabilities() + gradient + tensor(d, d)
         # norm, q, k, v, their gradients, that of the mixed rows, output; sums of key gradients in fp32 or wider
         rows, _, columns, scores = self._shape(self.local, self.local)
-        wide = 2 * Max(e, 4) * B * (columns + g) * d
+        wide = 2 * largest(e, 4) * B * (columns + g) * d
         buffers = self._copies(self.local, self.local, 2, 3) + 2 * tensor(B, h, rows, scores) + wide + 2 * rows * rows
         return 9 * self.row + self.own + buffers + tensor(d, d)
 
@@ -107,17 +107,19 @@ class Sizes:
         """The last call, or the last whole one."""
         whole = floor(T / C) * C
         rest = T - whole
-        return Max(self._call(whole - C, C), Piecewise((self._call(whole, rest), rest > 0), (Integer(0), True)))
+        return largest(self._call(whole - C, C), Piecewise((self._call(whole, rest), rest > 0), (Integer(0), True)))
 
     def _call(self, before: Expr, tokens: Expr) -> Expr:
         """All layers' old states, the new ones of the layers below, and the top layer's own tensors."""
         old, new, row = self._kept(before), self._kept(before + tokens), tensor(B, tokens, d)
         keys = Min(before, g + self.left * self.step) + tokens
-        local = Min(tokens, Max(before + tokens - g, 0))
+        local = Min(tokens, largest(before + tokens - g, 0))
         mixing = L * old + (L - 1) * new + 2 * tensor(B, keys, d) + 2 * row  # joined keys and values, norm, q
         mixing += row + self._buffers(local, keys - g) if self.impl == "blocked" else self._scores(local, keys)
         feed = when_ffn(L * (old + new) + 2 * row + 2 * tensor(B, tokens, f))
-        return Max(mixing, feed) + Min(L - 1, 1) * row + tensor(B, Min(before, C), d)  # the output of the call before
+        return (
+            largest(mixing, feed) + Min(L - 1, 1) * row + tensor(B, Min(before, C), d)
+        )  # the output of the call before
 
     def decode(self) -> Expr:
         """The last layer: joined keys and values, then their copies or the new state."""
@@ -127,4 +129,4 @@ class Sizes:
         inside = joined + self._buffers(Integer(1), keys - g) if self.impl == "blocked" else joined
         after = joined + Piecewise((new, most <= T), (Integer(0), True))  # else what is joined is the new state
         feed = when_ffn(new + 2 * tensor(B, 1, f) + 3 * tensor(B, 1, d))
-        return (L - 1) * new + Max(Max(inside, after) + 3 * tensor(B, 1, d), feed)
+        return (L - 1) * new + largest(largest(inside, after) + 3 * tensor(B, 1, d), feed)

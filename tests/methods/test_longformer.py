@@ -73,7 +73,7 @@ def run(impl: str, params: LongformerParams, causal: bool, length: int) -> dict[
 
 @forms
 @directions
-@pytest.mark.parametrize("length", [1, 2, 5, 127, 131, 259])
+@pytest.mark.parametrize("length", [1, 2, 5, 63, 67, 131])
 def test_blocked_equals_reference_in_outputs_and_gradients(params, causal, length):
     expected, found = run("reference", params, causal, length), run("blocked", params, causal, length)
     assert expected.keys() == found.keys()
