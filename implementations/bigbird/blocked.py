@@ -3,14 +3,15 @@
 Keys and values are copied once so that a block is one row of a matrix. A slab is a few blocks of queries, or a piece of
 one where it is long; the blocks its rows see are gathered side by side, and since every row of a slab sees equally
 many, the slab is one batched product.
-The two global rows are dense attention over the whole sequence, the two rows next to them, which see one block less, a
-slab of their own. Only the last block may be shorter; every list ends with it, so the gathered keys are cut there and
-every executed pair is a visible one. The backward pass computes the probabilities again, as fused kernels do.
+The two rows next to the ends see one block less and are a slab of their own. Queries of the two global rows meet all
+keys, a few at a time. Only the last block may be shorter; every list ends with it, so the gathered keys are cut there
+and every executed pair is a visible one. The backward pass computes the probabilities again, as fused kernels do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,15 +20,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctxbench.implementations.bigbird.layer import Plan
 
 SLAB = 256  # queries whose scores are alive together
+END = 64  # queries of a global row whose scores are alive together
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
     """``q, k, v: [B, H, T, D]``, result of that shape."""
     if plan.num_blocks <= 2:
         return scaled_dot_product_attention(q, k, v)
-    last = (plan.num_blocks - 1) * plan.size
-    ends = scaled_dot_product_attention(torch.cat((q[:, :, : plan.size], q[:, :, last:]), dim=2), k, v)
-    return _Between.apply(q, k, v, ends, plan)
+    return _Blocks.apply(q, k, v, plan)
 
 
 class Slab(NamedTuple):
@@ -45,14 +45,21 @@ def slabs(plan: Plan) -> Iterator[Slab]:
         yield Slab(slice(start, min(start + step, stop)), plan.inner[:, start - 2 : start - 2 + step])
 
 
+def ends(plan: Plan, T: int) -> Iterator[slice]:
+    """Every token of the first and of the last block, once."""
+    for start, stop in ((0, plan.size), ((plan.num_blocks - 1) * plan.size, T)):
+        for piece in range(start, stop, END):
+            yield slice(piece, min(piece + END, stop))
+
+
 class Operands(NamedTuple):
     """One slab's part of the buffers: n = B * H * rows items, b queries and m keys each."""
 
     queries: torch.Tensor  # [n, b, D]
     keys: torch.Tensor  # [n, m, D], as values
     values: torch.Tensor
-    scores: torch.Tensor  # flat, of at least n * min(b, SLAB) * m elements
-    index: torch.Tensor  # [n * columns], rows of the matrix of all blocks
+    scores: torch.Tensor  # flat
+    index: torch.Tensor | None = None  # [n * columns], rows of the matrix of all blocks; None: all of them
 
 
 class _Scratch:
@@ -66,7 +73,8 @@ class _Scratch:
         blocks = self.B * self.H * max(slab.columns[0].numel() for slab in self.slabs)
         self.queries = q.new_empty(self.B * self.H * rows * plan.size * self.D)
         self.seen_keys, self.seen_values = (q.new_empty(blocks, plan.size * self.D) for _ in range(2))
-        self.scores = q.new_empty(blocks * plan.size * min(plan.size, SLAB))
+        of_end = self.B * self.H * min(plan.size, END) * self.T
+        self.scores = q.new_empty(max(of_end, blocks * plan.size * min(plan.size, SLAB)))
         self.first = torch.arange(self.B * self.H, device=q.device).view(self.B, self.H, 1, 1) * plan.num_blocks
 
     def by_block(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,6 +97,15 @@ class _Scratch:
             seen.append(gathered.view(n, columns * b, D)[:, :m])
         return Operands(queries, *seen, self.scores, index)
 
+    def load_end(self, tokens: slice) -> Operands:
+        """Copy some queries of a global row; their keys are all keys."""
+        keys, values = (self.by_token(blocks) for blocks in (self.keys, self.values))
+        return Operands(_copy(self.q, tokens), keys, values, self.scores)
+
+    def by_token(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The matrix of all blocks as ``[B * H, T, D]``, a view."""
+        return blocks.view(self.B * self.H, -1, self.D)[:, : self.T]
+
     def rows(self, x: torch.Tensor, buffer: torch.Tensor, slab: Slab, write: bool) -> torch.Tensor:
         """A slab's rows of ``x: [B, H, T, D]``, copied into a buffer or, to ``write``, out of it: ``[n, b, D]``."""
         b = self.plan.size
@@ -110,20 +127,25 @@ def probabilities(query: torch.Tensor, slab: Operands) -> torch.Tensor:
     return torch.softmax(scores, dim=2, out=scores)
 
 
-class _Between(torch.autograd.Function):
-    """All rows between the first and the last; ``ends: [B, H, ., D]`` becomes those two."""
+def _copy(x: torch.Tensor, tokens: slice) -> torch.Tensor:
+    """Some tokens of ``x: [B, H, T, D]`` as ``[B * H, c, D]``."""
+    return x[:, :, tokens].clone(memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+class _Blocks(torch.autograd.Function):
+    """All rows, where there are any between the first and the last."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, plan: Plan
-    ) -> torch.Tensor:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
         B, H, T, D = q.shape
         ctx.save_for_backward(q, k, v)
         ctx.plan = plan
         out = q.new_empty(B, T, H, D).transpose(1, 2)
-        out[:, :, : plan.size] = ends[:, :, : plan.size]
-        out[:, :, (plan.num_blocks - 1) * plan.size :] = ends[:, :, plan.size :]
         scratch = _Scratch(q, k, v, plan)
+        for tokens in ends(plan, T):
+            part = scratch.load_end(tokens)
+            rows = part.queries.baddbmm_(probabilities(part.queries, part), part.values, beta=0)
+            out[:, :, tokens] = rows.view(B, H, -1, D)
         for slab in scratch.slabs:
             part = scratch.load(slab)
             for query in part.queries.split(SLAB, dim=1):
@@ -136,38 +158,71 @@ class _Between(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = gradients
         (q, k, v), plan = ctx.saved_tensors, ctx.plan
-        scratch = _Scratch(q, k, v, plan)
-        drows, dscores = torch.empty_like(scratch.queries), torch.empty_like(scratch.scores)
-        product = torch.zeros_like(scratch.seen_keys)
-        dq = torch.zeros_like(q)
-        # Every row adds to the global blocks, several to each other block: sum in at least single precision.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dkeys, dvalues = (torch.zeros_like(scratch.keys, dtype=wide) for _ in range(2))
-        scale = q.shape[3] ** -0.5
-        for slab in scratch.slabs:
-            part = scratch.load(slab)
-            drow = scratch.rows(grad, drows, slab, write=False)
-            blocks = product[: part.index.numel()]
-            columns = blocks.view(part.keys.shape[0], -1, part.keys.shape[2])[:, : part.keys.shape[1]]
-            for query, dout in zip(part.queries.split(SLAB, dim=1), drow.split(SLAB, dim=1), strict=True):
-                p = probabilities(query, part)
-                columns.baddbmm_(p.transpose(1, 2), dout, beta=0)
-                dvalues.index_add_(0, part.index, blocks.to(wide))
-                ds = dscores[: p.numel()].view(p.shape).baddbmm_(dout, part.values.transpose(1, 2), beta=0)
-                torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
-                columns.baddbmm_(ds.transpose(1, 2), query, beta=0, alpha=scale)
-                dkeys.index_add_(0, part.index, blocks.to(wide))
-                dout.baddbmm_(ds, part.keys, beta=0, alpha=scale)
-            scratch.rows(dq, drows, slab, write=True)
-        del scratch, product, drows, dscores, part, drow, query, dout, blocks, columns, p, ds
+        dq, sums = torch.empty_like(q), _Sums(_Scratch(q, k, v, plan))
+        sums.add_ends(grad, dq)
+        sums.add_slabs(grad, dq)
+        dkeys, dvalues = sums.dkeys, sums.dvalues
+        del sums
         dk = _by_token(dkeys, k)
         del dkeys
-        dv = _by_token(dvalues, v)
-        ends = (slice(None, plan.size), slice((plan.num_blocks - 1) * plan.size, None))
-        return dq, dk, dv, torch.cat([grad[:, :, end] for end in ends], dim=2), None
+        return dq, dk, _by_token(dvalues, v), None
+
+
+class _Sums:
+    """Gradients of keys and values, summed in at least single precision: every row adds to the global blocks."""
+
+    def __init__(self, scratch: _Scratch):
+        self.scratch = scratch
+        self.wide = torch.promote_types(scratch.keys.dtype, torch.float32)
+        self.dkeys, self.dvalues = (torch.zeros_like(scratch.keys, dtype=self.wide) for _ in range(2))
+        self.dscores = torch.empty_like(scratch.scores)
+
+    def add_ends(self, grad: torch.Tensor, dq: torch.Tensor) -> None:
+        """The global rows; their part of ``dq`` is written."""
+        scratch = self.scratch
+        columns = torch.empty_like(scratch.by_token(scratch.keys))
+
+        def add(total: torch.Tensor) -> None:
+            scratch.by_token(total).add_(columns)
+
+        for tokens in ends(scratch.plan, scratch.T):
+            part, dout = scratch.load_end(tokens), _copy(grad, tokens)
+            self._add(part, part.queries, dout, columns, add)
+            dq[:, :, tokens] = dout.view(scratch.B, scratch.H, -1, scratch.D)
+
+    def add_slabs(self, grad: torch.Tensor, dq: torch.Tensor) -> None:
+        """All other rows; their part of ``dq`` is written."""
+        scratch = self.scratch
+        drows, product = torch.empty_like(scratch.queries), torch.zeros_like(scratch.seen_keys)
+        for slab in scratch.slabs:
+            part, drow = scratch.load(slab), scratch.rows(grad, drows, slab, write=False)
+            blocks = product[: part.index.numel()]
+            n, m, D = part.keys.shape
+            columns = blocks.view(n, -1, D)[:, :m]
+            add = functools.partial(self._add_blocks, part.index, blocks)
+            for query, dout in zip(part.queries.split(SLAB, dim=1), drow.split(SLAB, dim=1), strict=True):
+                self._add(part, query, dout, columns, add)
+            scratch.rows(dq, drows, slab, write=True)
+
+    def _add_blocks(self, index: torch.Tensor, blocks: torch.Tensor, total: torch.Tensor) -> None:
+        total.index_add_(0, index, blocks.to(self.wide))
+
+    def _add(
+        self, part: Operands, query: torch.Tensor, dout: torch.Tensor, columns: torch.Tensor,
+        add: Callable[[torch.Tensor], None],
+    ) -> None:  # fmt: skip
+        """Add what some queries give keys and values, by way of ``columns``; ``dout`` becomes the queries' own."""
+        p, scale = probabilities(query, part), query.shape[2] ** -0.5
+        columns.baddbmm_(p.transpose(1, 2), dout, beta=0)
+        add(self.dvalues)
+        ds = self.dscores[: p.numel()].view(p.shape).baddbmm_(dout, part.values.transpose(1, 2), beta=0)
+        torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
+        columns.baddbmm_(ds.transpose(1, 2), query, beta=0, alpha=scale)
+        add(self.dkeys)
+        dout.baddbmm_(ds, part.keys, beta=0, alpha=scale)
 
 
 def _by_token(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``by_block``, laid out like another tensor."""
+    """Gradients by block, laid out like another tensor."""
     B, H, T, D = like.shape
     return torch.empty_like(like).copy_(blocks.view(B, H, -1, D)[:, :, :T])

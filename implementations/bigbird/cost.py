@@ -10,7 +10,7 @@ from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear_parameters, pr
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters, stack_peak
 from ctxbench.implementations.bigbird.params import BigBirdParams
 
-SLAB = Integer(256)  # queries of the blocked impl whose scores are alive together
+SLAB, END = Integer(256), Integer(64)  # queries of the blocked impl whose scores are alive together
 b, r = param("block_size"), param("num_random")
 blocks = ceiling(T / b)
 last = T - (blocks - 1) * b  # tokens of the last block
@@ -45,7 +45,7 @@ def cost(impl: str, mode: str, causal: bool, params: BigBirdParams) -> Cost:
     )
 
 
-row, ends = tensor(B, T, d), tensor(B, b + last, d)  # bytes of a sequence, and of its two global blocks
+row, piece = tensor(B, T, d), tensor(B, Min(b, END), d)  # bytes of a sequence, and of some queries of a global row
 padded = tensor(B, blocks * b, d)
 _edges, _inner = Min(2, blocks - 2), Max(0, Min(Max(1, floor(SLAB / b)), blocks - 4))  # rows of each kind of slab
 few = blocks <= 2  # nothing between the ends: the blocked impl is one fused call
@@ -54,11 +54,8 @@ few = blocks <= 2  # nothing between the ends: the blocked impl is one fused cal
 def _buffers(gathered: int, scores: int, queries: int) -> Expr:
     """Bytes of so many copies of what the largest slab needs: gathered blocks, scores, queries."""
     most, rows = _largest_slab(), Max(_edges, _inner)
-    return (
-        gathered * tensor(B, most * b, d)
-        + scores * tensor(B, h, most * b, Min(b, SLAB))
-        + queries * tensor(B, rows * b, d)
-    )
+    of_scores = Max(tensor(B, h, most * b, Min(b, SLAB)), tensor(B, h, Min(b, END), T))
+    return gathered * tensor(B, most * b, d) + scores * of_scores + queries * tensor(B, rows * b, d)
 
 
 def _largest_slab() -> Expr:
@@ -70,7 +67,7 @@ def _forward_peak(impl: str) -> Expr:
     """Norm, q, k and v; then scores twice with mask and output, or the output, keys and values by block and a slab."""
     if impl == "reference":  # with several sequences v is copied for the batched product
         return stack_peak(T, 5 * row + 2 * tensor(B, h, T, T) + h * T * T + Min(B - 1, 1) * row)
-    slab = 5 * row + ends + 2 * padded + _buffers(2, 1, 1)
+    slab = 5 * row + 2 * padded + _buffers(2, 1, 1) + piece
     return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (slab, True)))
 
 
@@ -81,13 +78,14 @@ def _train_peak(impl: str) -> Expr:
         core = scores + h * T * T  # probabilities and mask
         attending = core + 5 * row + 2 * scores  # norm q k, output, gradient of v; gradients of probabilities, scores
     else:
-        core = Piecewise((4 * B * h * T, few), (2 * ends + 4 * B * h * (b + last), True))
+        core = Piecewise((4 * B * h * T, few), (0, True))
         # Keys and values by block and the sums of their gradients, in single precision at least.
         wide = Max(e, 4) * B * d * b
         converted = Piecewise((wide * _largest_slab(), e < 4), (0, True))
-        by_block = 2 * padded + 2 * wide * blocks + converted
-        # Norm q k v, output, gradients of the mixed rows and of q.
-        attending = core + Piecewise((10 * row, few), (7 * row + by_block + _buffers(3, 2, 2), True))
+        by_block = 2 * padded + 2 * wide * blocks + _buffers(2, 2, 1)
+        # Norm q k v, output, gradients of the mixed rows and of q; what all keys get from a few queries, or a slab's.
+        summed = by_block + Max(row + 2 * piece, _buffers(1, 0, 1) + converted)
+        attending = core + Piecewise((10 * row, few), (7 * row + summed, True))
     kept = core + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)  # norm q k v, mixed, output; FFN's
     in_ffn = when_ffn(kept + hidden + e * (d * f + d))
     gradients = e * (d * d + d) + when_ffn(row + e * (2 * d * f + f + 3 * d))
