@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor
+from sympy import Expr, Integer, Min, Piecewise, ceiling, floor
 
 from ctxbench.cost.symbols import B, L, d, f, h
-from ctxbench.cost.terms import tensor
+from ctxbench.cost.terms import largest, tensor
 from ctxbench.implementations.transformer_xl.schedule import BLOCK, SLAB
 
 STATISTICS = 8 * B  # bytes a token of a layer norm's mean and inverse deviation, kept in float32
@@ -38,7 +38,7 @@ def forward(impl: str, shape: Shape) -> Expr:
     """Above input and incoming state; the layers before hold one row each time, the input of the layer."""
     row = tensor(B, shape.tokens, d)
     mixing = {"reference": _loop, "blocked": _one_shot, "as_written": _sketch}[impl](shape)
-    return Max(mixing, 3 * row, _feed(shape.tokens)) + Min(L - 1, 1) * row
+    return largest(mixing, 3 * row, _feed(shape.tokens)) + Min(L - 1, 1) * row
 
 
 def stream(impl: str, shape: Shape) -> Expr:
@@ -62,7 +62,7 @@ def _continued(impl: str, shape: Shape, after: Expr) -> Expr:
     if impl == "blocked":
         mixing = Piecewise((_token(shape), shape.tokens <= 1), (mixing, True))
     carried = Min(L - 1, 1) * tensor(B, shape.tokens, d)
-    return (L - 1) * state + carried + Max(mixing, state + _feed(shape.tokens))
+    return (L - 1) * state + carried + largest(mixing, state + _feed(shape.tokens))
 
 
 def train(impl: str, shape: Shape) -> Expr:
@@ -77,7 +77,7 @@ def train(impl: str, shape: Shape) -> Expr:
     # Where the network's hidden rows get their gradient: output, gradient of the residual, two hidden tensors.
     network = mixed + row + hidden + 2 * row + 2 * hidden + tensor(d, f)
     attention = saved + 2 * row + extra + weights  # output, gradient of the residual
-    return below + Max(attention, Piecewise((network, f > 0), (Integer(0), True)))
+    return below + largest(attention, Piecewise((network, f > 0), (Integer(0), True)))
 
 
 def _feed(tokens: Expr) -> Expr:
@@ -102,11 +102,11 @@ def _block(shape: Shape, scores: int) -> Expr:
     last = shape.rows - BLOCK * (ceiling(shape.rows / BLOCK) - 1)
     sizes = []
     for n, K in ((first, shape.memory + first), (last, shape.memory + shape.rows)):
-        group = Max(1, Min(shape.regular, floor(SLAB / (B * h * n * K))))
+        group = largest(1, Min(shape.regular, floor(SLAB / (B * h * n * K))))
         part = Min(B - 1, 1, shape.tokens - n)  # of a batch of several, part of the rows is no view
         copies = Piecewise((tensor(B, group, K + 2 * n, d), group > 1), (part * tensor(B, n, d), True))
         sizes.append(scores * tensor(B, h, group * n, K) + copies)
-    return Max(*sizes)
+    return largest(*sizes)
 
 
 def _loop(shape: Shape) -> Expr:
@@ -114,10 +114,10 @@ def _loop(shape: Shape) -> Expr:
     n, K = shape.rows, shape.memory + shape.rows
     batched = Min(B - 1, 1) * tensor(B, K, d)  # the product with the values copies them for a batch of several
     segment = 3 * tensor(B, K, d) + tensor(K, d) + tensor(B, n, d) + 4 * tensor(B, h, n, K)
-    segment += 9 * n * K + Max(n * K, tensor(B, n, d) + batched)
+    segment += 9 * n * K + largest(n * K, tensor(B, n, d) + batched)
     stream = tensor(B, shape.past + shape.tokens, d)
     outputs = tensor(B, shape.tokens, d)
-    return Max(stream + outputs - tensor(B, n, d) + segment, stream + 2 * outputs)
+    return largest(stream + outputs - tensor(B, n, d) + segment, stream + 2 * outputs)
 
 
 def _sketch(shape: Shape) -> Expr:
@@ -128,7 +128,7 @@ def _sketch_joined(shape: Shape) -> Expr:
     """Queries; context, keys and values of memory and input; scores twice, or a copy of the keys and them once."""
     n, K = shape.tokens, shape.past + shape.tokens
     scores = tensor(B, h, n, K)
-    return 3 * tensor(B, K, d) + tensor(B, n, d) + scores + Max(scores, Min(B - 1, 1) * tensor(B, K, d))
+    return 3 * tensor(B, K, d) + tensor(B, n, d) + scores + largest(scores, Min(B - 1, 1) * tensor(B, K, d))
 
 
 def _token(shape: Shape) -> Expr:
@@ -137,7 +137,7 @@ def _token(shape: Shape) -> Expr:
     return (
         tensor(B, K, d)
         + 2 * tensor(B, h, d)
-        + Max(tensor(K, d) + tensor(B, h, K), 3 * tensor(B, h, K) + tensor(B, h, d))
+        + largest(tensor(K, d) + tensor(B, h, K), 3 * tensor(B, h, K) + tensor(B, h, d))
     )
 
 
@@ -148,7 +148,7 @@ def _one_shot_train(shape: Shape) -> tuple[Expr, Expr]:
     saved = 2 * row + 2 * stream + _joined(shape) + 2 * distances
     gradients = 3 * row + 4 * stream + distances  # of the output, the queries, the streams twice, the distances
     copies = Min(B - 1, 1) * 4 * stream  # a batch of several turns its streams back
-    return saved, gradients + Max(_block(shape, 3), 2 * stream + copies)
+    return saved, gradients + largest(_block(shape, 3), 2 * stream + copies)
 
 
 def _loop_train(shape: Shape) -> tuple[Expr, Expr]:
@@ -157,7 +157,7 @@ def _loop_train(shape: Shape) -> tuple[Expr, Expr]:
     row = tensor(B, shape.tokens, d)
     saved = 4 * tensor(B, shape.keys, d) + 2 * row + (2 * tensor(B, h) + 9) * shape.rectangles
     saved += Min(B - 1, 1) * row  # segments of a batch of several are copied for the projection of queries
-    return saved, row + Max(3 * tensor(B, h, n, K) + tensor(B, K, d), 2 * row)
+    return saved, row + largest(3 * tensor(B, h, n, K) + tensor(B, K, d), 2 * row)
 
 
 def _sketch_train(shape: Shape) -> tuple[Expr, Expr]:
