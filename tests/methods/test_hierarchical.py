@@ -207,13 +207,13 @@ def test_a_prefix_gives_the_prefix_of_the_outputs(impl: str, form: str) -> None:
 @IMPLS
 @pytest.mark.parametrize("form", CAUSAL)
 def test_any_chunking_equals_the_whole(impl: str, form: str) -> None:
-    dims = sizes(form, seq_len=150, d_model=8, num_heads=2)
+    dims = sizes(form, seq_len=150, d_model=8, num_heads=2, num_layers=1)
     module, x = made(impl, dims, FORMS[form]), tokens(dims)
     draw = random.Random(11)
     formula = METHOD.cost_of(impl, "stream", True, FORMS[form]).state_bytes
     with torch.no_grad():
         whole = module(x).y
-        for most in (17, 140):
+        for most in (19, 140):
             state, pieces, seen = module.init_state(dims.batch_size), [], 0
             while seen < dims.seq_len:
                 y, state = module(x[:, seen : seen + draw.randint(1, most)], state)
@@ -358,10 +358,9 @@ PEAKS = [
 @pytest.mark.parametrize(("form", "impl", "mode"), PEAKS)
 def test_peak_is_within_three_percent_of_the_trace(form: str, impl: str, mode: str) -> None:
     params = HierarchicalParams(form=form)
-    for length, batch, layers, hidden in ((4099, 1, 1, 512), (4099, 2, 2, 0)):
-        dims = Dims(length, batch, 128, 4, layers, hidden, causal=form != "seed")
-        formula = evaluate(METHOD.cost_of(impl, mode, dims.causal, params).peak_bytes, values(dims, params))
-        assert formula == pytest.approx(trace(METHOD, dims, params, impl, mode).peak_bytes, rel=0.03)
+    dims = Dims(4099, 2, 128, 4, 2, 0, causal=form != "seed")
+    formula = evaluate(METHOD.cost_of(impl, mode, dims.causal, params).peak_bytes, values(dims, params))
+    assert formula == pytest.approx(trace(METHOD, dims, params, impl, mode).peak_bytes, rel=0.03)
 
 
 def sketch(scales: tuple[int, ...] = (1, 4, 16), d_model: int = 24, num_heads: int = 6) -> SketchAttention:
