@@ -59,7 +59,6 @@ class Operands(NamedTuple):
     keys: torch.Tensor  # [n, m, D], as values
     values: torch.Tensor
     scores: torch.Tensor  # flat
-    index: torch.Tensor | None = None  # [n * columns], rows of the matrix of all blocks; None: all of them
 
 
 class _Scratch:
@@ -84,8 +83,8 @@ class _Scratch:
         blocks[:, :, : self.T] = x
         return blocks.view(-1, plan.size * self.D)
 
-    def load(self, slab: Slab) -> Operands:
-        """Copy the queries of a slab and gather the blocks they see."""
+    def load(self, slab: Slab) -> tuple[Operands, torch.Tensor]:
+        """Copy the queries of a slab and gather the blocks they see; the rows of those come second."""
         b, D, columns = self.plan.size, self.D, slab.columns.shape[2]
         index = (self.first + slab.columns).flatten()
         n = index.numel() // columns
@@ -95,7 +94,7 @@ class _Scratch:
         for blocks, buffer in ((self.keys, self.seen_keys), (self.values, self.seen_values)):
             gathered = torch.index_select(blocks, 0, index, out=buffer[: index.numel()])
             seen.append(gathered.view(n, columns * b, D)[:, :m])
-        return Operands(queries, *seen, self.scores, index)
+        return Operands(queries, seen[0], seen[1], self.scores), index
 
     def load_end(self, tokens: slice) -> Operands:
         """Copy some queries of a global row; their keys are all keys."""
@@ -147,7 +146,7 @@ class _Blocks(torch.autograd.Function):
             rows = part.queries.baddbmm_(probabilities(part.queries, part), part.values, beta=0)
             out[:, :, tokens] = rows.view(B, H, -1, D)
         for slab in scratch.slabs:
-            part = scratch.load(slab)
+            part, _ = scratch.load(slab)
             for query in part.queries.split(SLAB, dim=1):
                 query.baddbmm_(probabilities(query, part), part.values, beta=0)
             scratch.rows(out, scratch.queries, slab, write=True)
@@ -195,11 +194,11 @@ class _Sums:
         scratch = self.scratch
         drows, product = torch.empty_like(scratch.queries), torch.zeros_like(scratch.seen_keys)
         for slab in scratch.slabs:
-            part, drow = scratch.load(slab), scratch.rows(grad, drows, slab, write=False)
-            blocks = product[: part.index.numel()]
+            (part, index), drow = scratch.load(slab), scratch.rows(grad, drows, slab, write=False)
+            blocks = product[: index.numel()]
             n, m, D = part.keys.shape
             columns = blocks.view(n, -1, D)[:, :m]
-            add = functools.partial(self._add_blocks, part.index, blocks)
+            add = functools.partial(self._add_blocks, index, blocks)
             for query, dout in zip(part.queries.split(SLAB, dim=1), drow.split(SLAB, dim=1), strict=True):
                 self._add(part, query, dout, columns, add)
             scratch.rows(dq, drows, slab, write=True)
