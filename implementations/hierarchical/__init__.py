@@ -32,7 +32,7 @@ METHOD = Method(
             "as_written",
             run=f"{__name__}.as_written:SketchAttention",
             modes=("forward", "train"),
-            support=f"{__name__}.as_written:support",
+            support=f"{__name__}.params:sketch_support",
             defects={
                 "agreement": "attention runs over the batch axis, heads are shared out among the scales, and coarse "
                 "cells are stretched to the length by linear interpolation",

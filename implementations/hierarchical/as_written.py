@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from ctxbench.implementations.hierarchical.params import HierarchicalParams
-from ctxbench.method import YES, Dims, Output, Support, no
+from ctxbench.method import Dims, Output
 
 
 class SketchAttention(nn.Module):
@@ -42,21 +41,3 @@ class SketchAttention(nn.Module):
         if up.shape[2] != length:
             up = interpolate(up, size=length, mode="linear")
         return up.transpose(1, 2)
-
-
-def support(dims: Dims, params: HierarchicalParams, device: str, dtype: str) -> Support:
-    """Where the sketch raises: too few heads to share out, or too few tokens to pool."""
-    if params.levels == 1:
-        return no("the sketch's defects are those of several scales; with one it is attention over the batch alone")
-    heads = dims.num_heads // params.levels
-    if heads == 0:
-        return no(
-            f"the sketch gives each scale num_heads // {params.levels} heads, which of {dims.num_heads} heads is none"
-        )
-    if dims.d_model % heads:
-        return no(f"the sketch splits d_model among {heads} heads a scale, and {dims.d_model} is no multiple of that")
-    if dims.seq_len < params.spans[-1]:
-        return no(
-            f"the sketch pools without padding and needs at least {params.spans[-1]} tokens, received {dims.seq_len}"
-        )
-    return YES

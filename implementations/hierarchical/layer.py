@@ -63,7 +63,7 @@ class MultiScaleAttention(nn.Module):
         del q, levels, rests  # else they would live through the output projection
         return Output(self.o(merge_heads(mixed)), state)
 
-    def _levels(self, kv: torch.Tensor, state: State | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _levels(self, kv: torch.Tensor, state: State | None) -> tuple[list[torch.Tensor], list[Any]]:
         """Of each scale the remembered cells and the new ones, and of each coarse scale the sum of its open cell."""
         levels, rests, new = [], [], kv
         for level in range(len(self.scales)):

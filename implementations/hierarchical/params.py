@@ -109,3 +109,21 @@ def _tokens(params: HierarchicalParams, i: int) -> set[int]:
         cells = scale.sees(i)
         seen.update(range(cells.start * scale.span, cells.stop * scale.span))
     return seen
+
+
+def sketch_support(dims: Dims, params: HierarchicalParams, device: str, dtype: str) -> Support:
+    """Where the sketch raises: too few heads to share out, or too few tokens to pool."""
+    if params.levels == 1:
+        return no("the sketch's defects are those of several scales; with one it is attention over the batch alone")
+    heads = dims.num_heads // params.levels
+    if heads == 0:
+        return no(
+            f"the sketch gives each scale num_heads // {params.levels} heads, which of {dims.num_heads} heads is none"
+        )
+    if dims.d_model % heads:
+        return no(f"the sketch splits d_model among {heads} heads a scale, and {dims.d_model} is no multiple of that")
+    if dims.seq_len < params.spans[-1]:
+        return no(
+            f"the sketch pools without padding and needs at least {params.spans[-1]} tokens, received {dims.seq_len}"
+        )
+    return YES

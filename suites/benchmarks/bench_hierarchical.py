@@ -35,7 +35,8 @@ def with_dense_mask(q: torch.Tensor, levels: Any, scales: Any, start: int) -> An
         torch.full((level.shape[3],), float(scale.span)).log() for level, scale in zip(levels, scales, strict=True)
     ]
     mask = torch.cat(weight).expand(length, -1).masked_fill(~torch.cat(columns, dim=1), float("-inf"))
-    return lambda: scaled_dot_product_attention(q, *torch.cat(levels, dim=3), attn_mask=mask)
+    k, v = torch.cat(levels, dim=3)
+    return lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def with_transposed_convolution(branches: Any, kernels: Any, biases: Any, weight: Any, bias: Any) -> torch.Tensor:

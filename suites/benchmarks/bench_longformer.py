@@ -51,13 +51,13 @@ def comparisons() -> list[Comparison]:
         )  # fmt: skip
     if importlib.util.find_spec("transformers") is not None:
         pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal=False)
-        candidates = {
+        ours_and_theirs: dict[str, Callable[[], Any]] = {
             "transformers": _transformers(q, k, v),
             "longformer/blocked": functools.partial(blocked.attend, q, k, v, rows, pattern),
         }
         title = f"longformer, {LENGTH} tokens, {WINDOW} + 1 keys a query, fp32, without projections"
         floor, aim = {"longformer/blocked": 2.0}, {"longformer/blocked": 4.0}
-        found.append(Comparison(title, "transformers", candidates, floor=floor, aim=aim))
+        found.append(Comparison(title, "transformers", ours_and_theirs, floor=floor, aim=aim))
     return found
 
 
