@@ -10,7 +10,7 @@ B batch, H heads, T tokens, D head width, n cells of a scale, s tokens of a cell
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
