@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import flex_attention
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +47,9 @@ _NO_MATMUL = frozenset(
     floor_divide unsafe_split unsafe_chunk _linalg_check_errors complex polar
     """.split()  # noqa: SIM905
 )
+
+
+_DEVICE = torch.ops.prim.device.default
 
 
 @dataclass
@@ -105,7 +108,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(operator, "namespace", "") == "prim":  # queries such as the device: no work, no storage
+        if operator is _DEVICE and isinstance(args[0], FakeTensor):  # asked several times an operator: answer at once
+            return args[0].fake_device
+        if getattr(operator, "namespace", "") == "prim":  # other queries: no work, no storage
             return operator(*args, **kwargs)
         count = formulas.lookup(operator)
         if count is None:

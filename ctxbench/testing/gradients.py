@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.gradcheck import GradcheckError
 
 from ctxbench.testing.case import Case, call
 from ctxbench.testing.law import law, need_mode, not_applicable, require
@@ -60,7 +61,7 @@ def gradcheck(case: Case) -> None:
     torch.manual_seed(5)  # fast mode projects on random directions
     try:
         torch.autograd.gradcheck(function, (x, *values), fast_mode=True)
-    except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+    except GradcheckError as error:
         require(
             False, expected="gradients equal to finite differences", seen=str(error).strip().splitlines()[0],
             at=case.where(seq_len=length, batch_size=1), look="a hand-written backward, detach, in-place operations",

@@ -10,11 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-HEAP_KEPT = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
+from ctxbench.run.client import HEAPS
+
+HEAP_KEPT = HEAPS["timing"]  # the setting of every timing process
 
 
 @dataclass
