@@ -24,7 +24,7 @@ def print_summary(rows: list[Row], registry: Registry, console: Console) -> None
     """Print one table a setting, then what happened to all cells."""
     settings: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.measured:
+        if row.measured and not _is_sketch(row, registry):
             settings[tuple(getattr(row, name) for name in SETTING)].append(row)
     for measured in settings.values():
         console.print(_table(measured, len(settings) > 1, registry))
@@ -68,6 +68,12 @@ def _table(measured: list[Row], several: bool, registry: Registry) -> Table:
         label = Text(name if memory is None else f"{name} (memory {format_tokens(memory)})")
         table.add_row(label, *cells, Text(longest.impl), slopes)
     return table
+
+
+def _is_sketch(row: Row, registry: Registry) -> bool:
+    """Whether the impl rebuilds a sketch with its defects: fast for the wrong reasons, so never the fastest."""
+    entry = registry.entries.get(row.method)
+    return entry is not None and any(impl.name == row.impl and impl.defects for impl in entry.method.impls)
 
 
 def _swept(measured: list[Row]) -> set[str]:
