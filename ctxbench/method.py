@@ -229,7 +229,7 @@ class Method:
         segment: parameter that holds the segment length of ``stream``; without one, streams use 512 tokens.
         cost: ``"module:attribute"`` of ``f(impl, mode, causal, params) -> ctxbench.cost.Cost``.
         reach: ``f(dims, params, i) -> range | set`` or its ``"module:attribute"``: the input positions that may
-            influence output position ``i``.
+            influence output position ``i``. A range also promises that its ends do; a set promises nothing of the kind.
         equals: declared equivalences; ``claims``: audited statements of the source documents.
     """
 
