@@ -61,7 +61,9 @@ def time_cell(task: Task) -> Outcome:
     seen, contended = contention.between(sensors, contention.read())
     seen |= telemetry.snapshot(cell.device)
     median = sorted(timing.samples)[len(timing.samples) // 2]
-    complaint = sums.complaint() or (_recompute(work) if task.gate and median <= RECHECK_S else "")
+    complaint = sums.complaint() or (
+        _recompute(work, "state" not in method.impl(cell.impl).defects) if task.gate and median <= RECHECK_S else ""
+    )
     if complaint:
         return Outcome(status="gate_failed", reason=complaint, gate=_refused(gate, complaint))
     counter, reason = energy.counter_for(cell.device)
@@ -203,8 +205,11 @@ def _prepare(method: Method, cell: Cell, task: Task) -> Workload:
     return work
 
 
-def _recompute(work: Workload) -> str:
-    """Give the module new contents in a tensor it has seen: an output kept by address or shape shows here."""
+def _recompute(work: Workload, repeatable: bool) -> str:
+    """Give the module new contents in a tensor it has seen: an output kept by address or shape shows here.
+
+    ``repeatable`` is False for a sketch that declares its state a defect: the same input may give another result.
+    """
     work.count = 0
     first = work.call().detach().clone()
     with torch.no_grad():
@@ -216,6 +221,8 @@ def _recompute(work: Workload) -> str:
             "a timed output did not change when its input was overwritten\n  accepted: an output computed from the "
             "input of the call\n  look for results that are kept between calls"
         )
+    if not repeatable:
+        return ""
     with torch.no_grad():
         work.inputs[0].neg_()
     work.count = 0

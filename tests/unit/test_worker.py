@@ -217,3 +217,15 @@ def test_what_the_samples_show_becomes_warnings(run, monkeypatch):
     monkeypatch.setattr(latency, "measure", measure)
     codes = {warning.partition(":")[0] for warning in run().samples.warnings}
     assert codes == {"unsteady", "few_samples", "short_calls", "bimodal"}
+
+
+def test_a_sketch_that_declares_its_state_a_defect_may_drift():
+    cell = Cell(
+        method="memory_bank", impl="as_written", seq_len=320, d_model=32, num_heads=2, d_ff=64, memory=16,
+        params={"num_slots": 16}, threads=1,
+    )  # fmt: skip
+    protocol = Protocol(sample_budget_s=0.02)
+    task = Task(kind="time", cell=cell, origin="ctxbench.implementations.memory_bank", protocol=protocol, gate=True)
+    outcome = run_task(task)
+    assert outcome.status == "ok", outcome.reason
+    assert outcome.gate.probes["state"] != "passed"
