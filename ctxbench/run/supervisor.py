@@ -125,7 +125,7 @@ class Supervisor:
         """Measure what is left of the plan; ``rerun`` is ``failed`` or ``all`` for cells that already have a row.
 
         ``on_start`` is called once the budget's clock runs, and may calibrate. Ctrl-C keeps every finished row, and
-        every finished child for the next session.
+        every finished child for the next start.
         """
         self.started = self.clock()
         self.deadline = self.started + self.config.budget_s
