@@ -15,7 +15,7 @@ GATE_S = 0.4
 TRACE_S = 0.3
 MEMORY_CALLS, ONE_MEMORY_CALL_S = 2, 2.0  # one call a meter; above this many seconds both meters share one
 LEARNING_RATE = 0.2
-LONG_CALL_S = (0.5, 5.0)  # cells are taken class by class: calls below the first bound, below the second, longer
+LONG_CALL_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # cells are taken class by class, by the length of a call
 REPLICATE_S = (2.0, 5.0)  # a call above the first is worth two processes, above the second one
 SHORT_SHARE = 0.7  # of the budget that a second process of all short cells may take
 
@@ -85,7 +85,10 @@ def processes_for(latency_s: float | None, wanted: int) -> int:
 
 
 def effort(planned: Planned) -> int:
-    """Class of a cell by the length of its calls: 0 short, 1 long, 2 very long."""
+    """Class of a cell by the length of its calls: 0 short, then each class up to twice as long as the one before.
+
+    A fast impl at 128k is taken before a slow one at 16k.
+    """
     return sum((planned.forecast.latency_s or 0.0) > bound for bound in LONG_CALL_S)
 
 
