@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctxbench import workload
-from ctxbench.cost import formulas
+from ctxbench.cost import formulas, shadow
 from ctxbench.method import Dims, Method, Params
 
 # Operators that multiply no matrices and are neither element-wise (tagged by torch) nor views (seen in the schema).
@@ -50,6 +51,7 @@ _NO_MATMUL = frozenset(
 
 
 _DEVICE = torch.ops.prim.device.default
+PROBE = 1500  # tokens at which both engines must agree: two default segments and a ragged one
 
 
 @dataclass
@@ -113,9 +115,9 @@ class Meter(TorchDispatchMode):
         if getattr(operator, "namespace", "") == "prim":  # other queries: no work, no storage
             return operator(*args, **kwargs)
         count = formulas.lookup(operator)
-        if count is None:
+        if count is None and _may_decompose(operator):
             with self:
-                result = operator.decompose(*args, **kwargs) if hasattr(operator, "decompose") else NotImplemented
+                result = operator.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -163,6 +165,16 @@ def _storage_bytes(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else 0
 
 
+@cache
+def _may_decompose(operator: Any) -> bool:
+    """Whether an operator is only a recipe of others; asked once, because entering the mode again costs more."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return hasattr(operator, "decompose") and (
+        key in operator.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
+    )
+
+
+@cache
 def _is_view(operator: Any) -> bool:
     if operator is torch.ops.aten._unsafe_view.default:
         return True
@@ -173,6 +185,7 @@ def _is_view(operator: Any) -> bool:
     return bool(aliases) and not any(alias.is_write for alias in aliases)
 
 
+@cache
 def _multiplies_nothing(operator: Any) -> bool:
     if torch.Tag.pointwise in getattr(operator, "tags", ()):
         return True
@@ -186,21 +199,31 @@ def trace(
     method: Method, dims: Dims, params: Params, impl: str, mode: str = "forward", dtype: str = "fp32",
     device: str = "cpu",
 ) -> Trace:  # fmt: skip
-    """Trace one call of ``mode``; never allocates the tensors it describes."""
+    """Trace one call of ``mode``; never allocates the tensors it describes.
+
+    Long cells go to the fast engine (see ``cost.shadow``) when it agrees with fake tensors at a short length.
+    """
+    subject = (method, params, impl, mode, dtype)
+    if device == "cpu" and mode != "decode" and dims.seq_len > 2 * PROBE:
+        short = dims.replace(seq_len=PROBE)
+        probe = _trace_shadow(short, *subject)
+        fake = _trace_fake(short, *subject, device) if probe is not None else None
+        if probe is not None and fake is not None and _same(probe, fake):
+            found = _trace_shadow(dims, *subject)
+            if found is not None:
+                return found
+    return _trace_fake(dims, *subject, device)
+
+
+def _trace_fake(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str, device: str) -> Trace:
     meter = Meter()
     parameters, carried, untraceable = 0, None, ""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _quiet_fake_tensors():
         try:
             with _fake_modules_convert():
                 work = workload.prepare(method, dims, params, impl, mode, dtype, device, rotate=1)
-            parameters = workload.num_parameters(work.module)
-            if mode in ("stream", "decode"):
-                state = work.state if work.state is not None else work.module.state_at(dims.batch_size, dims.seq_len)  # type: ignore[operator]
-                carried = workload.state_bytes(state)
-                del state
-            meter.ignore(
-                list(work.module.parameters()), list(work.module.buffers()), work.inputs, work.grad, work.state
-            )
+            parameters, carried = _describe(work, dims)
+            _ignore_live(meter, work)
             with _uncompiled_flex_attention(), meter:
                 y = work.call()
             del y
@@ -210,6 +233,41 @@ def trace(
             untraceable = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     del fake
     return replace(meter.result(), num_parameters=parameters, state_bytes=carried, untraceable=untraceable)
+
+
+def _trace_shadow(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> Trace | None:
+    """The same on meta tensors; None where this engine cannot follow the module."""
+    meter = Meter()
+    try:
+        work = workload.prepare(method, dims, params, impl, mode, dtype, "meta", rotate=1)
+        parameters, carried = _describe(work, dims)
+        _ignore_live(meter, work)
+        with shadow.CpuAttention(), meter:
+            y = work.call()
+        del y
+    except Exception:  # whatever stopped it, fake tensors give the answer or the reason
+        return None
+    return replace(meter.result(), num_parameters=parameters, state_bytes=carried)
+
+
+def _same(one: Trace, other: Trace) -> bool:
+    """Whether two engines agree on everything but the size of constants that an operator was given as a number."""
+    return not other.untraceable and replace(one, bytes_moved=0, coverage=1.0) == replace(
+        other, bytes_moved=0, coverage=1.0
+    )
+
+
+def _describe(work: workload.Workload, dims: Dims) -> tuple[int, int | None]:
+    """Trainable elements, and the bytes of a state after all tokens where the mode carries one."""
+    carried = None
+    if work.mode in ("stream", "decode"):
+        state = work.state if work.state is not None else work.module.state_at(dims.batch_size, dims.seq_len)  # type: ignore[operator]
+        carried = workload.state_bytes(state)
+    return workload.num_parameters(work.module), carried
+
+
+def _ignore_live(meter: Meter, work: workload.Workload) -> None:
+    meter.ignore(list(work.module.parameters()), list(work.module.buffers()), work.inputs, work.grad, work.state)
 
 
 @contextlib.contextmanager

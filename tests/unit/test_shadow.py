@@ -1,0 +1,63 @@
+"""The fast engine of the tracer says what fake tensors say, or is not used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ctxbench.cost import shadow
+from ctxbench.cost import trace as tracing
+from ctxbench.method import Dims, Method
+from ctxbench.registry import discover
+
+CASES = [
+    (method, impl.name, mode)
+    for method in discover()
+    for impl in method.impls
+    for mode in ("forward", "train")
+    if mode in (impl.modes or method.modes)
+]
+
+
+@pytest.mark.parametrize(("method", "impl", "mode"), CASES, ids=lambda value: getattr(value, "name", value))
+def test_both_engines_agree_on_every_method(method, impl, mode):
+    params = method.params()
+    causal = method.causal[0] if method.causal else False
+    dims = Dims(
+        seq_len=700, d_model=32, num_heads=4, d_ff=64, num_layers=method.fewest_layers(params), causal=causal,
+        position=method.positions[0],
+    )  # fmt: skip
+    subject = (dims, method, params, impl, mode, "fp32")
+    quick, fake = tracing._trace_shadow(*subject), tracing._trace_fake(*subject, "cpu")
+    assert quick is not None
+    assert quick.by_op == fake.by_op
+    assert quick.peak_bytes == fake.peak_bytes
+    assert quick.num_parameters == fake.num_parameters
+    assert quick.uncounted == fake.uncounted
+
+
+def test_a_module_that_behaves_otherwise_on_meta_tensors_is_traced_on_fake_ones():
+    class Cautious(torch.nn.Module):
+        def forward(self, x):
+            return x @ x.transpose(1, 2) @ x if x.device.type == "cpu" else x + 1
+
+    method = Method(name="cautious", build=lambda *_: Cautious())
+    dims = Dims(seq_len=8192, d_model=16, num_heads=1)
+    assert tracing.trace(method, dims, method.params(), "reference").flops == 4 * 8192**2 * 16
+
+
+def test_a_module_that_reads_values_is_reported_with_the_operator_that_stopped_it():
+    class Peeking(torch.nn.Module):
+        def forward(self, x):
+            return x * int(x.sum())
+
+    method = Method(name="peeking", build=lambda *_: Peeking())
+    dims = Dims(seq_len=8192, d_model=16, num_heads=1)
+    assert tracing.trace(method, dims, method.params(), "reference").untraceable
+
+
+@pytest.mark.parametrize("change", [{"dropout_p": 0.5}, {"enable_gqa": True}], ids=str)
+def test_attention_that_the_fused_kernel_refuses_is_left_to_fake_tensors(change):
+    q = torch.empty(1, 2, 8, 4, device="meta")
+    with shadow.CpuAttention(), pytest.raises(shadow.NotShadowed):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, **change)
