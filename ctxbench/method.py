@@ -227,7 +227,7 @@ class Method:
         support: ``f(dims, params, mode) -> Support`` for combinations that have no meaning.
         layers: ``f(params) -> int``, the fewest layers the method can have.
         segment: parameter that holds the segment length of ``stream``; without one, streams use 512 tokens.
-        cost: ``"module:attribute"`` of ``f(impl, mode, causal, params) -> ctxbench.cost.Cost``.
+        cost: ``"module:attribute"`` of ``f(impl, mode, causal, position, params) -> ctxbench.cost.Cost``.
         reach: ``f(dims, params, i) -> range | set`` or its ``"module:attribute"``: the input positions that may
             influence output position ``i``. A range also promises that its ends do; a set promises nothing of the kind.
         equals: declared equivalences; ``claims``: audited statements of the source documents.
@@ -323,10 +323,10 @@ class Method:
         check = load(impl.support)
         return check(dims, params, device, dtype) if check else YES
 
-    def cost_of(self, impl: str, mode: str, causal: bool, params: Params) -> Any:
+    def cost_of(self, impl: str, mode: str, causal: bool, position: str, params: Params) -> Any:
         """The closed forms of one impl in one mode, or None where the method declares none."""
         function = load(self.cost)
-        return function(impl, mode, causal, params) if function else None
+        return function(impl, mode, causal, position, params) if function else None
 
     def make(self, dims: Dims, params: Params, impl: str, device: str, dtype: Any) -> Any:
         """Build the module; ``dtype`` is a torch dtype."""

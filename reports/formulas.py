@@ -36,7 +36,7 @@ def formulas(method: Method | None, row: dict[str, Any]) -> tuple[list[Formula],
 
     try:
         params = method.params(**json.loads(row["params"]))
-        cost = method.cost_of(row["impl"], row["mode"], bool(row["causal"]), params)
+        cost = method.cost_of(row["impl"], row["mode"], bool(row["causal"]), row["position"], params)
         if cost is None:
             return [], "The method declares no formula for this implementation."
         terms = {**cost.flops, "total": total(cost.flops)}

@@ -57,7 +57,7 @@ def describe(
         for impl in method.impls:
             if impl.modes and mode not in impl.modes:
                 continue
-            cost = method.cost_of(impl.name, mode, causal, params)
+            cost = method.cost_of(impl.name, mode, causal, dims.position, params)
             if cost is not None:
                 costs.append(_cost_entry(method, impl.name, cost, dims, params, DTYPE_BYTES[dtype], lengths))
     return {

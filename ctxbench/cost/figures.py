@@ -58,7 +58,7 @@ class Evaluator:
 
     def _bound(self, method: Method, cell: Cell) -> tuple[Cost | None, dict[str, Any]]:
         params = cell.params_for(method)
-        key = (method.name, cell.impl, cell.mode, cell.causal, params)
+        key = (method.name, cell.impl, cell.mode, cell.causal, cell.position, params)
         if key not in self._costs:
-            self._costs[key] = method.cost_of(cell.impl, cell.mode, cell.causal, params)
+            self._costs[key] = method.cost_of(cell.impl, cell.mode, cell.causal, cell.position, params)
         return self._costs[key], symbols.bindings(cell.dims, params, cell.itemsize, method.segment_len(params))

@@ -169,20 +169,24 @@ def _costed_modes(case: Case) -> list[str]:
     if not modes:
         not_applicable("no mode is supported")
     function = load(case.method.cost)
-    costed = [m for m in modes if _formulas(function, case.impl, m, case.dims.causal, case.params) is not None]
+    costed = [
+        m
+        for m in modes
+        if _formulas(function, case.impl, m, case.dims.causal, case.dims.position, case.params) is not None
+    ]
     if not costed:
         not_claimed(f"METHOD.cost gives nothing for {case.impl}")
     return costed
 
 
 @lru_cache(maxsize=256)
-def _formulas(function: Callable[..., Any], impl: str, mode: str, causal: bool, params: Params) -> Any:
+def _formulas(function: Callable[..., Any], impl: str, mode: str, causal: bool, position: str, params: Params) -> Any:
     """Building expressions takes SymPy longer than evaluating them at every size."""
-    return function(impl, mode, causal, params)
+    return function(impl, mode, causal, position, params)
 
 
 def _cost(case: Case, mode: str, dims: Dims) -> Cost:
-    cost = _formulas(load(case.method.cost), case.impl, mode, dims.causal, case.params)
+    cost = _formulas(load(case.method.cost), case.impl, mode, dims.causal, dims.position, case.params)
     if not isinstance(cost, Cost):
         raise TypeError(f"METHOD.cost must return a ctxbench.cost.Cost, received {type(cost).__name__}")
     return cost

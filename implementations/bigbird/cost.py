@@ -24,7 +24,7 @@ def visible_pairs() -> Expr:
     return Piecewise((T * T, blocks <= 4), (ends + edges + inner, True))
 
 
-def cost(impl: str, mode: str, causal: bool, params: BigBirdParams) -> Cost:
+def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParams) -> Cost:
     """One impl in one mode."""
     visible = visible_pairs()
     algorithmic = {

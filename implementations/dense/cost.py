@@ -20,7 +20,7 @@ from ctxbench.implementations._shared.forms import block_ffn, block_parameters, 
 from ctxbench.method import Params
 
 
-def cost(impl: str, mode: str, causal: bool, params: Params) -> Cost:
+def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
     """One impl in one mode; every pair a causal query cannot see is free only where the impl skips it."""
     visible = causal_pairs(T) if causal else T * T
     tokens: Expr = T

@@ -20,7 +20,7 @@ from ctxbench.implementations.hierarchical.sizes import keeps, most
 SEGMENT = 512  # tokens a call in stream mode
 
 
-def cost(impl: str, mode: str, causal: bool, params: HierarchicalParams) -> Cost:
+def cost(impl: str, mode: str, causal: bool, position: str, params: HierarchicalParams) -> Cost:
     """One impl in one mode; the direction follows from the form. Exact at every length."""
     tokens = Integer(1) if mode == "decode" else T
     if params.form == "seed":

@@ -24,7 +24,7 @@ BLOCK = Integer(64)  # queries a block of the blocked impl
 w = param("window")
 
 
-def cost(impl: str, mode: str, causal: bool, params: LongformerParams) -> Cost:
+def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerParams) -> Cost:
     """One impl in one mode; ``as_written`` executes every pair and has one set of projections."""
     form = Form(causal, params)
     visible, executed, tokens, own = form.visible(), form.executed(impl), T, form.own_projections(T)

@@ -12,7 +12,7 @@ from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.implementations.memory_bank.peaks import REST, WHOLE, M, S, peak
 
 
-def cost(impl: str, mode: str, causal: bool, params: MemoryBankParams) -> Cost:
+def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankParams) -> Cost:
     """One impl in one mode. ``stream`` takes a segment a call, so that no segment is split."""
     if impl == "as_written":
         return _sketch(mode)

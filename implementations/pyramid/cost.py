@@ -23,7 +23,7 @@ from ctxbench.implementations.pyramid.memory import cells_at, layer_parameters, 
 from ctxbench.implementations.pyramid.params import PyramidParams
 
 
-def cost(impl: str, mode: str, causal: bool, params: PyramidParams) -> Cost:
+def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParams) -> Cost:
     """One impl in one mode. Rounding is exact, so the forms hold at every length, layer count and pool factor."""
     levels = params.levels
     algorithmic = _algorithmic(mode, causal, levels)

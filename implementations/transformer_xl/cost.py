@@ -58,7 +58,7 @@ class Segments(NamedTuple):
         return own * self.count + self.rows * self.memory
 
 
-def cost(impl: str, mode: str, causal: bool, params: TransformerXLParams) -> Cost:
+def cost(impl: str, mode: str, causal: bool, position: str, params: TransformerXLParams) -> Cost:
     """One impl in one mode."""
     flops = _flops(impl, mode, params)
     algorithmic = flops if impl == "as_written" else _algorithmic(mode, params)

@@ -71,7 +71,7 @@ def test_describe_prints_the_formulas_own_numbers(ctxbench, name):
             dims = Dims(**{**described["dims"], "seq_len": at["seq_len"]})
             params = method.params()
             values = symbols.bindings(dims, params, 4, method.segment_len(params))
-            formula = total(method.cost_of(cost["impl"], "forward", dims.causal, params).flops)
+            formula = total(method.cost_of(cost["impl"], "forward", dims.causal, dims.position, params).flops)
             assert at["flops"] == evaluate(formula, values)
         assert cost["formulas"]["flops"]["big_o"].startswith("O(T")
 

@@ -109,7 +109,7 @@ def test_pairs_at_the_published_size() -> None:
     dims = Dims(seq_len=4096, d_model=768, num_heads=12, causal=False)
     values = bindings(dims, BigBirdParams(), 4, 512)
     assert evaluate(visible_pairs(), values) == 2_547_712 == 4096 * 622
-    cost = METHOD.cost_of("blocked", "forward", False, BigBirdParams())
+    cost = METHOD.cost_of("blocked", "forward", False, "none", BigBirdParams())
     assert evaluate(cost.flops["attention"], values) == 4 * 768 * 2_547_712
     assert cost.flops == cost.algorithmic  # every executed pair is a visible one
 
@@ -223,14 +223,14 @@ def test_blocks_longer_than_a_slab_are_cut(blocks: tuple[int, int]) -> None:
 def test_peak_formula_is_exact_at_other_shapes(mode: str, impl: str, changes: dict, params: dict) -> None:
     dims = Dims(seq_len=1411, d_model=64, num_heads=4, d_ff=256, causal=False).replace(**changes)
     chosen = BigBirdParams(**params)
-    cost = METHOD.cost_of(impl, mode, False, chosen)
+    cost = METHOD.cost_of(impl, mode, False, "none", chosen)
     formula = evaluate(cost.peak_bytes, bindings(dims, chosen, 4, 512))
     assert trace(METHOD, dims, chosen, impl, mode).peak_bytes == pytest.approx(formula, rel=2e-3)
 
 
 def test_blocked_grows_linearly_and_keeps_no_square() -> None:
     for mode in METHOD.modes:
-        cost = METHOD.cost_of("blocked", mode, False, BigBirdParams())
+        cost = METHOD.cost_of("blocked", mode, False, "none", BigBirdParams())
         assert big_o(total(cost.flops)) == big_o(cost.peak_bytes) == "O(T)"
     dims = Dims(seq_len=8192, d_model=64, num_heads=4, d_ff=0, causal=False)
     lengths = [dataclasses.replace(dims, seq_len=length) for length in (4096, 16384)]

@@ -22,6 +22,6 @@ def test_our_methods_claim_what_the_laws_can_check(method) -> None:
     assert method.causal
     assert method.reach is not None
     for mode in method.modes:
-        cost = method.cost_of(method.oracle, mode, method.causal[0], method.params())
+        cost = method.cost_of(method.oracle, mode, method.causal[0], method.positions[0], method.params())
         assert cost is not None
         assert cost.peak_bytes is not None, mode

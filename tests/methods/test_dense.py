@@ -91,14 +91,14 @@ def test_streamed_pairs_equal_a_sum_over_the_calls(length: int) -> None:
     rectangle = sum(queries * keys for queries, keys in calls)
     first = min(512, length)
     for impl, pairs in (("reference", rectangle), ("blocked", rectangle - first * (first - 1) // 2)):
-        cost = METHOD.cost_of(impl, "stream", True, METHOD.params())
+        cost = METHOD.cost_of(impl, "stream", True, "none", METHOD.params())
         assert evaluate(cost.flops["attention"], values) == 2 * 4 * 2 * 16 * pairs
 
 
 def test_textbook_total_of_a_wide_layer() -> None:
     """24 B T d^2 + 4 B d P with f = 4 d, the form every estimate starts from."""
     dims = Dims(seq_len=1000, batch_size=3, d_model=64, num_heads=4, d_ff=256)
-    cost = METHOD.cost_of("blocked", "forward", True, METHOD.params())
+    cost = METHOD.cost_of("blocked", "forward", True, "none", METHOD.params())
     expected = 24 * 3 * 1000 * 64**2 + 4 * 3 * 64 * (1000 * 1001 // 2)
     assert evaluate(total(cost.flops), bindings(dims, METHOD.params(), 4, 512)) == expected
 
@@ -114,7 +114,7 @@ def test_peak_formula_is_exact_at_other_shapes(mode: str, impl: str, changes: di
     from ctxbench.cost.trace import trace
 
     dims = Dims(seq_len=1411, d_model=64, num_heads=4, d_ff=256).replace(**changes)
-    cost = METHOD.cost_of(impl, mode, True, METHOD.params())
+    cost = METHOD.cost_of(impl, mode, True, "none", METHOD.params())
     formula = evaluate(cost.peak_bytes, bindings(dims, METHOD.params(), 4, 512))
     seen = trace(METHOD, dims, METHOD.params(), impl, mode).peak_bytes
     assert seen == pytest.approx(formula, rel=1e-3)

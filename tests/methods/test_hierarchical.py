@@ -210,7 +210,7 @@ def test_any_chunking_equals_the_whole(impl: str, form: str) -> None:
     dims = sizes(form, seq_len=150, d_model=8, num_heads=2, num_layers=1)
     module, x = made(impl, dims, FORMS[form]), tokens(dims)
     draw = random.Random(11)
-    formula = METHOD.cost_of(impl, "stream", True, FORMS[form]).state_bytes
+    formula = METHOD.cost_of(impl, "stream", True, "none", FORMS[form]).state_bytes
     with torch.no_grad():
         whole = module(x).y
         for most in (19, 140):
@@ -306,7 +306,7 @@ def test_flops_equal_the_count_over_many_slabs_and_calls(form: str, mode: str, i
         work = prepare(METHOD, dims, FORMS[form], impl, mode, "fp32", rotate=1)
         with Meter() as meter:
             work.call()
-        formula = total(METHOD.cost_of(impl, mode, True, FORMS[form]).flops)
+        formula = total(METHOD.cost_of(impl, mode, True, "none", FORMS[form]).flops)
         assert evaluate(formula, values(dims, FORMS[form])) == meter.result().flops
 
 
@@ -330,7 +330,7 @@ def test_pairs_of_any_scale_equal_the_sum_over_tokens(scale: Scale) -> None:
 
 def test_totals_of_the_repaired_sketch() -> None:
     dims, params = Dims(4096, 1, 512, 8, 1, 0, causal=False), HierarchicalParams(form="seed")
-    cost, here = METHOD.cost_of("reference", "forward", False, params), values(dims, params)
+    cost, here = METHOD.cost_of("reference", "forward", False, "none", params), values(dims, params)
     assert evaluate(total(cost.flops), here) == 58_653_147_136
     assert evaluate(cost.num_parameters, here) - 2 * 512 == 9_182_720  # without the layer's norm
     claimed = 3 * 4096 * 512
@@ -339,7 +339,7 @@ def test_totals_of_the_repaired_sketch() -> None:
 
 @pytest.mark.parametrize(("form", "order"), [("causal_full", "O(T^2)"), ("causal_linear", "O(T)"), ("seed", "O(T^2)")])
 def test_growth(form: str, order: str) -> None:
-    cost = METHOD.cost_of("blocked", "forward", form != "seed", HierarchicalParams(form=form))
+    cost = METHOD.cost_of("blocked", "forward", form != "seed", "none", HierarchicalParams(form=form))
     assert big_o(total(cost.algorithmic)) == big_o(total(cost.flops)) == order
     assert big_o(cost.peak_bytes) == "O(T)"
 
@@ -359,7 +359,7 @@ PEAKS = [
 def test_peak_is_within_three_percent_of_the_trace(form: str, impl: str, mode: str) -> None:
     params = HierarchicalParams(form=form)
     dims = Dims(4099, 2, 128, 4, 2, 0, causal=form != "seed")
-    formula = evaluate(METHOD.cost_of(impl, mode, dims.causal, params).peak_bytes, values(dims, params))
+    formula = evaluate(METHOD.cost_of(impl, mode, dims.causal, "none", params).peak_bytes, values(dims, params))
     assert formula == pytest.approx(trace(METHOD, dims, params, impl, mode).peak_bytes, rel=0.03)
 
 

@@ -184,7 +184,7 @@ def test_formulas_equal_the_counts_where_blocks_and_classes_are_ragged(impl, mod
     for length in lengths:
         for causal in (True, False) if mode in ("forward", "train") else (True,):
             dims = Dims(seq_len=length, batch_size=2, causal=causal, d_model=16, num_heads=2, d_ff=24)
-            counted, cost = trace(METHOD, dims, params, impl, mode), METHOD.cost_of(impl, mode, causal, params)
+            counted, cost = trace(METHOD, dims, params, impl, mode), METHOD.cost_of(impl, mode, causal, "none", params)
             values = bindings(dims, params, 4, METHOD.segment_len(params))
             assert evaluate(total(cost.flops), values) == counted.flops
             assert evaluate(cost.num_parameters, values) == counted.num_parameters
@@ -200,7 +200,7 @@ def test_formulas_equal_the_counts_where_blocks_and_classes_are_ragged(impl, mod
 def test_peak_formulas_hold_with_several_layers_batches_and_bf16(impl, mode, causal):
     params = LongformerParams(window=256, num_global=100)
     dims = Dims(seq_len=4500, batch_size=2, num_layers=2, causal=causal, d_model=128, d_ff=256)
-    formula = METHOD.cost_of(impl, mode, causal, params).peak_bytes
+    formula = METHOD.cost_of(impl, mode, causal, "none", params).peak_bytes
     found = trace(METHOD, dims, params, impl, mode, "bf16").peak_bytes
     assert evaluate(formula, bindings(dims, params, 2, METHOD.segment_len(params))) == pytest.approx(found, rel=0.03)
 

@@ -321,7 +321,7 @@ def test_rows_of_a_batch_keep_to_themselves(impl, write):
 def test_state_bytes_follow_the_formula_at_every_length(impl, dtype):
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": DOUBLE}[dtype]
     module = METHOD.make(TINY, PARAMS, impl, "cpu", torch_dtype)
-    state, cost = module.init_state(2), METHOD.cost_of(impl, "stream", True, PARAMS)
+    state, cost = module.init_state(2), METHOD.cost_of(impl, "stream", True, "none", PARAMS)
     for length in range(1, 10):
         with torch.no_grad():
             state = module(tokens(1, seed=length).to(torch_dtype), state).state
@@ -382,7 +382,7 @@ def test_parameters_outside_their_range_are_refused(values, message):
 def test_formulas_hold_in_bf16_with_several_layers_rows_and_an_unfinished_segment(impl, mode):
     dims = Dims(seq_len=4200, batch_size=2, d_model=64, num_heads=4, num_layers=2, d_ff=256)
     params = MemoryBankParams(num_slots=256, write="argmax")
-    cost, seen = METHOD.cost_of(impl, mode, True, params), trace(METHOD, dims, params, impl, mode, "bf16")
+    cost, seen = METHOD.cost_of(impl, mode, True, "none", params), trace(METHOD, dims, params, impl, mode, "bf16")
     values = bindings(dims, params, 2, 512)
     assert evaluate(total(cost.flops), values) == seen.flops
     assert seen.peak_bytes == pytest.approx(evaluate(cost.peak_bytes, values), rel=0.03)
@@ -391,10 +391,10 @@ def test_formulas_hold_in_bf16_with_several_layers_rows_and_an_unfinished_segmen
 @pytest.mark.parametrize("impl", IMPLS)
 def test_cost_is_linear_and_a_stream_needs_the_same_memory_at_any_length(impl):
     params = METHOD.params()
-    assert big_o(total(METHOD.cost_of(impl, "forward", True, params).flops)) == "O(T)"
-    assert big_o(METHOD.cost_of(impl, "train", True, params).peak_bytes) == "O(T)"
-    assert big_o(METHOD.cost_of(impl, "stream", True, params).peak_bytes) == "O(1)"
-    assert big_o(total(METHOD.cost_of(impl, "decode", True, params).flops)) == "O(1)"
+    assert big_o(total(METHOD.cost_of(impl, "forward", True, "none", params).flops)) == "O(T)"
+    assert big_o(METHOD.cost_of(impl, "train", True, "none", params).peak_bytes) == "O(T)"
+    assert big_o(METHOD.cost_of(impl, "stream", True, "none", params).peak_bytes) == "O(1)"
+    assert big_o(total(METHOD.cost_of(impl, "decode", True, "none", params).flops)) == "O(1)"
     peaks = {trace(METHOD, Dims(seq_len=length), params, impl, "stream").peak_bytes for length in (1024, 1536)}
     assert len(peaks) == 1
 
@@ -483,7 +483,7 @@ def test_the_sketch_shares_one_bank_between_layers_and_rows():
 
 
 def test_the_sketch_looks_linear_because_it_attends_to_rows_not_to_tokens():
-    terms = METHOD.cost_of("as_written", "forward", True, METHOD.params()).flops
+    terms = METHOD.cost_of("as_written", "forward", True, "none", METHOD.params()).flops
     values = bindings(Dims(seq_len=1000, batch_size=3, d_model=64), METHOD.params(), 4, 512)
     assert big_o(terms["attention"]) == "O(T)"
     assert evaluate(terms["attention"], values) == 4 * 64 * 1000 * 3**2

@@ -273,7 +273,7 @@ def values(dims: Dims, params: PyramidParams) -> dict[str, Any]:
 
 
 def traced_equal_formulas(impl: str, mode: str, dims: Dims, params: PyramidParams) -> None:
-    traced, cost = trace(METHOD, dims, params, impl, mode), METHOD.cost_of(impl, mode, dims.causal, params)
+    traced, cost = trace(METHOD, dims, params, impl, mode), METHOD.cost_of(impl, mode, dims.causal, "none", params)
     here = values(dims, params)
     assert evaluate(total(cost.flops), here) == traced.flops
     assert evaluate(cost.num_parameters, here) == traced.num_parameters
@@ -304,15 +304,15 @@ def test_peak_is_within_three_percent_of_the_trace(impl: str, mode: str, causal:
     for levels, length, batch, hidden in ((3, 4096, 1, 512), (2, 5003, 2, 0), (1, 4097, 1, 512)):
         dims = Dims(length, batch, 128, 4, num_layers=levels + 1, d_ff=hidden, causal=causal)
         params = PyramidParams(levels)
-        formula = evaluate(METHOD.cost_of(impl, mode, causal, params).peak_bytes, values(dims, params))
+        formula = evaluate(METHOD.cost_of(impl, mode, causal, "none", params).peak_bytes, values(dims, params))
         assert formula == pytest.approx(trace(METHOD, dims, params, impl, mode).peak_bytes, rel=0.03)
 
 
 def test_totals_differ_from_the_repaired_sketch_by_the_projection_of_level_0() -> None:
     """The sketch with attention over tokens, as published: 141,532,594,176 FLOPs and 8,904,320 parameters."""
     dims, params = Dims(4096, 1, 512, 8, 6, 2048, causal=False), PyramidParams()
-    ours = METHOD.cost_of("reference", "forward", False, params)
-    sketch = METHOD.cost_of("as_written", "forward", False, params)
+    ours = METHOD.cost_of("reference", "forward", False, "none", params)
+    sketch = METHOD.cost_of("as_written", "forward", False, "none", params)
     here, projection = values(dims, params), 512 * 512
     assert evaluate(total(ours.flops), here) + 2 * 4096 * projection == 141_532_594_176
     assert evaluate(ours.num_parameters, here) + projection == 8_904_320
@@ -321,8 +321,8 @@ def test_totals_differ_from_the_repaired_sketch_by_the_projection_of_level_0() -
 
 def test_three_levels_cost_73_of_192_of_flat_layers_and_stay_quadratic() -> None:
     dims, params = Dims(2**17, 1, 256, 4, 3, 1024, causal=False), PyramidParams()
-    pyramid = METHOD.cost_of("blocked", "forward", False, params)
-    dense = DENSE.cost_of("blocked", "forward", False, DENSE.params())
+    pyramid = METHOD.cost_of("blocked", "forward", False, "none", params)
+    dense = DENSE.cost_of("blocked", "forward", False, "none", DENSE.params())
     layers = total({term: pyramid.algorithmic[term] for term in ("projections", "attention", "ffn")})
     here = values(dims, params)
     assert 192 * evaluate(layers, here) == 73 * evaluate(total(dense.algorithmic), here)

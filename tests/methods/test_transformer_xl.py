@@ -179,7 +179,7 @@ def test_streaming_equals_the_whole_sequence_for_any_cut(impl, params):
 @forms
 def test_state_has_the_declared_size_after_every_token_and_is_a_value(impl, params):
     module, x = build(impl, params), tokens()
-    formula = METHOD.cost_of(impl, "stream", True, params).state_bytes
+    formula = METHOD.cost_of(impl, "stream", True, "transformer_xl", params).state_bytes
     state = module.init_state(2)
     for t in range(LENGTH):
         before = map_state(torch.clone, state)
@@ -265,7 +265,7 @@ def test_formulas_equal_what_is_counted(name, impl, mode):
     if not METHOD.impl_support(METHOD.impl(impl), mode, Dims(seq_len=4), params, "cpu", "fp32"):
         assert impl == "as_written"
         return
-    formula = METHOD.cost_of(impl, mode, True, params)
+    formula = METHOD.cost_of(impl, mode, True, "transformer_xl", params)
     for length in lengths:
         dims = Dims(seq_len=length, batch_size=2, d_model=32, num_heads=4, num_layers=1, d_ff=48)
         counted = trace(METHOD, dims, params, impl, mode)
@@ -283,7 +283,7 @@ def test_peak_formula_is_within_three_percent(impl, mode):
     params = TransformerXLParams(segment_len=384, mem_len=1024)
     dims = Dims(seq_len=4133, batch_size=2, num_layers=2, d_ff=512)
     values = bindings(dims, params, 4, METHOD.segment_len(params))
-    formula = evaluate(METHOD.cost_of(impl, mode, True, params).peak_bytes, values)
+    formula = evaluate(METHOD.cost_of(impl, mode, True, "transformer_xl", params).peak_bytes, values)
     assert formula == pytest.approx(trace(METHOD, dims, params, impl, mode).peak_bytes, rel=0.03)
 
 
@@ -292,7 +292,7 @@ def test_one_token_reads_its_state_without_projecting_it():
     dims = Dims(seq_len=8192)
     values = bindings(dims, params, 4, 512)
     costs = {
-        impl: evaluate(total(METHOD.cost_of(impl, "decode", True, params).flops), values)
+        impl: evaluate(total(METHOD.cost_of(impl, "decode", True, "transformer_xl", params).flops), values)
         for impl in ("reference", "blocked")
     }
     assert costs["reference"] > 40 * costs["blocked"]

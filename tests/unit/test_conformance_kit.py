@@ -29,7 +29,7 @@ flawed = import_plugin(str(Path(__file__).parents[1] / "plugins" / "flawed.py"))
 LINEAR = {"map": 2 * B * T * d * d}
 
 
-def sound(impl, mode, causal, params) -> Cost:
+def sound(impl, mode, causal, position, params) -> Cost:
     """Closed forms of the sound mixer: one linear map."""
     flops = {term: (3 if mode == "train" else 1) * value for term, value in LINEAR.items()}
     return Cost(flops, flops, num_parameters=d * d + d)

@@ -85,7 +85,8 @@ def test_every_method_is_described_without_torch() -> None:
         "    for mode in m.modes:\n"
         "        m.mode_support(mode, dims, p)\n"
         "        for impl in m.impls:\n"
-        "            m.impl_support(impl, mode, dims, p, 'cpu', 'fp32'); m.cost_of(impl.name, mode, dims.causal, p)\n"
+        "            m.impl_support(impl, mode, dims, p, 'cpu', 'fp32')\n"
+        "            m.cost_of(impl.name, mode, dims.causal, dims.position, p)\n"
         "    list(load(m.reach)(dims, p, 100)) if m.reach else None\n"
         "    assert 'torch' not in sys.modules, m.name\n"
     )

@@ -11,7 +11,7 @@ from ctxbench.method import Params
 W = param("window")
 
 
-def cost(impl: str, mode: str, causal: bool, params: Params) -> Cost:
+def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
     """What the mathematics needs (visible pairs) and what the implementation executes (whole rectangles)."""
     tokens: Expr = T
     if mode == "decode":
