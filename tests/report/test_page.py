@@ -167,7 +167,7 @@ def test_a_cost_function_that_raises_becomes_a_sentence(run_folder):
         raise ZeroDivisionError("no <cost>")
 
     method = Method(name="dense", build="x:y", cost=broken)
-    row = {"params": "{}", "impl": "reference", "mode": "forward", "causal": True}
+    row = {"params": "{}", "impl": "reference", "mode": "forward", "causal": True, "position": "none"}
     assert formulas.formulas(method, row) == ([], "The formula could not be evaluated: ZeroDivisionError: no <cost>")
 
 

@@ -37,12 +37,12 @@ class WindowParams(Params):
     kind: str = param("soft", "a name", choices=("soft", "hard"))
 
 
-def quadratic(impl: str, mode: str, causal: bool, params: Params) -> Cost:
+def quadratic(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
     flops = {"attention": 4 * B * d * T**2}
     return Cost(flops, flops, Integer(1000), peak_bytes=4 * B * T * T)
 
 
-def windowed(impl: str, mode: str, causal: bool, params: Params) -> Cost:
+def windowed(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
     flops = {"attention": 4 * B * d * T * symbol("window")}
     return Cost(flops, flops, Integer(1000), peak_bytes=4 * B * T * d)
 
