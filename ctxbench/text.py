@@ -49,6 +49,11 @@ class Warn(Enum):
         "the clock of the device fell during the measurement",
         "let the device cool, or fix its clock, and measure again",
     )
+    DRIFT = (
+        "drift",
+        "the reference kernels ran at another speed after the measurement than before it",
+        "measure again when the machine is quiet; `ctxbench show` has both times of both kernels",
+    )
     TOO_FAST = (
         "too_fast",
         "faster than the ceilings of this machine allow",

@@ -31,6 +31,7 @@ NO_WARM_UP_S = 20.0  # above this, the first call is the sample
 WARM_UP_AGREES = 0.05  # two successive medians of three warm-up calls
 SETTLED = 0.05  # spread of the noise estimates, relative to their mean
 NOISE_RING, NOISE_LEAST, NOISE_EVERY = 512, 64, 16
+PAUSE_S, PAUSE_GROWS_AFTER, PAUSE_GROWTH, PAUSE_STEP_S = 0.05, 3, 1.5, 0.5  # for a device whose clock fell
 STEADY = 0.02  # both halves of the samples agree within this, or within what their own spread explains
 
 
@@ -44,6 +45,8 @@ class Timing:
     stop: str = ""
     steady: bool = True
     faults_per_call: float = 0.0
+    discarded: int = 0  # samples taken while the clock of the device was low
+    throttled: bool = False  # such samples are among those that were kept
 
 
 def cpu_stopwatch(call: Call) -> tuple[float, float, Any]:
@@ -94,8 +97,17 @@ def _ignore(_: Any) -> None:
     """Consume a result whose values nobody checks."""
 
 
+def _never() -> bool:
+    """The clock of a CPU cannot be asked."""
+    return False
+
+
 def measure(
-    call: Call, protocol: Protocol, stopwatch: Stopwatch = cpu_stopwatch, consume: Callable[[Any], None] = _ignore
+    call: Call,
+    protocol: Protocol,
+    stopwatch: Stopwatch = cpu_stopwatch,
+    consume: Callable[[Any], None] = _ignore,
+    slow: Callable[[], bool] = _never,
 ) -> Timing:
     """Warm up, then sample until the median is known well enough or the time is spent.
 
@@ -104,6 +116,8 @@ def measure(
         protocol: precision, least number of samples, budget and cap.
         stopwatch: runs one call and times it.
         consume: is given every result outside the timed interval; the result is dropped after it returns.
+        slow: asked after every sample whether the clock of the device has fallen. Such a sample is discarded and the
+            device given a pause, unless as many were discarded as kept: then it stays and the timing is marked.
     """
     timing = Timing()
 
@@ -123,7 +137,7 @@ def measure(
         if first > NO_WARM_UP_S:
             return Timing([first], [cpu], [], "n=1", faults_per_call=faults)
         _warm_up(once, timing.warmup)
-        _sample(once, protocol, timing)
+        _sample(once, protocol, timing, slow)
         timing.steady = _is_steady(timing.samples)
     finally:
         if collecting:
@@ -147,11 +161,19 @@ def _warm_up(once: Callable[[], Sample], times: list[float]) -> None:
         times.append(once()[0])
 
 
-def _sample(once: Callable[[], Sample], protocol: Protocol, timing: Timing) -> None:
-    spent, faults, check_at = 0.0, 0, 1
+def _sample(once: Callable[[], Sample], protocol: Protocol, timing: Timing, slow: Callable[[], bool]) -> None:
+    spent, faults, check_at, in_a_row, pause = 0.0, 0, 1, 0, PAUSE_S
     noise = _Noise()
     while not timing.stop:
         wall, cpu, faulted = once()
+        in_a_row = in_a_row + 1 if slow() else 0
+        if in_a_row and timing.discarded <= len(timing.samples):
+            timing.discarded += 1
+            if in_a_row > PAUSE_GROWS_AFTER:
+                pause += min(PAUSE_GROWTH * pause, PAUSE_STEP_S)
+            time.sleep(pause)
+            continue
+        timing.throttled |= in_a_row > 0
         timing.samples.append(wall)
         timing.cpu.append(cpu)
         faults += faulted

@@ -27,10 +27,10 @@ def ceilings(device: str, slice_s: float = SLICE_S) -> tuple[dict[str, float], f
     size, rates = SIZES[kind], {}
     for name, dtype in DTYPES[kind].items():
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates[name] = 2 * size**3 / _median_s(lambda a=a, b=b: a @ b, device, slice_s)  # type: ignore[misc]
+        rates[name] = 2 * size**3 / median_s(lambda a=a, b=b: a @ b, device, slice_s)  # type: ignore[misc]
     source = torch.ones(COPY_BYTES[kind] // 4, device=device)
     target = torch.empty_like(source).zero_()
-    return rates, 2 * COPY_BYTES[kind] / _median_s(lambda: target.copy_(source), device, slice_s)
+    return rates, 2 * COPY_BYTES[kind] / median_s(lambda: target.copy_(source), device, slice_s)
 
 
 def torch_view(device: str) -> dict[str, Any]:
@@ -62,7 +62,8 @@ def torch_view(device: str) -> dict[str, Any]:
     return view
 
 
-def _median_s(call: Callable[[], Any], device: str, slice_s: float) -> float:
+def median_s(call: Callable[[], Any], device: str, slice_s: float) -> float:
+    """Median seconds of a call, at least three of them and for at least ``slice_s``, after one that is not counted."""
     settle = torch.cuda.synchronize if device.startswith("cuda") else _nothing
     call()
     settle()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 THROTTLED = 0.75  # of the device's default clock
@@ -43,10 +43,7 @@ def snapshot(device: str) -> dict[str, Any]:
         if library is None:
             return {"telemetry": None, "telemetry_reason": reason}
         return {
-            "sm_clock_mhz": _ask(library, lambda: library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM)),
-            "default_clock_mhz": _ask(
-                library, lambda: library.nvmlDeviceGetDefaultApplicationsClock(handle, library.NVML_CLOCK_SM)
-            ),
+            **_clocks(library, handle),
             "temperature_c": _ask(
                 library, lambda: library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU)
             ),
@@ -54,10 +51,33 @@ def snapshot(device: str) -> dict[str, Any]:
         }
 
 
+@contextlib.contextmanager
+def clock_watch(device: str) -> Iterator[Callable[[], bool]]:
+    """Yield a question that is cheap to repeat: does the device run below three quarters of its default clock now?
+
+    Where the clock cannot be read the answer is always no.
+    """
+    if not device.startswith("cuda"):
+        yield lambda: False
+        return
+    with nvml(device) as (library, handle, _):
+        yield (lambda: is_throttled(_clocks(library, handle))) if library is not None else (lambda: False)
+
+
 def is_throttled(reading: dict[str, Any]) -> bool:
     """Whether the device runs below three quarters of its default clock."""
     clock, default = reading.get("sm_clock_mhz"), reading.get("default_clock_mhz")
     return bool(clock and default and clock < THROTTLED * default)
+
+
+def _clocks(library: Any, handle: Any) -> dict[str, float | None]:
+    """Clock of the multiprocessors now and by default, in MHz."""
+    return {
+        "sm_clock_mhz": _ask(library, lambda: library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM)),
+        "default_clock_mhz": _ask(
+            library, lambda: library.nvmlDeviceGetDefaultApplicationsClock(handle, library.NVML_CLOCK_SM)
+        ),
+    }
 
 
 def _handle(pynvml: Any, device: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from ctxbench import registry, workload
 from ctxbench.cell import Cell
 from ctxbench.errors import MeasurementError
-from ctxbench.measure import contention, energy, flops, latency, machine, memory, telemetry
+from ctxbench.measure import contention, drift, energy, flops, latency, machine, memory, telemetry
 from ctxbench.measure.gate import run_gate
 from ctxbench.measure.statistics import is_bimodal, robust_cv
 from ctxbench.method import Method
@@ -54,12 +54,16 @@ def time_cell(task: Task) -> Outcome:
     work = _prepare(method, cell, task)
     built = time.perf_counter() - started
     sums = _Checksums(work)
+    reference = drift.reference_pair(cell.device)
     sensors = contention.read()
-    clocks = telemetry.snapshot(cell.device)
     stopwatch = latency.stopwatch_for(cell.device)
-    timing = latency.measure(work.call, task.protocol, stopwatch, sums.add)
+    with telemetry.clock_watch(cell.device) as slow:
+        timing = latency.measure(work.call, task.protocol, stopwatch, sums.add, slow)
     seen, contended = contention.between(sensors, contention.read())
     seen |= telemetry.snapshot(cell.device)
+    if timing.discarded:
+        seen["discarded_samples"] = timing.discarded
+    seen |= drift.between(reference, drift.reference_pair(cell.device))
     median = sorted(timing.samples)[len(timing.samples) // 2]
     complaint = sums.complaint() or (
         _recompute(work, "state" not in method.impl(cell.impl).defects) if task.gate and median <= RECHECK_S else ""
@@ -81,7 +85,7 @@ def time_cell(task: Task) -> Outcome:
         energy_j=joules,
         energy_reason=reason,
         checksum=sums.first,
-        warnings=_timing_warnings(timing, task, telemetry.is_throttled(seen) or telemetry.is_throttled(clocks)),
+        warnings=_timing_warnings(timing, task, seen["drift"]),
     )
     if isinstance(stopwatch, latency.CudaStopwatch):
         seen["wall_median_s"] = sorted(stopwatch.wall)[len(stopwatch.wall) // 2]
@@ -245,7 +249,7 @@ def _settle(device: str) -> Callable[[], None]:
     return (lambda: torch.cuda.synchronize(device)) if device.startswith("cuda") else (lambda: None)
 
 
-def _timing_warnings(timing: latency.Timing, task: Task, throttled: bool) -> list[str]:
+def _timing_warnings(timing: latency.Timing, task: Task, drifted: float) -> list[str]:
     samples, warnings = timing.samples, []
     if not timing.steady:
         warnings.append(Warn.UNSTEADY())
@@ -257,8 +261,10 @@ def _timing_warnings(timing: latency.Timing, task: Task, throttled: bool) -> lis
         warnings.append(Warn.BIMODAL())
     elif len(samples) > 4 and robust_cv(samples) > SPREAD:
         warnings.append(Warn.SPREAD(f"{100 * robust_cv(samples):.0f} % in process {task.process}"))
-    if throttled:
+    if timing.throttled:
         warnings.append(Warn.THROTTLED())
+    if abs(drifted) > drift.LIMIT:
+        warnings.append(Warn.DRIFT(f"{100 * drifted:+.0f} % in process {task.process}"))
     return warnings
 
 

@@ -1,5 +1,6 @@
 """The rules of warming up and stopping, on a clock that the test winds."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -154,3 +155,22 @@ def test_cuda_time_lies_between_two_events_after_a_flush():
     assert seconds == pytest.approx(0.002)
     assert result == "y"
     assert len(stopwatch.wall) == 1
+
+
+def test_samples_of_a_throttled_device_are_discarded_and_paused_for(monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(latency.time, "sleep", pauses.append)
+    answers = iter([False, True, True, False])
+    timing = latency.measure(lambda: None, PROTOCOL, clock(constant(0.001)), slow=lambda: next(answers, False))
+    assert (timing.discarded, timing.throttled, pauses) == (2, False, [0.05, 0.05])
+
+
+def test_a_device_that_stays_throttled_is_measured_with_a_mark(monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(latency.time, "sleep", pauses.append)
+    timing = latency.measure(lambda: None, PROTOCOL, clock(constant(0.001)), slow=lambda: True)
+    assert timing.throttled
+    assert len(timing.samples) >= PROTOCOL.min_samples
+    assert timing.discarded <= len(timing.samples) + 1
+    assert pauses[:4] == pytest.approx([0.05, 0.05, 0.125, 0.3125])
+    assert max(late - early for early, late in itertools.pairwise(pauses)) <= 0.5 + 1e-9

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctxbench.cell import Cell
-from ctxbench.measure import energy, latency, machine
+from ctxbench.measure import drift, energy, latency, machine
 from ctxbench.run.tasks import Outcome, Protocol, Task
 from ctxbench.run.worker import run_task
 
@@ -208,15 +208,21 @@ def test_a_counter_of_the_hardware_gives_joules_a_call(run, monkeypatch):
 
 def test_what_the_samples_show_becomes_warnings(run, monkeypatch):
     shown = latency.Timing(samples=[1e-5] * 20 + [3e-5] * 20, cpu=[1e-5] * 40, warmup=[1e-5], stop="cap", steady=False)
+    shown.throttled, shown.discarded = True, 3
+    pairs = iter([drift.Pair(1.0, 1.0), drift.Pair(1.0, 0.9)])
 
-    def measure(call: Any, protocol: Any, stopwatch: Any, consume: Any) -> latency.Timing:
+    def measure(call: Any, protocol: Any, stopwatch: Any, consume: Any, slow: Any) -> latency.Timing:
         for _ in range(3):
             consume(call())
         return shown
 
     monkeypatch.setattr(latency, "measure", measure)
-    codes = {warning.partition(":")[0] for warning in run().samples.warnings}
-    assert codes == {"unsteady", "few_samples", "short_calls", "bimodal"}
+    monkeypatch.setattr(drift, "reference_pair", lambda device: next(pairs))
+    samples = run().samples
+    codes = {warning.partition(":")[0] for warning in samples.warnings}
+    assert codes == {"unsteady", "few_samples", "short_calls", "bimodal", "throttled", "drift"}
+    assert samples.sensors["discarded_samples"] == 3
+    assert samples.sensors["reference_copy_s"] == [1.0, 0.9]
 
 
 def test_a_sketch_that_declares_its_state_a_defect_may_drift():

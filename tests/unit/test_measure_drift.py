@@ -1,0 +1,31 @@
+"""The reference kernels: a change of speed is seen, with its sign, and an unchanged machine is not accused."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctxbench.measure import drift
+from ctxbench.measure.drift import Pair
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (Pair(1.0, 2.0), 0.0),
+        (Pair(1.2, 2.0), 0.2),
+        (Pair(1.01, 1.5), -0.25),
+        (Pair(0.5, 2.2), -0.5),
+    ],
+    ids=["unchanged", "slower arithmetic", "faster memory", "faster arithmetic, slower memory"],
+)
+def test_drift_is_the_larger_change_with_its_sign(after: Pair, expected: float) -> None:
+    seen = drift.between(Pair(1.0, 2.0), after)
+    assert seen["drift"] == pytest.approx(expected)
+    assert seen["reference_matmul_s"] == [1.0, after.matmul_s]
+    assert seen["reference_copy_s"] == [2.0, after.copy_s]
+
+
+def test_both_kernels_take_time() -> None:
+    pair = drift.reference_pair("cpu")
+    assert pair.matmul_s > 0
+    assert pair.copy_s > 0
