@@ -14,9 +14,9 @@ from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
 from ctxbench.cost.terms import linear, projections, tensor, triangle, window_pairs
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.implementations.transformer_xl import peak
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams
-from ctxbench.implementations.transformer_xl.schedule import BLOCK
 
 S, M = param("segment_len"), param("mem_len")
 WHOLE = floor(T / S)

@@ -8,7 +8,7 @@ from sympy import Expr, Integer, Min, Piecewise, ceiling, floor
 
 from ctxbench.cost.symbols import B, L, d, f, h
 from ctxbench.cost.terms import largest, tensor
-from ctxbench.implementations.transformer_xl.schedule import BLOCK, SLAB
+from ctxbench.implementations._shared.staircase import BLOCK, SLAB
 
 STATISTICS = 8 * B  # bytes a token of a layer norm's mean and inverse deviation, kept in float32
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ctxbench.implementations.transformer_xl import METHOD, blocked
+from ctxbench.implementations._shared import relative
+from ctxbench.implementations.transformer_xl import METHOD
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams
 from ctxbench.method import Dims
 from ctxbench.suites.benchmarks.ratios import Comparison
@@ -34,8 +35,8 @@ def one_shot(
     q, k, v = (a.unflatten(2, (HEADS, WIDTH)).permute(2, 0, 1, 3) for a in (q, k, v))  # [H, B, T, D]
     content, position = ((q + bias[:, None, None]).flatten(0, 1) for bias in (u, w))
     distances = r.unflatten(1, (HEADS, WIDTH)).transpose(0, 1)
-    operands = blocked.Operands(content, position, k.flatten(0, 1), v.flatten(0, 1), distances)
-    return blocked.staircase(operands, blocked.Geometry(SEGMENT, MEMORY, same_length=False, past=0, phase=0))
+    operands = relative.Operands(content, position, k.flatten(0, 1), v.flatten(0, 1), distances)
+    return relative.staircase(operands, relative.Geometry(SEGMENT, MEMORY, same_length=False, past=0, phase=0))
 
 
 def authors(

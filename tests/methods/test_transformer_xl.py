@@ -13,10 +13,11 @@ import torch
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
-from ctxbench.implementations.transformer_xl import METHOD, blocked
+from ctxbench.implementations._shared import relative
+from ctxbench.implementations._shared.staircase import BLOCK, blocks
+from ctxbench.implementations.transformer_xl import METHOD
 from ctxbench.implementations.transformer_xl.layer import State, sinusoids
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams, reach
-from ctxbench.implementations.transformer_xl.schedule import BLOCK, blocks
 from ctxbench.method import Dims
 from ctxbench.workload import map_state, state_bytes
 
@@ -348,13 +349,13 @@ def test_sketch_cannot_train_across_calls_shorter_than_its_memory():
 
 
 def test_operator_takes_a_batch_of_several_without_copying_distances():
-    geometry = blocked.Geometry(segment_len=4, mem_len=4, same_length=False, past=0, phase=0)
+    geometry = relative.Geometry(segment_len=4, mem_len=4, same_length=False, past=0, phase=0)
     generator = torch.Generator().manual_seed(0)
     heads, batch, length, width = 2, 3, 10, 4
     streams = [torch.randn(heads * batch, length, width, generator=generator) for _ in range(4)]
     r = torch.randn(heads, 8, width, generator=generator)
-    together = blocked.staircase(blocked.Operands(*streams, r), geometry).view(heads, batch, length, width)
+    together = relative.staircase(relative.Operands(*streams, r), geometry).view(heads, batch, length, width)
     for row in range(batch):
         alone = [a.view(heads, batch, length, width)[:, row] for a in streams]
-        expected = blocked.staircase(blocked.Operands(*alone, r), geometry)
+        expected = relative.staircase(relative.Operands(*alone, r), geometry)
         torch.testing.assert_close(together[:, row], expected)
