@@ -224,6 +224,7 @@ class Method:
         modes: the modes the method has; ``without`` says for each other mode why not.
         causal: values of ``Dims.causal`` it accepts, preferred first; empty means it makes no claim and is not probed.
         positions: values of ``Dims.position`` it accepts, preferred first.
+        without_positions: why it does not take another; it need not name all.
         support: ``f(dims, params, mode) -> Support`` for combinations that have no meaning.
         layers: ``f(params) -> int``, the fewest layers the method can have.
         segment: parameter that holds the segment length of ``stream``; without one, streams use 512 tokens.
@@ -245,6 +246,7 @@ class Method:
     without: Mapping[str, str] = field(default_factory=dict)
     causal: tuple[bool, ...] = ()
     positions: tuple[str, ...] = ("none",)
+    without_positions: Mapping[str, str] = field(default_factory=dict)
     impls: tuple[Impl, ...] = (Impl("reference"),)
     support: Callable[..., Support] | str | None = None
     layers: Callable[[Any], int] | None = None
@@ -268,6 +270,10 @@ class Method:
         for mode in (*self.modes, *self.without):
             if mode not in MODES:
                 raise ValueError(f"method {self.name!r} names the mode {mode!r}; the modes are {', '.join(MODES)}")
+        for position in (*self.positions, *self.without_positions):
+            if position not in POSITIONS:
+                known = ", ".join(POSITIONS)
+                raise ValueError(f"method {self.name!r} names the position {position!r}; the positions are {known}")
         fields = {spec.name for spec in dataclasses.fields(self.params)}
         for role, name in (("memory_parameter", self.memory_parameter), ("segment", self.segment)):
             if name is not None and name not in fields:
@@ -301,7 +307,10 @@ class Method:
         if self.causal and dims.causal not in self.causal:
             return no(f"{self.name} has no {'causal' if dims.causal else 'bidirectional'} form")
         if dims.position not in self.positions:
-            return no(f"{self.name} takes the positions {', '.join(self.positions)}, not {dims.position}")
+            taken = f"{self.name} takes the positions {', '.join(self.positions)}, not {dims.position}"
+            return no(self.without_positions.get(dims.position, taken))
+        if dims.position.startswith("rope") and dims.head_dim % 2:
+            return no(f"{dims.position} turns pairs of channels and needs an even head width, received {dims.head_dim}")
         fewest = self.fewest_layers(params)
         if dims.num_layers < fewest:
             return no(f"{self.name} needs at least {fewest} layers with these parameters, received {dims.num_layers}")

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from sympy import Expr, Integer, Min, Piecewise
 
-from ctxbench.cost.symbols import B, L, d, f
+from ctxbench.cost.symbols import B, L, d, f, h
 from ctxbench.cost.terms import ffn, largest, linear_parameters, tensor, when_ffn
 
 
 def block_parameters(mixer: Expr | int) -> Expr:
     """Parameters of ``L`` pre-norm or post-norm blocks around a mixer with ``mixer`` parameters."""
     return L * (mixer + 2 * d + when_ffn(2 * d + linear_parameters(d, f) + linear_parameters(f, d)))
+
+
+def position_parameters(position: str) -> Expr:
+    """Parameters of the position encoding of a whole stack, see ``positions``: T5's one table, Transformer-XL's term.
+
+    All the others are constants. FLOPs: rotations and biases act element by element, so they count as none.
+    """
+    if position == "t5":
+        return 32 * h
+    return L * (d * d + 2 * d) if position == "transformer_xl" else Integer(0)
 
 
 def block_ffn(tokens: Expr | int) -> Expr:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ctxbench.implementations._shared import positions
 from ctxbench.implementations._shared.blocks import PostNormBlock, Stack
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams
 from ctxbench.method import Dims, Output, load
@@ -75,9 +76,7 @@ def sinusoids(distances: int, d_model: int, clamp_len: int = 0) -> torch.Tensor:
     distance = torch.arange(distances, dtype=torch.float64)
     if clamp_len:
         distance = distance.clamp(max=clamp_len)
-    frequency = 10000.0 ** -(torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
-    angle = distance[:, None] * frequency
-    return torch.cat((angle.sin(), angle.cos()), dim=1)[:, :d_model]
+    return positions.sinusoids(distance, d_model)
 
 
 def build(dims: Dims, params: TransformerXLParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:

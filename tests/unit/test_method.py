@@ -83,6 +83,8 @@ def test_an_integer_is_a_valid_float() -> None:
         ({"without": {"prefill": "x"}}, "names the mode 'prefill'"),
         ({"memory_parameter": "slots"}, "memory_parameter 'slots' is not one of its parameters"),
         ({"segment": "slots"}, "segment 'slots'"),
+        ({"positions": ("none", "spiral")}, "names the position 'spiral'"),
+        ({"without_positions": {"spiral": "it has no centre"}}, "names the position 'spiral'"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -107,6 +109,16 @@ def test_what_the_mathematics_does_not_have_is_said(mode: str, dims: Dims, reaso
     answer = METHOD.mode_support(mode, dims, Sizes())
     assert (answer.ok, bool(answer)) == (not reason, not reason)
     assert reason in answer.reason
+
+
+def test_a_position_that_is_not_taken_has_its_own_reason_and_rotations_need_pairs() -> None:
+    method = Method("mine", build=lambda *_: None, positions=("rope",), without_positions={"t5": "no distances"})
+    params = method.params()
+    assert method.mode_support("forward", Dims(8, position="t5"), params).reason == "no distances"
+    assert "takes the positions rope" in method.mode_support("forward", Dims(8, position="alibi"), params).reason
+    assert method.mode_support("forward", Dims(8, position="rope"), params)
+    odd = method.mode_support("forward", Dims(8, d_model=12, num_heads=4, position="rope"), params)
+    assert odd.reason == "rope turns pairs of channels and needs an even head width, received 3"
 
 
 @pytest.mark.parametrize(
