@@ -14,7 +14,7 @@ from ctxbench.testing.law import law, need_mode, not_applicable, not_claimed, re
 from ctxbench.workload import as_output, map_state
 
 
-@law(every_form=True, literal=True)
+@law(every_form=True, literal=True, retabled=True)
 def shape_and_dtype(case: Case) -> None:
     """The output has the shape, dtype and device of the input, and is finite."""
     x = case.tokens(batch=case.dims.batch_size)
@@ -171,7 +171,7 @@ def purity(case: Case) -> None:
     )  # fmt: skip
 
 
-@law(every_form=True)
+@law(every_form=True, retabled=True)
 def streaming_equals_whole(case: Case) -> str:
     """Any chunking of a sequence, state carried, gives the outputs of the whole sequence."""
     need_mode(case, "stream")

@@ -19,7 +19,10 @@ WIDEST = 32  # a scaled-down parameter is at most this
 
 @dataclass(frozen=True)
 class Case:
-    """One impl at tiny sizes. ``label`` names what differs from the method's preferred form, as in ``memory=0``."""
+    """One impl at tiny sizes. ``label`` names what differs from the method's preferred form, as in ``memory=0``.
+
+    ``retabled`` marks a form that differs from another one in a table of constants alone, as extensions of RoPE do.
+    """
 
     method: Method
     impl: str
@@ -28,6 +31,7 @@ class Case:
     modes: tuple[str, ...]
     device: str = "cpu"
     label: str = ""
+    retabled: bool = False
 
     def __str__(self) -> str:
         name = f"{self.method.name}/{self.impl}"
@@ -120,14 +124,15 @@ def _forms(method: Method, impl: str, modes: tuple[str, ...], device: str) -> It
     preferred = TINY.replace(causal=method.causal[0] if method.causal else True, position=method.positions[0])
     params = small_params(method, preferred)
 
-    def case(params: Params, dims: Dims, label: str = "") -> Case:
-        return Case(method, impl, params, _sized(method, dims, params), modes, device, label)
+    def case(params: Params, dims: Dims, label: str = "", retabled: bool = False) -> Case:
+        return Case(method, impl, params, _sized(method, dims, params), modes, device, label, retabled)
 
     yield case(params, preferred)
     for causal in method.causal[1:]:
         yield case(params, preferred.replace(causal=causal), "causal" if causal else "bidirectional")
     for position in method.positions[1:]:
-        yield case(params, preferred.replace(position=position), position)
+        retabled = position.startswith("rope_") and "rope" in method.positions
+        yield case(params, preferred.replace(position=position), position, retabled)
     if method.memory_parameter:
         small = int(getattr(params, method.memory_parameter))
         for size in dict.fromkeys((0, small + small // 2 + 1)):

@@ -54,12 +54,7 @@ def laws_for(
 
     A test calls ``law(case)``: it raises Violation, or returns a Finding (held, not claimed, not applicable).
     """
-    return [
-        (law, case)
-        for case in cases_for(method, impl, modes, device)
-        for law in LAWS.values()
-        if not case.label or law.every_form
-    ]
+    return [(law, case) for case in cases_for(method, impl, modes, device) for law in LAWS.values() if law.asks(case)]
 
 
 def check_method(

@@ -51,6 +51,7 @@ class Law:
         statement: one sentence.
         every_form: tried on every direction, position and memory size; else on the preferred form alone.
         literal: holds of ``as_written`` impls too.
+        retabled: tried even on forms that differ from another one in a table of constants alone.
     """
 
     name: str
@@ -58,9 +59,14 @@ class Law:
     function: Callable[[Case], str | None]
     every_form: bool = False
     literal: bool = False
+    retabled: bool = False
 
     def __str__(self) -> str:
         return self.name
+
+    def asks(self, case: Case) -> bool:
+        """Whether this form of the method is one to try the law on."""
+        return not case.label or (self.every_form and (self.retabled or not case.retabled))
 
     def __call__(self, case: Case) -> Finding:
         try:
@@ -78,12 +84,14 @@ class Law:
 LAWS: dict[str, Law] = {}
 
 
-def law(*, every_form: bool = False, literal: bool = False) -> Callable[[Callable[[Case], str | None]], Law]:
+def law(
+    *, every_form: bool = False, literal: bool = False, retabled: bool = False
+) -> Callable[[Callable[[Case], str | None]], Law]:
     """Register a function ``f(case) -> note | None`` under its name; its docstring is the statement."""
 
     def register(function: Callable[[Case], str | None]) -> Law:
         statement = (function.__doc__ or "").strip()
-        made = Law(function.__name__, statement, function, every_form, literal)
+        made = Law(function.__name__, statement, function, every_form, literal, retabled)
         LAWS[made.name] = made
         return made
 

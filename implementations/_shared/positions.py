@@ -60,11 +60,22 @@ class Position(nn.Module):
     def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor) -> torch.Tensor | None:
         """The bias of ``queries`` consecutive rows against ``keys`` consecutive columns: ``[H, queries, keys]``.
 
-        ``offset`` is the position of the first query minus that of the first key. Evaluated once a diagonal, not once
-        a pair; dtype and device are those of ``like``.
+        ``offset`` is the position of the first query minus that of the first key; dtype and device are those of
+        ``like``.
         """
+        return None
+
+
+class Bias(Position):
+    """A number for each head and distance, added to the scores."""
+
+    def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        raise NotImplementedError
+
+    def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor) -> torch.Tensor:
+        """Evaluated once a diagonal, not once a pair."""
         line = self.bias(torch.arange(1 - queries - offset, keys - offset, device=like.device), like.dtype)
-        return None if line is None else line.unfold(1, keys, 1).flip(1)
+        return line.unfold(1, keys, 1).flip(1)
 
 
 class Tables(NamedTuple):
@@ -164,7 +175,7 @@ def _kept_by_yarn(
     raise ValueError(f"ramp must be index or rotation, received {ramp!r}")
 
 
-class T5Bias(Position):
+class T5Bias(Bias):
     """A learned number a head and bucket of distances (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
 
     Half of the buckets are single distances, the others grow until FARTHEST. One table serves all layers.
@@ -191,7 +202,7 @@ def bucket(distance: torch.Tensor, causal: bool) -> torch.Tensor:
     return row if causal else row + side * (distance > 0)
 
 
-class AlibiBias(Position):
+class AlibiBias(Bias):
     """``-m |j - i|`` with a fixed slope a head (Press et al. 2022, arXiv:2108.12409); symmetric where bidirectional."""
 
     slopes: torch.Tensor

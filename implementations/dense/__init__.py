@@ -1,6 +1,6 @@
 """Dense softmax attention: the quadratic baseline that every other method is compared with."""
 
-from ctxbench.method import Claim, Impl, Method, Paper
+from ctxbench.method import POSITIONS, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="dense",
@@ -11,6 +11,7 @@ METHOD = Method(
     build=f"{__name__}.layer:build",
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
+    positions=POSITIONS,
     support=f"{__name__}.params:support",
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores"),

@@ -11,17 +11,24 @@ from ctxbench.cost.terms import (
     attention,
     causal_pairs,
     largest,
+    linear,
     linear_parameters,
     projections,
     tensor,
     when_ffn,
 )
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, stack_peak
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters, stack_peak
+from ctxbench.implementations.dense.params import SLAB
 from ctxbench.method import Params
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
-    """One impl in one mode; every pair a causal query cannot see is free only where the impl skips it."""
+    """One impl in one mode; every pair a causal query cannot see is free only where the impl skips it.
+
+    Rotations and biases act element by element and count nothing; Transformer-XL's term has products of its own.
+    """
+    relative = position == "transformer_xl"
+    slabs = impl == "blocked" and position in ("t5", "alibi", "transformer_xl")
     visible = causal_pairs(T) if causal else T * T
     tokens: Expr = T
     if mode == "decode":
@@ -29,8 +36,12 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         executed = visible
     elif mode == "stream":
         executed = _streamed_rectangles()
-        if impl == "blocked":
+        if slabs:
+            executed = _streamed_slabs()
+        elif impl == "blocked":
             executed = executed - _first_chunk_saving()
+    elif slabs and causal:
+        executed = _staircase(T)
     else:
         executed = visible if impl == "blocked" else T * T
     algorithmic = {
@@ -39,17 +50,50 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         "ffn": block_ffn(tokens),
     }
     flops = {**algorithmic, "attention": L * attention(executed)}
+    if relative:
+        needed, projected, by_distance = _relative(mode, causal, slabs, executed)
+        algorithmic |= {"distances": L * linear(needed, d, d), "positions": L * 2 * B * d * visible}
+        flops |= {"distances": L * linear(projected, d, d), "positions": L * 2 * B * d * by_distance}
     if mode == "train":
         core = FUSED_BACKWARD if impl == "blocked" else 2
-        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
-        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+        factor = {"attention": 1 + core, "positions": 4 if slabs else 3, "distances": 2}  # the table is a constant
+        algorithmic = {term: (2 if term == "distances" else 3) * forward for term, forward in algorithmic.items()}
+        flops = {term: factor.get(term, 3) * forward for term, forward in flops.items()}
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=block_parameters(4 * linear_parameters(d, d)),
+        num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
         state_bytes=2 * L * tensor(B, T, d),
-        peak_bytes=_peak(impl, mode, causal),
+        peak_bytes=_peak(impl, mode, causal) if position == "none" else None,
     )
+
+
+def _relative(mode: str, causal: bool, slabs: bool, executed: Expr) -> tuple[Expr, Expr, Expr]:
+    """Distances needed, distances projected, and (query, distance) products of Transformer-XL's term."""
+    if mode == "decode":
+        return T + 1, T + 1, executed
+    if mode == "stream":  # every call projects the distances of all its keys
+        whole = floor(T / C)
+        return T, C * whole * (whole + 1) / 2 + _present(T - whole * C) * T, executed
+    if causal:
+        return T, T, executed
+    if slabs:  # n queries and T keys are n + T - 1 distances
+        whole = floor(T / SLAB)
+        return 2 * T - 1, 2 * T - 1, T * (T - 1) + whole * SLAB**2 + (T - whole * SLAB) ** 2
+    return 2 * T - 1, 2 * T - 1, T * (2 * T - 1)
+
+
+def _staircase(tokens: Expr) -> Expr:
+    """Pairs of slabs of queries that each end at their last query."""
+    whole = floor(tokens / SLAB)
+    return SLAB**2 * whole * (whole + 1) / 2 + (tokens - whole * SLAB) * tokens
+
+
+def _streamed_slabs() -> Expr:
+    """Each chunk against all keys before it, and its own staircase."""
+    whole = floor(T / C)
+    rest = T - whole * C
+    return C * C * whole * (whole - 1) / 2 + rest * whole * C + whole * _staircase(C) + _staircase(rest)
 
 
 def _streamed_rectangles() -> Expr:

@@ -8,34 +8,37 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
+from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.method import Dims, Output, Params, load
 
 
 class Cache(NamedTuple):
-    """Keys and values of all earlier tokens, each ``[B, H, S, D]``."""
+    """Keys, rotated where the position encoding rotates, and values of all earlier tokens, each ``[B, H, S, D]``."""
 
     k: torch.Tensor
     v: torch.Tensor
 
 
 class Attention(nn.Module):
-    """Projections and cache around ``operator(q, k, v, causal) -> [B, H, T, D]``."""
+    """Projections, positions and cache around ``operator(q, k, v, causal, position) -> [B, H, T, D]``."""
 
-    def __init__(self, dims: Dims, operator: Any):
+    def __init__(self, dims: Dims, operator: Any, position: Position):
         super().__init__()
         self.num_heads, self.head_dim, self.causal = dims.num_heads, dims.head_dim, dims.causal
         self.q = nn.Linear(dims.d_model, dims.d_model)
         self.k = nn.Linear(dims.d_model, dims.d_model)
         self.v = nn.Linear(dims.d_model, dims.d_model)
         self.o = nn.Linear(dims.d_model, dims.d_model)
-        self.operator = operator
+        self.operator, self.position = operator, position
 
     def forward(self, x: torch.Tensor, state: Cache | None = None) -> Output:
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        past = 0 if state is None else state.k.shape[2]
+        q, k = self.position.rotate(q, past), self.position.rotate(k, past)
         if state is not None:
             state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
             k, v = state
-        return Output(self.o(merge_heads(self.operator(q, k, v, self.causal))), state)
+        return Output(self.o(merge_heads(self.operator(q, k, v, self.causal, self.position))), state)
 
     def init_state(self, batch_size: int) -> Cache:
         return self.state_at(batch_size, 0)
@@ -50,5 +53,7 @@ def build(dims: Dims, params: Params, impl: str, device: str, dtype: torch.dtype
     from ctxbench.implementations.dense import METHOD
 
     operator = load(METHOD.impl(impl).run)
-    layers: list[nn.Module] = [PreNormBlock(Attention(dims, operator), dims) for _ in range(dims.num_layers)]
+    layers: list[nn.Module] = [
+        PreNormBlock(Attention(dims, operator, position), dims) for position in positions_for(dims)
+    ]
     return Stack(layers).to(device, dtype)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,12 +13,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
+from ctxbench.cost.trace import trace
+from ctxbench.implementations._shared.positions import Position, Rotary, positions_for, sinusoids
 from ctxbench.implementations.dense import METHOD, blocked, reference
+from ctxbench.implementations.dense.layer import Attention
+from ctxbench.implementations.dense.params import SLAB
 from ctxbench.method import Dims
 from ctxbench.workload import as_output
 
 DIMS = Dims(seq_len=13, batch_size=2, d_model=16, num_heads=2, num_layers=2, d_ff=40)
 IMPLS = [impl.name for impl in METHOD.impls]
+OPERATORS = pytest.mark.parametrize("operator", [reference.attend, blocked.attend], ids=IMPLS)
+GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "positions.npz"))
+DISTANCES = ("transformer_xl", "t5", "alibi")  # encodings that blocked computes by slabs
 
 
 def build(impl: str, dims: Dims) -> nn.Module:
@@ -60,7 +71,7 @@ def test_equals_the_encoder_layer_of_pytorch(impl: str, causal: bool) -> None:
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("operator", [reference.attend, blocked.attend], ids=["reference", "blocked"])
+@OPERATORS
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (4, 9), (9, 9)], ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_operator_equals_the_unfused_kernel_of_pytorch(operator, queries: int, keys: int, causal: bool) -> None:
@@ -70,7 +81,7 @@ def test_operator_equals_the_unfused_kernel_of_pytorch(operator, queries: int, k
     visible = torch.tensor([[not causal or j <= keys - queries + i for j in range(keys)] for i in range(queries)])
     with sdpa_kernel(SDPBackend.MATH):
         expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    torch.testing.assert_close(operator(q, k, v, causal), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(operator(q, k, v, causal, Position()), expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -111,10 +122,124 @@ def test_textbook_total_of_a_wide_layer() -> None:
     ids=["no FFN", "three layers", "wide FFN"],
 )
 def test_peak_formula_is_exact_at_other_shapes(mode: str, impl: str, changes: dict) -> None:
-    from ctxbench.cost.trace import trace
-
     dims = Dims(seq_len=1411, d_model=64, num_heads=4, d_ff=256).replace(**changes)
     cost = METHOD.cost_of(impl, mode, True, "none", METHOD.params())
     formula = evaluate(cost.peak_bytes, bindings(dims, METHOD.params(), 4, 512))
     seen = trace(METHOD, dims, METHOD.params(), impl, mode).peak_bytes
     assert seen == pytest.approx(formula, rel=1e-3)
+
+
+def golden(name: str, scaled: bool = True) -> dict[str, torch.Tensor]:
+    """Weights, inputs and gradients of one of transformers' layers under the names of ours."""
+    found = {key.partition("/")[2]: torch.from_numpy(a) for key, a in GOLDEN.items() if key.startswith(f"{name}/")}
+    for part in ("weight", "bias"):
+        for prefix in ("", "grad.") if f"qkv.{part}" in found else ():  # BLOOM: queries, keys and values of each head
+            packed = found.pop(f"{prefix}qkv.{part}").unflatten(0, (3, 3, 4))
+            found |= {f"{prefix}{letter}.{part}": packed[:, i].flatten(0, 1) for i, letter in enumerate("qkv")}
+    if not scaled:  # T5 does not divide its scores by the root of the head width: its queries are longer instead
+        found["q.weight"] = found["q.weight"] * 4**0.5
+        found["grad.q.weight"] = found["grad.q.weight"] / 4**0.5
+    return found
+
+
+@OPERATORS
+@pytest.mark.parametrize("name", ["llama_default", "llama_yarn", "t5_causal", "t5_bidirectional", "bloom"])
+def test_positions_equal_those_of_transformers(operator, name: str) -> None:
+    package, _, kind = name.partition("_")
+    dims = Dims(seq_len=11, d_model=12, num_heads=3, causal=kind != "bidirectional", position="t5")
+    tolerance = {"llama": 1e-5, "bloom": 1e-6, "t5": 1e-12}[package]  # float32 inside: angles, softmax, nothing
+    if package == "llama":
+        position = Rotary(4)
+        if kind == "yarn":
+            position = Rotary(4, "rope_yarn", 8.0, original_length=64)
+    else:
+        encoding = "alibi" if package == "bloom" else "t5"
+        (position,) = positions_for(dims.replace(position=encoding))
+    ours = Attention(dims, operator, position).double()
+    theirs = golden(name, scaled=package != "t5")
+    weights = {key: theirs.get(key, torch.zeros_like(value)) for key, value in ours.state_dict().items()}
+    ours.load_state_dict(weights)
+    x = theirs["x"].requires_grad_()
+    y = ours(x).y
+    y.backward(theirs["grad"])
+    torch.testing.assert_close(y, theirs["y"], rtol=0, atol=tolerance)
+    found = {"x": x.grad} | {key: parameter.grad for key, parameter in ours.named_parameters()}
+    compared = [key for key in found if f"grad.{key}" in theirs]
+    assert len(compared) == {"llama": 5, "t5": 6, "bloom": 9}[package]
+    for key in compared:
+        torch.testing.assert_close(found[key], theirs[f"grad.{key}"], rtol=0, atol=20 * tolerance)
+
+
+@OPERATORS
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_relative_term_equals_a_loop_over_pairs(operator, causal: bool) -> None:
+    dims = Dims(seq_len=9, d_model=8, num_heads=2, causal=causal, position="transformer_xl")
+    (term,) = positions_for(dims)
+    term.double()
+    q, k, v = torch.randn(3, 2, 2, 9, 4, dtype=torch.float64)
+    q = q[:, :, 5:]  # four queries after five cached keys
+    expected = torch.zeros_like(q)
+    for b, head, row in np.ndindex(2, 2, 4):
+        i, scores = 5 + row, []
+        keys = range(i + 1) if causal else range(9)
+        for j in keys:
+            r = term.r.weight[4 * head : 4 * head + 4] @ sinusoids(torch.tensor([i - j], dtype=torch.float64), 8)[0]
+            own = q[b, head, row]
+            score = (own + term.content_bias[head]) @ k[b, head, j] + (own + term.position_bias[head]) @ r
+            scores.append(score / math.sqrt(4))
+        expected[b, head, row] = torch.stack(scores).softmax(0) @ v[b, head, keys.start : keys.stop]
+    torch.testing.assert_close(operator(q, k, v, causal, term), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("position", DISTANCES)
+def test_slabs_equal_the_whole_rectangle_with_all_gradients(position: str, causal: bool) -> None:
+    dims = DIMS.replace(seq_len=2 * SLAB + 5, causal=causal, position=position, num_layers=1, d_ff=0)
+    x, results = torch.randn(2, dims.seq_len, 16, dtype=torch.float64), []
+    for impl in IMPLS:
+        module, own = build(impl, dims), x.clone().requires_grad_()
+        y = as_output(module(own)).y
+        y.backward(x.flip(1))
+        with torch.no_grad():
+            results.append([y, as_output(module(x)).y, own.grad, *(p.grad for p in module.parameters())])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("position", METHOD.positions[1:])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_streaming_with_positions_equals_the_whole_sequence(impl: str, position: str) -> None:
+    """Built for more tokens than the original length, so that the extensions of RoPE are not RoPE itself."""
+    module = build(impl, DIMS.replace(seq_len=5000, position=position))
+    x = torch.randn(2, SLAB + 20, 16, dtype=torch.float64)
+    state, pieces = module.init_state(2), []
+    with torch.no_grad():
+        for chunk in x.split([7, SLAB + 2, 1, 10], dim=1):
+            y, state = module(chunk, state)
+            pieces.append(y)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), as_output(module(x)).y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", METHOD.positions)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_counted_work_and_weights_equal_the_formula(impl: str, position: str) -> None:
+    """At lengths of several slabs, in both directions; a chunk of the stream is several slabs too."""
+    for mode in METHOD.modes:
+        for length, causal in ((SLAB, False), (2 * SLAB + 9, False), (1100, True)):
+            dims = Dims(seq_len=length, batch_size=2, d_model=32, num_heads=4, d_ff=0, causal=causal, position=position)
+            if not METHOD.mode_support(mode, dims, METHOD.params()):
+                continue
+            cost, seen = METHOD.cost_of(impl, mode, causal, position, METHOD.params()), trace(
+                METHOD, dims, METHOD.params(), impl, mode)  # fmt: skip
+            values = bindings(dims, METHOD.params(), 4, 512)
+            assert evaluate(total(cost.flops), values) == seen.flops, (mode, length, causal)
+            assert evaluate(cost.num_parameters, values) == seen.num_parameters
+            assert not seen.uncounted
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("position", DISTANCES)
+def test_blocked_keeps_no_scores(position: str, mode: str) -> None:
+    """Eight heads' scores of 4k tokens would be 512 MiB."""
+    dims = Dims(seq_len=4096, d_model=64, num_heads=8, d_ff=0, position=position)
+    assert trace(METHOD, dims, METHOD.params(), "blocked", mode).peak_bytes < 100 * 2**20
