@@ -7,6 +7,7 @@ compared: ``trace`` uses this engine only for a cell of which both engines say t
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,44 @@ class CpuAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@cache
+def is_pure(operator: Any) -> bool:
+    """Whether an operator's schema promises results that share no storage with an argument."""
+    if operator is torch.ops.aten._unsafe_view.default:  # a view, whatever its schema says
+        return False
+    schema = getattr(operator, "_schema", None)
+    return schema is not None and not any(
+        value.alias_info is not None for value in (*schema.arguments, *schema.returns)
+    )
+
+
+def metadata(value: Any) -> Any:
+    """What an operator can know of an argument on the meta device; the type keeps 1, 1.0 and True apart."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device.type
+    if isinstance(value, (tuple, list)):
+        return tuple([metadata(item) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, metadata(item)) for name, item in value.items()])
+    return type(value), value
+
+
+def recipe(out: Any) -> Any:
+    """How to make results like these again."""
+    if isinstance(out, torch.Tensor):
+        return out.shape, out.stride(), out.dtype, out.device
+    return type(out), [recipe(item) for item in out] if isinstance(out, (tuple, list)) else out
+
+
+def make(recipe: Any) -> Any:
+    """New results from the ``recipe`` of others."""
+    if len(recipe) == 4:
+        shape, stride, dtype, device = recipe
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    kind, value = recipe
+    return kind([make(item) for item in value]) if kind in (tuple, list) else value
+
+
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -41,7 +80,10 @@ def _attend(
     ):
         raise NotShadowed("attention that the fused CPU kernel does not take")
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # as torch converts it before the kernel
-        visible = torch.scalar_tensor(0.0, dtype=q.dtype, device=q.device)
-        attn_mask = torch.where(attn_mask.logical_not(), float("-inf"), visible)
+        attn_mask = torch.where(
+            attn_mask,
+            torch.scalar_tensor(0.0, dtype=q.dtype, device=q.device),
+            torch.scalar_tensor(float("-inf"), dtype=q.dtype, device=q.device),
+        )
     out: torch.Tensor = FUSED(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return out

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -78,6 +78,15 @@ class Trace:
     untraceable: str = ""
 
 
+class Work(NamedTuple):
+    """What one operator did; ``flops`` is None where it has no formula, ``unknown`` where it should have one."""
+
+    name: str
+    flops: int | None
+    traffic: int
+    unknown: bool
+
+
 class Meter(TorchDispatchMode):
     """Counts every dispatched operator and follows every storage; usable on real and on fake tensors."""
 
@@ -120,29 +129,33 @@ class Meter(TorchDispatchMode):
                 result = operator.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        return self._run(operator, count, args, kwargs)[0]
+
+    def _run(self, operator: Any, count: Any, args: Any, kwargs: Any) -> tuple[Any, Work]:
+        """Run one operator, follow what it touches and count what it does."""
+        operands = _tensors(args) + _tensors(kwargs) if kwargs else _tensors(args)
         for operand in operands:
             self._follow(operand, 0)
         out = operator(*args, **kwargs)
-        results = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        results = _tensors(out)
         for result in results:
             self._follow(result, _storage_bytes(result))
-        self._account(operator, count, args, kwargs, out, operands, results)
-        return out
-
-    def _account(
-        self, operator: Any, count: Any, args: Any, kwargs: Any, out: Any, operands: list[Any], results: list[Any]
-    ) -> None:
-        name = str(getattr(operator, "overloadpacket", operator))
+        flops = None if count is None else int(count(args, kwargs, out))
         traffic = 0
         if not _is_view(operator):
             traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*operands, *results))
-        self.moved += traffic
-        if count is not None:
-            self.flops[name] += int(count(args, kwargs, out))
-        elif traffic and not _multiplies_nothing(operator):
-            self.uncounted[name] += 1
-            self.moved_unknown += traffic
+        unknown = flops is None and traffic > 0 and not _multiplies_nothing(operator)
+        work = Work(_name(operator), flops, traffic, unknown)
+        self._add(work)
+        return out, work
+
+    def _add(self, work: Work) -> None:
+        self.moved += work.traffic
+        if work.flops is not None:
+            self.flops[work.name] += work.flops
+        elif work.unknown:
+            self.uncounted[work.name] += 1
+            self.moved_unknown += work.traffic
 
     def _follow(self, tensor: torch.Tensor, size: int) -> None:
         if tensor.layout is not torch.strided:  # sparse tensors have no storage of their own
@@ -161,8 +174,54 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
+class ShadowMeter(Meter):
+    """A meter for meta tensors that asks torch only once what an operator makes of operands of given shapes.
+
+    A loop over segments repeats itself hundreds of times, and torch answers in Python. Only an operator whose results
+    are new tensors is remembered; one that writes or gives a view always runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[Any, tuple[Any, Work]] = {}
+
+    def _run(self, operator: Any, count: Any, args: Any, kwargs: Any) -> tuple[Any, Work]:
+        if not shadow.is_pure(operator):
+            return super()._run(operator, count, args, kwargs)
+        key = (operator, shadow.metadata(args), shadow.metadata(kwargs))
+        seen = self._seen.get(key)
+        if seen is None:
+            out, work = super()._run(operator, count, args, kwargs)
+            self._seen[key] = shadow.recipe(out), work
+            return out, work
+        recipe, work = seen
+        out = shadow.make(recipe)
+        for result in _tensors(out):
+            self._follow(result, _storage_bytes(result))
+        self._add(work)
+        return out, work
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors among the arguments or results of an operator; faster than torch's tree walk."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    found = []
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ():
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list, dict)):
+            found += _tensors(item)
+    return found
+
+
 def _storage_bytes(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else 0
+
+
+@cache
+def _name(operator: Any) -> str:
+    return str(getattr(operator, "overloadpacket", operator))
 
 
 @cache
@@ -189,7 +248,7 @@ def _is_view(operator: Any) -> bool:
 def _multiplies_nothing(operator: Any) -> bool:
     if torch.Tag.pointwise in getattr(operator, "tags", ()):
         return True
-    namespace, _, name = str(getattr(operator, "overloadpacket", operator)).rpartition(".")
+    namespace, _, name = _name(operator).rpartition(".")
     return namespace in ("aten", "prims", "prim") and (
         name in _NO_MATMUL or name.rstrip("_") in _NO_MATMUL or name.endswith("_copy")
     )
@@ -237,7 +296,7 @@ def _trace_fake(dims: Dims, method: Method, params: Params, impl: str, mode: str
 
 def _trace_shadow(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> Trace | None:
     """The same on meta tensors; None where this engine cannot follow the module."""
-    meter = Meter()
+    meter = ShadowMeter()
     try:
         work = workload.prepare(method, dims, params, impl, mode, dtype, "meta", rotate=1)
         parameters, carried = _describe(work, dims)

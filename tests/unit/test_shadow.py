@@ -14,8 +14,8 @@ CASES = [
     (method, impl.name, mode)
     for method in discover()
     for impl in method.impls
-    for mode in ("forward", "train")
-    if mode in (impl.modes or method.modes)
+    for mode in ("forward", "train", "stream")
+    if mode in (impl.modes or method.modes) and mode in method.modes
 ]
 
 
@@ -61,3 +61,20 @@ def test_attention_that_the_fused_kernel_refuses_is_left_to_fake_tensors(change)
     q = torch.empty(1, 2, 8, 4, device="meta")
     with shadow.CpuAttention(), pytest.raises(shadow.NotShadowed):
         torch.nn.functional.scaled_dot_product_attention(q, q, q, **change)
+
+
+def test_a_repeated_operator_is_counted_and_followed_every_time():
+    meter = tracing.ShadowMeter()
+    x = torch.empty(4, 8, device="meta")
+    meter.ignore(x)
+    with meter:
+        kept = [x @ x.T for _ in range(3)]
+    assert len({y.untyped_storage()._cdata for y in kept}) == 3
+    seen = meter.result()
+    assert (seen.flops, seen.peak_bytes) == (3 * 2 * 4 * 8 * 4, 3 * 4 * 4 * 4)
+
+
+def test_numbers_of_different_types_are_not_taken_for_each_other():
+    x = torch.empty(4, dtype=torch.int64, device="meta")
+    with tracing.ShadowMeter():
+        assert [(x * factor).dtype for factor in (1, 1.0, True)] == [torch.int64, torch.float32, torch.int64]
