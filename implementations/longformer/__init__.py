@@ -1,4 +1,4 @@
-"""Longformer: a sliding window for every token, and a prefix of global tokens that see and are seen by all."""
+"""Longformer: a sliding window for every token, and global tokens that see and are seen by all."""
 
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
@@ -19,7 +19,7 @@ METHOD = Method(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores and masks most of them"),
         Impl(
             "blocked",
-            run=f"{__name__}.blocked:attend",
+            run="ctxbench.implementations._shared.window_blocks:attend",
             note="blocks of 64 queries against the run of keys they see; probabilities are recomputed in backward",
         ),
         Impl(
@@ -46,11 +46,9 @@ METHOD = Method(
         ),
     ),
     deviations=(
-        "global tokens are a prefix; the paper allows any positions",
         "the causal form with global tokens is ours: the paper's language models have none. A global row sees itself "
-        "and earlier tokens, so with separate projections only the prefix itself passes through them",
-        "one window and one dilation for all layers and heads; the paper widens windows towards the top and dilates "
-        "two heads of the upper layers",
+        "and earlier tokens, so with separate projections only tokens up to the last global one pass through them",
+        "one pattern for all layers; the paper widens windows towards the top and dilates only upper layers",
         "pre-norm layer; the released encoder is post-norm",
         "no padding mask: all sequences of a batch have one length",
     ),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor
+import dataclasses
+from collections.abc import Callable, Iterable
+
+from sympy import And, Eq, Expr, Integer, Max, Min, Mod, Or, Piecewise, ceiling, floor
 
 from ctxbench.cost import Cost
-from ctxbench.cost.symbols import B, L, T, d, param
+from ctxbench.cost.symbols import B, L, T, d, h, param
 from ctxbench.cost.terms import (
     FUSED_BACKWARD,
     attention,
@@ -17,23 +20,24 @@ from ctxbench.cost.terms import (
     triangle,
 )  # fmt: skip
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations._shared.window_pairs import run_pairs
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.implementations.longformer.peaks import peak
 
-BLOCK = Integer(64)  # queries a block of the blocked impl
 w = param("window")
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerParams) -> Cost:
     """One impl in one mode; ``as_written`` executes every pair and has one set of projections."""
     form = Form(causal, params)
-    visible, executed, tokens, own = form.visible(), form.executed(impl), T, form.own_projections(T)
+    tokens, own = T, form.own_projections(T)
+    visible, executed = over_heads(Form.visible, causal, params), over_heads(lambda f: f.executed(impl), causal, params)
     if mode == "decode":
         tokens, own = Integer(1), form.own_projections_of_one()
-        visible = form.visible_to_one()
-        executed = form.kept(T) + 1 if impl == "reference" else visible
+        visible = over_heads(Form.visible_to_one, causal, params)
+        executed = over_heads(lambda f: f.executed_for_one(impl), causal, params)
     elif mode == "stream":
-        executed = Form(causal, params, numbers=True).streamed(impl)
+        executed = over_heads(lambda f: f.streamed(impl), causal, params, numbers=True)
     algorithmic = {"projections": L * projections(tokens), "attention": L * attention(visible)}
     if form.separate:
         algorithmic["global_projections"] = L * own
@@ -45,114 +49,163 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
         core = FUSED_BACKWARD if impl == "blocked" else 2
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+    kept = 2 * tensor(B, over_heads(lambda f: f.kept(T), causal, params), d)
+    uniform = not params.positions and not dilates_some(params)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters((7 if form.separate else 4) * linear_parameters(d, d)),
-        state_bytes=L * form.state_bytes() if causal else Integer(0),
-        peak_bytes=peak(impl, mode, causal, params),
+        state_bytes=L * (kept + form.beside_the_band()) if causal else Integer(0),
+        peak_bytes=peak(impl, mode, causal, params) if uniform else None,
     )
 
 
+def dilates_some(params: LongformerParams) -> bool:
+    """Whether heads differ."""
+    return params.dilation > 1 and params.dilated_heads > 0
+
+
+def over_heads(count: Callable[[Form], Expr], causal: bool, params: LongformerParams, numbers: bool = False) -> Expr:
+    """The mean over heads of a count."""
+    dilated = count(Form(causal, params, numbers))
+    if not dilates_some(params):
+        return dilated
+    share = param("dilated_heads") / h
+    return share * dilated + (1 - share) * count(Form(causal, dataclasses.replace(params, dilation=1), numbers))
+
+
 class Form:
-    """Pair counts of one direction over T tokens; parameters appear by name, or as numbers."""
+    """Pair counts of one head in one direction over T tokens; parameters appear by name, or as numbers.
+
+    ``scattered`` positions are numbers always.
+    """
 
     def __init__(self, causal: bool, params: LongformerParams, numbers: bool = False):
         self.causal, self.params = causal, params
-        self.separate = params.separate_global and params.num_global > 0
+        self.scattered = params.positions
+        self.separate = params.separate_global and (params.num_global > 0 or bool(self.scattered))
         window, self.g = (Integer(params.window), Integer(params.num_global)) if numbers else (w, param("num_global"))
         self.step = param("dilation") if params.dilation > 1 and not numbers else Integer(params.dilation)
         self.left, self.right = (window - 1, Integer(0)) if causal else (floor(window / 2), floor(window / 2))
         self.globals = Min(self.g, T)
         self.reach = self.left * self.step
+        self.end = Integer(self.scattered[-1] + 1) if self.scattered else self.g  # of the globals
+
+    def met(self, tokens: Expr) -> Expr:
+        """Scattered globals among the first ``tokens`` tokens."""
+        return sum((_holds(tokens > position) for position in self.scattered), Integer(0))
 
     def kept(self, tokens: Expr) -> Expr:
-        """Tokens that a causal layer remembers."""
-        return Min(tokens, self.g + self.reach)
+        """Tokens that the band of a causal layer remembers, after ``tokens`` tokens."""
+        kept = Min(tokens, self.g + self.reach)
+        return kept if self.separate or not self.scattered else Piecewise((tokens, tokens < self.end), (kept, True))
 
     def visible(self) -> Expr:
         """Pairs that the mathematics needs."""
-        local = T - self.globals
-        whole = floor(local / self.step)
-        more = local - whole * self.step  # residue classes with one token more than the others
-        band = (self.step - more) * band_pairs(whole, self.left, self.right)
+        band = T - self.globals
+        whole = floor(band / self.step)
+        more = band - whole * self.step  # residue classes with one token more than the others
+        pairs = (self.step - more) * band_pairs(whole, self.left, self.right)
         if self.params.dilation > 1:
-            band += more * band_pairs(whole + 1, self.left, self.right)
-        return band + local * self.globals + self._global_rows()
+            pairs += more * band_pairs(whole + 1, self.left, self.right)
+        rows = triangle(self.globals) if self.causal else self.globals * T
+        met = self.met(T)
+        for order, place in enumerate(self.scattered):
+            index = place - self.g  # in the band, which it leaves
+            before, after = floor(index / self.step), floor((T - 1 - place) / self.step)
+            row = 1 + Min(before, self.left) + Min(after, self.right)
+            column = 1 + Min(after, self.left) + Min(before, self.right)
+            near = self._near(place, order)
+            seen_by = T - 1 - place - (met - 1 - order) if self.causal else band - met
+            own = place + 1 if self.causal else T
+            pairs += _holds(place < T) * (own + seen_by - row - column + near)
+        return pairs + (band - met) * self.globals + rows
 
-    def _global_rows(self) -> Expr:
-        return triangle(self.globals) if self.causal else self.globals * T
+    def _near(self, place: int, order: int) -> int:
+        """Pairs of the band between a scattered global and those up to it."""
+        steps = [divmod(place - other, self.params.dilation) for other in self.scattered[:order]]
+        reach = self.params.window - 1 if self.causal else self.params.window // 2
+        near = sum(not rest and distance <= reach for distance, rest in steps)
+        return 1 + (near if self.causal else 2 * near)
 
     def visible_to_one(self) -> Expr:
         """Pairs of one token after T others."""
         local = self.g + Min(floor((T - self.g) / self.step), self.left) + 1
-        return Piecewise((T + 1, self.g > T), (local, True))
+        for place in self.scattered:  # seen where it is beyond the band
+            local += _holds(And(place < T, (T - place > self.reach) | ~Eq(Mod(T - place, self.step), 0)))
+        return Piecewise((T + 1, self._is_global(T)), (local, True))
+
+    def _is_global(self, place: Expr) -> Expr:
+        return (self.g > place) | _any(Eq(place, position) for position in self.scattered)
 
     def executed(self, impl: str) -> Expr:
         """Pairs that an impl multiplies for a whole sequence."""
-        local = T - self.globals
         if impl == "as_written":
             return T * T
+        if self.causal:
+            return self._call(impl, Integer(0), T)
+        local, met = T - self.globals, self.met(T)
+        rows = (self.globals + met) * T
         if impl == "reference":
-            return local * T + self.globals * (self.globals if self.causal else T)
-        return local * self.globals + self._runs(Integer(0), local) + self._global_rows()
+            return local * (met + T) + rows
+        return local * (self.globals + met) + self._runs(Integer(0), local) + rows
+
+    def executed_for_one(self, impl: str) -> Expr:
+        """Pairs that an impl multiplies for one token after T others."""
+        if self.scattered:
+            return self._call(impl, T, Integer(1))
+        return self.kept(T) + 1 if impl == "reference" else self.visible_to_one()
 
     def streamed(self, impl: str) -> Expr:
         """Pairs over calls of a segment each: the first fill the state, all later whole ones are alike."""
         from ctxbench.implementations.longformer import METHOD
 
         segment = Integer(METHOD.segment_len(self.params))
-        whole, filling = floor(T / segment), int(ceiling((self.g + self.reach) / segment))
+        filling = int(ceiling(Max(self.g + self.reach, self.end) / segment))
+        whole = floor(T / segment)
         total = self._call(impl, whole * segment, T - whole * segment)  # the last call, if it is shorter
         for call in range(filling):
             total += self._call(impl, call * segment, segment) * Min(1, Max(0, whole - call))
         return total + self._call(impl, filling * segment, segment) * Max(0, whole - filling)
 
     def _call(self, impl: str, context: Expr, tokens: Expr) -> Expr:
-        before = self.kept(context)
-        rows = Min(Max(self.g - before, 0), tokens)
-        local, keys = tokens - rows, before + tokens
+        """Pairs of one call of a causal layer."""
+        before, end = self.kept(context), context + tokens
+        prefix, met = Min(Max(self.g - context, 0), tokens), self.met(end)
+        local, keys = tokens - prefix, before + tokens
+        if self.scattered:
+            own = (prefix + met - self.met(context)) * Min(end, self.end)
+        elif impl == "reference":
+            own = prefix * (before + prefix)
+        else:
+            own = Piecewise((triangle(prefix), before <= 0), (prefix * (before + prefix), True))
         if impl == "reference":
-            return local * keys + rows * (before + rows)
-        own = Piecewise((triangle(rows), before <= 0), (rows * (before + rows), True))
-        return own + local * self.g + self._runs(before + rows - self.g, local)
+            return local * (met + keys) + own
+        return own + local * (self.g + met) + self._runs(before + prefix - self.g, local)
 
     def _runs(self, first: Expr, queries: Expr) -> Expr:
-        """Pairs of blocks against their runs; ``first`` non-global keys come before the queries."""
-        total: Expr = Integer(0)
-        for residue in range(self.params.dilation):
-            before = floor((first + residue) / self.step)
-            total += self._class_runs(before, ceiling(Max(queries - residue, 0) / self.step))
-        return total
-
-    def _class_runs(self, before: Expr, queries: Expr) -> Expr:
-        whole = floor(queries / BLOCK)
-        rest = queries - whole * BLOCK
-        total = before + queries
-        if self.causal:
-            ends = BLOCK * (whole * before + BLOCK * triangle(whole))
-        else:
-            ends = BLOCK * (whole * total - _ramp(whole, rest - self.right))
-        starts = BLOCK * _ramp(whole, before - self.left) + rest * Max(0, before + whole * BLOCK - self.left)
-        return ends + rest * total - starts
+        return run_pairs(first, queries, self.left, self.right, self.params.dilation, self.step)
 
     def own_projections(self, tokens: Expr) -> Expr:
         """FLOPs of the global query, key and value projections."""
-        keys = self.globals if self.causal else tokens
-        return linear(B * self.globals, d, d) + 2 * linear(B * keys, d, d)
+        keys = Min(tokens, self.end) if self.causal else tokens
+        return linear(B * (self.globals + self.met(tokens)), d, d) + 2 * linear(B * keys, d, d)
 
     def own_projections_of_one(self) -> Expr:
         """The same for one token after T others."""
-        return Piecewise((3 * linear(B, d, d), self.g > T), (Integer(0), True))
+        query, pair = linear(B, d, d) * _holds(self._is_global(T)), 2 * linear(B, d, d) * _holds(self.end > T)
+        return query + pair
 
-    def state_bytes(self) -> Expr:
-        """Keys and values kept, and those of the global rows while the prefix is incomplete."""
-        kept = 2 * tensor(B, self.kept(T), d)
-        return kept + Piecewise((2 * tensor(B, T, d), self.g > T), (Integer(0), True)) if self.separate else kept
+    def beside_the_band(self) -> Expr:
+        """Bytes of scattered globals, and of all tokens in the global projections while a global row is to come."""
+        kept = 2 * tensor(B, self.met(T), d)
+        return kept + 2 * tensor(B, T, d) * _holds(self.end > T) if self.separate else kept
 
 
-def _ramp(count: Expr, start: Expr) -> Expr:
-    """Sum over b < count of max(0, start + b BLOCK)."""
-    skipped = Min(count, Max(0, ceiling(-start / BLOCK)))
-    left = count - skipped
-    return left * (start + skipped * BLOCK) + BLOCK * left * (left - 1) / 2
+def _holds(condition: Expr) -> Expr:
+    """1 where it holds, else 0."""
+    return Piecewise((Integer(1), condition), (Integer(0), True))
+
+
+def _any(conditions: Iterable[Expr]) -> Expr:
+    return Or(*conditions)

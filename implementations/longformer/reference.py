@@ -8,30 +8,42 @@ from __future__ import annotations
 
 import torch
 
-from ctxbench.implementations.longformer.layer import GlobalRows
-from ctxbench.implementations.longformer.params import Pattern
+from ctxbench.implementations._shared.window import GlobalRows, Pattern, Scattered
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: GlobalRows, pattern: Pattern) -> torch.Tensor:
-    """Attention of the G global rows with their own projections, then of all other rows over band and prefix.
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: GlobalRows, scattered: Scattered, pattern: Pattern
+) -> torch.Tensor:
+    """Attention of the G global rows with their own projections, and of all other rows over band and global tokens.
 
     Args:
-        q: ``[B, H, T, D]``; the first G rows are not used.
+        q: ``[B, H, T, D]``; global rows are not used.
         k: ``[B, H, S, D]``, as ``v``.
         v: values.
         rows: queries ``[B, H, G, D]`` of the global rows and the keys and values they see.
+        scattered: global tokens outside the prefix, as all other tokens see them.
         pattern: who sees whom.
 
     Returns:
         ``[B, H, T, D]``.
     """
-    G = rows.q.shape[2]
-    local = softmax_attention(q[:, :, G:], k, v, visible(q.shape[2] - G, k.shape[2], pattern, q.device))
-    return torch.cat((everywhere(rows, pattern.causal), local), dim=2)
+    T, S = q.shape[2], k.shape[2]
+    own = scattered.rows(T, S)
+    G = rows.q.shape[2] - len(own)
+    seen = visible(T - G, S, pattern, q.device)
+    if scattered.at:  # keys of their own, and none of the band
+        at = torch.tensor(scattered.at, device=q.device)
+        seen[:, [place for place in scattered.at if place >= pattern.num_global]] = False
+        earlier = at <= torch.arange(S - T + G, S, device=q.device)[:, None]
+        seen = torch.cat((earlier if pattern.causal else torch.ones_like(earlier), seen), dim=1)
+        k, v = torch.cat((scattered.k, k), dim=2), torch.cat((scattered.v, v), dim=2)
+    head, local = everywhere(rows, pattern.causal), softmax_attention(q[:, :, G:], k, v, seen)
+    result = torch.cat((head[:, :, :G], local), dim=2)
+    return result.index_copy(2, torch.tensor(own, device=q.device), head[:, :, G:]) if own else result
 
 
 def visible(queries: int, S: int, pattern: Pattern, device: torch.device) -> torch.Tensor:
-    """Which of S keys each of the last ``queries`` tokens sees: ``[queries, S]``."""
+    """Which of S keys each of the last ``queries`` tokens sees in band and prefix: ``[queries, S]``."""
     query = torch.arange(S - queries, S, device=device)[:, None]
     key = torch.arange(S, device=device)
     distance = query - key
@@ -40,10 +52,15 @@ def visible(queries: int, S: int, pattern: Pattern, device: torch.device) -> tor
 
 
 def everywhere(rows: GlobalRows, causal: bool) -> torch.Tensor:
-    """Global rows over all tokens; in the causal form the last G of their keys are their own tokens."""
-    G, S = rows.q.shape[2], rows.k.shape[2]
-    allowed = torch.ones(G, S, dtype=torch.bool, device=rows.q.device)
-    return softmax_attention(*rows, allowed.tril(S - G) if causal else allowed)
+    """Global rows over all tokens; in the causal form up to their own."""
+    q, k, v, at = rows
+    G, S = q.shape[2], k.shape[2]
+    if G == 0:
+        return q
+    allowed = torch.ones(G, S, dtype=torch.bool, device=q.device)
+    if causal:
+        allowed = torch.arange(S, device=q.device) <= torch.tensor(at, device=q.device)[:, None]
+    return softmax_attention(q, k, v, allowed)
 
 
 def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

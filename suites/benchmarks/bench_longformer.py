@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ctxbench.implementations.longformer import METHOD, blocked, reference
-from ctxbench.implementations.longformer.layer import GlobalRows
+from ctxbench.implementations._shared import window_blocks as blocked
+from ctxbench.implementations._shared.window import GlobalRows, Scattered
+from ctxbench.implementations.longformer import METHOD, reference
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.method import Dims
 from ctxbench.suites.benchmarks.ratios import Comparison
@@ -23,24 +24,25 @@ IMPLS = {"reference": reference.attend, "blocked": blocked.attend}
 
 def operands(
     length: int, num_global: int = 0, heads: int = HEADS
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, GlobalRows]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, GlobalRows, Scattered]:
     """Heads split from ``[B, T, d_model]`` projections, as a layer hands them over, and the rows of a causal prefix."""
     generator = torch.Generator().manual_seed(0)
     draws = (torch.randn(1, length, heads, WIDTH, generator=generator) for _ in range(3))
     q, k, v = (draw.transpose(1, 2) for draw in draws)
-    return q, k, v, GlobalRows(*(a[:, :, :num_global] for a in (q, k, v)))
+    rows = GlobalRows(*(a[:, :, :num_global] for a in (q, k, v)), tuple(range(num_global)))
+    return q, k, v, rows, Scattered(k[:, :, :0], v[:, :, :0], ())
 
 
 def comparisons() -> list[Comparison]:
     """Against dense attention, and against the package transformers where it is installed."""
     found = []
-    q, k, v, rows = operands(LENGTH)
+    q, k, v, rows, none = operands(LENGTH)
     for causal in (False, True):
         pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal)
         candidates = {
             "dense SDPA": functools.partial(scaled_dot_product_attention, q, k, v),
             "dense SDPA, causal": functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True),
-            "longformer/blocked": functools.partial(blocked.attend, q, k, v, rows, pattern),
+            "longformer/blocked": functools.partial(blocked.attend, q, k, v, rows, none, pattern),
         }
         direction = "causal window" if causal else "window on both sides"
         found.append(
@@ -53,7 +55,7 @@ def comparisons() -> list[Comparison]:
         pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal=False)
         ours_and_theirs: dict[str, Callable[[], Any]] = {
             "transformers": _transformers(q, k, v),
-            "longformer/blocked": functools.partial(blocked.attend, q, k, v, rows, pattern),
+            "longformer/blocked": functools.partial(blocked.attend, q, k, v, rows, none, pattern),
         }
         title = f"longformer, {LENGTH} tokens, {WINDOW} + 1 keys a query, fp32, without projections"
         floor, aim = {"longformer/blocked": 2.0}, {"longformer/blocked": 4.0}
@@ -89,11 +91,11 @@ def _transformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("queries", [1, 256], ids=["decode", "chunk"])
 def test_attend(benchmark: Any, impl: str, queries: int) -> None:
-    q, k, v, rows = operands(512, heads=4)
+    q, k, v, rows, none = operands(512, heads=4)
     pattern = LongformerParams(window=128, num_global=0).pattern(causal=True)
     last = q[:, :, -queries:]
     benchmark.extra_info.update(method="longformer", impl=impl, queries=queries, keys=512, window=128)
-    y = benchmark.pedantic(IMPLS[impl], (last, k, v, GlobalRows(q[:, :, :0], *rows[1:]), pattern), rounds=20)
+    y = benchmark.pedantic(IMPLS[impl], (last, k, v, GlobalRows(q[:, :, :0], *rows[1:]), none, pattern), rounds=20)
     assert y.shape == last.shape
 
 

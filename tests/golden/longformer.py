@@ -15,7 +15,7 @@ from transformers import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 BATCH, LENGTH, D_MODEL, HEADS, WINDOW = 2, 24, 8, 2, 8
-CASES = {"no_globals": 0, "one_global": 1, "three_globals": 3}
+CASES = {"no_globals": (), "one_global": (0,), "three_globals": (0, 1, 2), "scattered": (0, 5, 6, 17)}
 NAMES = {
     "q": "query",
     "k": "key",
@@ -26,8 +26,8 @@ NAMES = {
 }
 
 
-def run(num_global: int) -> dict[str, np.ndarray]:
-    torch.manual_seed(num_global)
+def run(positions: tuple[int, ...]) -> dict[str, np.ndarray]:
+    torch.manual_seed(len(positions))
     config = LongformerConfig(
         hidden_size=D_MODEL, num_attention_heads=HEADS, attention_window=[WINDOW], attention_probs_dropout_prob=0.0
     )
@@ -35,9 +35,9 @@ def run(num_global: int) -> dict[str, np.ndarray]:
     x = torch.randn(BATCH, LENGTH, D_MODEL, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(BATCH, LENGTH, D_MODEL, dtype=torch.float64)
     mask = torch.zeros(BATCH, LENGTH, dtype=torch.float64)  # 0 local, positive global, negative padding
-    mask[:, :num_global] = 10000.0
+    mask[:, list(positions)] = 10000.0
     y = layer(
-        x, attention_mask=mask, is_index_masked=mask < 0, is_index_global_attn=mask > 0, is_global_attn=num_global > 0
+        x, attention_mask=mask, is_index_masked=mask < 0, is_index_global_attn=mask > 0, is_global_attn=len(positions) > 0
     )[0]
     y.backward(grad)
     made = {"x": x, "grad": grad, "y": y, "grad.x": x.grad}
@@ -52,5 +52,5 @@ def run(num_global: int) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    arrays = {f"{case}/{name}": array for case, count in CASES.items() for name, array in run(count).items()}
+    arrays = {f"{case}/{name}": array for case, at in CASES.items() for name, array in run(at).items()}
     np.savez_compressed(sys.argv[1], **arrays)

@@ -1,41 +1,48 @@
-"""Blocks of queries against a contiguous copy of the keys they see; neither pass holds more than one block's scores.
+"""Windowed and global attention in blocks: no more than one block's scores in either pass.
 
-The queries of one block see the prefix and one run of neighbouring keys. Keys and values are copied a span of several
-blocks at a time; before each block the prefix is written over the keys that have left the window, directly in front of
-its run, so that ``[prefix | run]`` is one matrix that needs a mask in two corners alone. With dilation the same holds
-inside each residue class of positions, which is a strided slice. The backward pass computes the probabilities again,
-as fused kernels do: five products for the forward two.
+The queries of one block see the global tokens and one run of neighbouring keys. Keys and values are copied a span of
+several blocks at a time; before each block the globals are written over the keys that have left the window, directly
+in front of its run. So ``[globals | run]`` is one matrix, which needs a mask in two corners, and in the columns of
+scattered globals: in the run, and in the causal form for earlier rows. With dilation the same holds inside each residue
+class of positions, which is a strided slice. The backward pass computes the probabilities again, as fused kernels do:
+five products for the forward two.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ctxbench.implementations.longformer.layer import GlobalRows
-from ctxbench.implementations.longformer.params import Pattern
+from ctxbench.implementations._shared.window import GlobalRows, Pattern, Scattered
 
 BLOCK = 64  # queries a block: larger ones multiply more masked pairs, smaller ones gain little and cost more calls
 SPAN = 16  # blocks a copy
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: GlobalRows, pattern: Pattern) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: GlobalRows, scattered: Scattered, pattern: Pattern
+) -> torch.Tensor:
     """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``, stored as ``[B, T, H, D]``."""
-    return _Band.apply(q, k, v, everywhere(rows, pattern.causal), pattern)
+    return _Band.apply(q, k, v, everywhere(rows, pattern), *scattered, pattern)
 
 
-def everywhere(rows: GlobalRows, causal: bool) -> torch.Tensor:
-    """Global rows over all tokens; in the causal form the last G of their keys are their own tokens."""
-    G, S = rows.q.shape[2], rows.k.shape[2]
+def everywhere(rows: GlobalRows, pattern: Pattern) -> torch.Tensor:
+    """Global rows over all tokens; in the causal form up to their own."""
+    q, k, v, at = rows
+    G, S = q.shape[2], k.shape[2]
     if G == 0:
-        return rows.q
-    if causal and G < S:  # torch aligns is_causal at the first key, not at the last
-        visible = torch.ones(G, S, dtype=torch.bool, device=rows.q.device).tril(S - G)
-        return scaled_dot_product_attention(*rows, attn_mask=visible)
-    return scaled_dot_product_attention(*rows, is_causal=causal)
+        return q
+    if pattern.causal and pattern.scattered:
+        own = torch.tensor(at, device=q.device)
+        return scaled_dot_product_attention(q, k, v, attn_mask=torch.arange(S, device=q.device) <= own[:, None])
+    if pattern.causal and G < S:  # torch aligns is_causal at the first key, not at the last
+        visible = torch.ones(G, S, dtype=torch.bool, device=q.device).tril(S - G)
+        return scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return scaled_dot_product_attention(q, k, v, is_causal=pattern.causal)
 
 
 class Block(NamedTuple):
@@ -88,7 +95,7 @@ def _every(start: int, count: int, step: int) -> slice:
 
 
 class Operands(NamedTuple):
-    """One block's part of the buffers: n queries, m columns (prefix and run), batch and heads together."""
+    """One block's part of the buffers: n queries, m columns (globals and run), batch and heads together."""
 
     query: torch.Tensor  # [B * H, n, D]
     keys: torch.Tensor  # [B * H, m, D], as values
@@ -96,17 +103,25 @@ class Operands(NamedTuple):
     values: torch.Tensor
     scores: torch.Tensor  # [B * H, n, m]
     hidden: list[tuple[torch.Tensor, torch.Tensor]]  # corners of the scores, and where they are masked
-    prefix: list[tuple[torch.Tensor, torch.Tensor]]  # where the prefix of keys and of values goes, and the prefix
+    front: list[tuple[torch.Tensor, torch.Tensor]]  # where the globals of keys and of values go, and those
 
 
 class _Scratch:
     """Buffers that every span uses again. Spans of one form, all but the first and last few, share their operands."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int, pattern: Pattern):
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int, pattern: Pattern, scattered: Scattered
+    ):
         B, H, T, D = q.shape
-        self.q, self.k, self.v, self.pattern = q, k, v, pattern
+        self.q, self.k, self.v, self.pattern, self.at = q, k, v, pattern, scattered.at
+        self.before = k.shape[2] - T
         self.spans = list(plan(T, k.shape[2], G, pattern))
-        g, forms = pattern.num_global, {span.blocks for span in self.spans}
+        self.globals = [a[:, :, : pattern.num_global] for a in (k, v)]
+        if self.at:
+            pairs = zip(self.globals, (scattered.k, scattered.v), strict=True)
+            self.globals = [torch.cat(pair, dim=2) for pair in pairs]
+        g, forms = pattern.num_global + len(self.at), {span.blocks for span in self.spans}
+        self.width = g
         rows = max(blocks[0].rows for blocks in forms)
         self.queries = q.new_empty(B * H * D * max(len(blocks) * blocks[0].rows for blocks in forms))
         columns = g + max(blocks[-1].start + blocks[-1].run for blocks in forms)
@@ -118,17 +133,16 @@ class _Scratch:
     def load(self, span: Span) -> list[Operands]:
         """Copy the queries, keys and values of a span; returns the operands of its blocks, to be used in order."""
         read(self.q, self.queries, span)
-        g = self.pattern.num_global
         for buffer, source in ((self.keys, self.k), (self.values, self.v)):
             run = source[:, :, span.keys]
-            buffer[:, :, g : g + run.shape[2]] = run
+            buffer[:, :, self.width : self.width + run.shape[2]] = run
         if span.blocks not in self._operands:
             self._operands[span.blocks] = [self._cut(i, block) for i, block in enumerate(span.blocks)]
         return self._operands[span.blocks]
 
     def _cut(self, i: int, block: Block) -> Operands:
         B, H, _, D = self.keys.shape
-        g, batch, rows = self.pattern.num_global, B * H, block.rows
+        g, batch, rows = self.width, B * H, block.rows
         start, end = block.start, block.start + g + block.run
         scores = self.scores[: batch * rows * (end - start)].view(batch, rows, end - start)
         hidden = []
@@ -138,7 +152,7 @@ class _Scratch:
         last = g + self.pattern.left + self.pattern.right - block.missing  # the last column that row 0 sees
         if last + 1 < end - start:
             hidden.append((scores[:, :, last:], self.corner.T[:rows, : end - start - last]))
-        pairs = ((self.keys, self.k), (self.values, self.v)) if g else ()
+        pairs = zip((self.keys, self.values), self.globals, strict=True) if g else ()
         keys = self.keys[:, :, start:end].flatten(0, 1)
         return Operands(
             query=self.queries[i * batch * rows * D : (i + 1) * batch * rows * D].view(batch, rows, D),
@@ -147,19 +161,35 @@ class _Scratch:
             values=self.values[:, :, start:end].flatten(0, 1),
             scores=scores,
             hidden=hidden,
-            prefix=[(buffer[:, :, start : start + g], source[:, :, :g]) for buffer, source in pairs],
+            front=[(buffer[:, :, start : start + g], source) for buffer, source in pairs],
         )
 
+    def probabilities(self, span: Span, i: int, block: Operands) -> torch.Tensor:
+        """Put the globals in place, then softmax over the visible keys: ``[B * H, n, m]``, in the scores' buffer."""
+        for place, source in block.front:
+            place.copy_(source)
+        scores, scale = block.scores, block.query.shape[2] ** -0.5
+        scores.baddbmm_(block.query, block.keys_t, beta=0, alpha=scale)
+        for corner, mask in block.hidden:
+            corner.masked_fill_(mask, float("-inf"))
+        if self.at:
+            self._hide_scattered(scores, span, i)
+        return torch.softmax(scores, dim=2, out=scores)
 
-def probabilities(block: Operands) -> torch.Tensor:
-    """Put the prefix in its place, then softmax over the visible keys: ``[B * H, n, m]``, in the scores' buffer."""
-    for place, prefix in block.prefix:
-        place.copy_(prefix)
-    scores, scale = block.scores, block.query.shape[2] ** -0.5
-    scores.baddbmm_(block.query, block.keys_t, beta=0, alpha=scale)
-    for corner, mask in block.hidden:
-        corner.masked_fill_(mask, float("-inf"))
-    return torch.softmax(scores, dim=2, out=scores)
+    def _hide_scattered(self, scores: torch.Tensor, span: Span, i: int) -> None:
+        """Scattered globals are no part of the run, and in the causal form no row sees a later one."""
+        block, step, g = span.blocks[i], self.pattern.dilation, self.width
+        first = span.keys.start + block.start * step
+        for place in self.at[bisect_left(self.at, first) : bisect_left(self.at, first + block.run * step)]:
+            column, between = divmod(place - first, step)
+            if not between:
+                scores[:, :, g + column] = float("-inf")
+        if self.pattern.causal:
+            row = self.before + span.queries.start + i * block.rows * step
+            seen = bisect_right(self.at, row)
+            for column, place in enumerate(self.at[seen:], start=self.pattern.num_global + seen):
+                blind = min(block.rows, -((row - place) // step))  # rows that come before it
+                scores[:, :blind, column] = float("-inf")
 
 
 def read(rows: torch.Tensor, buffer: torch.Tensor, span: Span) -> None:
@@ -181,65 +211,77 @@ def _by_block(rows: torch.Tensor, buffer: torch.Tensor, span: Span) -> tuple[tor
 
 
 class _Band(torch.autograd.Function):
-    """All rows outside the prefix; ``head: [B, H, G, D]`` becomes the first rows of the result."""
+    """All rows that are not global; ``head: [B, H, G, D]`` holds the global ones, the prefix first."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: torch.Tensor, pattern: Pattern
-    ) -> torch.Tensor:
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: torch.Tensor,
+        scattered_k: torch.Tensor, scattered_v: torch.Tensor, at: tuple[int, ...], pattern: Pattern,
+    ) -> torch.Tensor:  # fmt: skip
         B, H, T, D = q.shape
-        G = head.shape[2]
-        ctx.save_for_backward(q, k, v)
-        ctx.pattern, ctx.num_head = pattern, G
+        scattered = Scattered(scattered_k, scattered_v, at)
+        own = scattered.rows(T, k.shape[2])
+        G = head.shape[2] - len(own)
+        ctx.save_for_backward(q, k, v, scattered_k, scattered_v)
+        ctx.pattern, ctx.num_head, ctx.at = pattern, G, at
         out = q.new_empty(B, T, H, D).transpose(1, 2)
-        out[:, :, :G] = head
+        out[:, :, :G] = head[:, :, :G]
         if G == T:
             return out
-        scratch = _Scratch(q, k, v, G, pattern)
+        scratch = _Scratch(q, k, v, G, pattern, scattered)
         for span in scratch.spans:
-            for block in scratch.load(span):
-                block.query.baddbmm_(probabilities(block), block.values, beta=0)
+            for i, block in enumerate(scratch.load(span)):
+                block.query.baddbmm_(scratch.probabilities(span, i, block), block.values, beta=0)
             write(out, scratch.queries, span)
+        if own:
+            out[:, :, own] = head[:, :, G:]
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = gradients
-        q, k, v = ctx.saved_tensors
-        G, g, scale = ctx.num_head, ctx.pattern.num_global, q.shape[3] ** -0.5
+        q, k, v, scattered_k, scattered_v = ctx.saved_tensors
+        scattered, pattern, G = Scattered(scattered_k, scattered_v, ctx.at), ctx.pattern, ctx.num_head
+        own = scattered.rows(q.shape[2], k.shape[2])
+        dhead = grad[:, :, :G]
+        if own:
+            dhead = torch.cat((dhead, grad[:, :, own]), dim=2)
+            grad = grad.index_fill(2, torch.tensor(own, device=grad.device), 0)
+        scale, g = q.shape[3] ** -0.5, pattern.num_global
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         if q.shape[2] == G:
-            return dq, dk, dv, grad, None
-        scratch = _Scratch(q, k, v, G, ctx.pattern)
+            return dq, dk, dv, dhead, torch.zeros_like(scattered_k), torch.zeros_like(scattered_v), None, None
+        scratch = _Scratch(q, k, v, G, pattern, scattered)
+        front = scratch.width
         drows, dscores, product = (torch.empty_like(a) for a in (scratch.queries, scratch.scores, scratch.keys))
-        # Every block adds to the prefix, and several to each key: sum in at least single precision.
+        # Every block adds to the globals, and several to each key: sum in at least single precision.
         wide = torch.promote_types(q.dtype, torch.float32)
         dkeys, dvalues = (torch.empty_like(scratch.keys, dtype=wide) for _ in range(2))
-        prefix_dk, prefix_dv = (torch.zeros_like(k[:, :, :g], dtype=wide) for _ in range(2))
+        front_dk, front_dv = (torch.zeros_like(a, dtype=wide) for a in scratch.globals)
         for span in scratch.spans:
             read(grad, drows, span)
             dkeys.zero_(), dvalues.zero_()
             for i, (place, block) in enumerate(zip(span.blocks, scratch.load(span), strict=True)):
-                p, columns = probabilities(block), _like(block.keys, product)
+                p, columns = scratch.probabilities(span, i, block), _like(block.keys, product)
                 dout = drows[i * block.query.numel() :][: block.query.numel()].view(block.query.shape)
                 by_head = columns.view(*q.shape[:2], -1, q.shape[3])
                 run = slice(place.start, place.start + place.run)
                 columns.baddbmm_(p.transpose(1, 2), dout, beta=0)
-                prefix_dv += by_head[:, :, :g]
-                dvalues[:, :, run] += by_head[:, :, g:]
+                front_dv += by_head[:, :, :front]
+                dvalues[:, :, run] += by_head[:, :, front:]
                 ds = _like(p, dscores).baddbmm_(dout, block.values.transpose(1, 2), beta=0)
                 torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
                 columns.baddbmm_(ds.transpose(1, 2), block.query, beta=0, alpha=scale)
-                prefix_dk += by_head[:, :, :g]
-                dkeys[:, :, run] += by_head[:, :, g:]
+                front_dk += by_head[:, :, :front]
+                dkeys[:, :, run] += by_head[:, :, front:]
                 dout.baddbmm_(ds, block.keys, beta=0, alpha=scale)
             write(dq, drows, span)
             length = -(-(span.keys.stop - span.keys.start) // span.keys.step)
             dk[:, :, span.keys] += dkeys[:, :, :length]
             dv[:, :, span.keys] += dvalues[:, :, :length]
-        dk[:, :, :g] += prefix_dk
-        dv[:, :, :g] += prefix_dv
-        return dq, dk, dv, grad[:, :, :G], None
+        dk[:, :, :g] += front_dk[:, :, :g]
+        dv[:, :, :g] += front_dv[:, :, :g]
+        return dq, dk, dv, dhead, front_dk[:, :, g:].to(k.dtype), front_dv[:, :, g:].to(v.dtype), None, None
 
 
 def _like(shaped: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
