@@ -67,6 +67,7 @@ def describe(
         "mode_supported": support.ok,
         "mode_reason": support.reason,
         "without": dict(method.without),
+        "without_positions": dict(method.without_positions),
         "dims": dataclasses.asdict(dims),
         "dtype": dtype,
         "costs": costs,
@@ -202,6 +203,10 @@ def _print(method: Method, description: dict[str, Any], as_latex: bool, ctx: Com
     for mode in MODES:
         answer = "yes" if mode in method.modes else f"no, {method.without.get(mode, 'not part of the method')}"
         echo(f"  {mode}: {answer}")
+    echo("\nPositions")
+    echo(f"  {', '.join(method.positions)}")
+    for position, why in method.without_positions.items():
+        echo(f"  {position}: no, {why}")
     echo(f"\nImplementations on {ctx_device(description)}")
     for impl in description["impls"]:
         answer = "yes" if impl["supported"] else f"no: {impl['reason']}"

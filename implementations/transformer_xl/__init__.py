@@ -1,7 +1,7 @@
 """Transformer-XL: segments that attend to the previous layer's earlier inputs, with relative positions."""
 
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams
-from ctxbench.method import Claim, Impl, Method, Paper
+from ctxbench.method import POSITIONS, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="transformer_xl",
@@ -20,6 +20,11 @@ METHOD = Method(
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
     positions=("transformer_xl",),
+    without_positions={
+        position: "distances between a segment and its memory are part of this method's own score"
+        for position in POSITIONS
+        if position != "transformer_xl"
+    },
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="the published loop over segments"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="all segments at once, shift without a copy"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.dense import blocked, reference
 from ctxbench.suites.benchmarks.ratios import Comparison
 
@@ -28,14 +29,17 @@ def comparisons() -> list[Comparison]:
     for title, queries, keys in (("whole sequence", 4096, 4096), ("decode", 1, 16384)):
         q, k, v = operands(queries, keys)
         plain = functools.partial(scaled_dot_product_attention, q, k, v, is_causal=queries > 1)
-        candidates = {"plain SDPA": plain, "dense/blocked": functools.partial(blocked.attend, q, k, v, True)}
+        candidates = {
+            "plain SDPA": plain,
+            "dense/blocked": functools.partial(blocked.attend, q, k, v, True, Position()),
+        }
         name = f"dense attention, {title}, {queries} queries, {keys} keys, fp32"
         found.append(Comparison(name, "plain SDPA", candidates, floor={"dense/blocked": 0.97}))
     q, k, v = operands(512, 8192)
     visible = torch.ones(512, 8192, dtype=torch.bool).tril(8192 - 512)
     candidates = {
         "plain SDPA, mask ready": functools.partial(scaled_dot_product_attention, q, k, v, attn_mask=visible),
-        "dense/blocked": functools.partial(blocked.attend, q, k, v, True),
+        "dense/blocked": functools.partial(blocked.attend, q, k, v, True, Position()),
     }
     title = "dense attention, streamed call, 512 queries, 8192 keys, fp32"
     found.append(Comparison(title, "plain SDPA, mask ready", candidates, floor={"dense/blocked": 0.95}))
@@ -47,5 +51,5 @@ def comparisons() -> list[Comparison]:
 def test_attend(benchmark: Any, impl: str, queries: int) -> None:
     q, k, v = operands(queries, 512)
     benchmark.extra_info.update(method="dense", impl=impl, queries=queries, keys=512)
-    y = benchmark.pedantic(IMPLS[impl], (q, k, v, True), rounds=20, warmup_rounds=3)
+    y = benchmark.pedantic(IMPLS[impl], (q, k, v, True, Position()), rounds=20, warmup_rounds=3)
     assert y.shape == q.shape

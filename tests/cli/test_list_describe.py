@@ -116,3 +116,11 @@ def test_wrong_input_says_what_is_wrong_and_what_is_accepted(ctxbench, arguments
 def test_color_never_prints_no_escape_codes(ctxbench, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[" not in ctxbench("list").out
+
+
+def test_describe_says_which_positions_a_method_takes_and_why_not_others(ctxbench):
+    assert "rope_yarn" in ctxbench("describe", "dense").out
+    described = ctxbench("describe", "transformer_xl", "--json").json
+    assert described["positions"] == ["transformer_xl"]
+    reason = described["without_positions"]["rope"]
+    assert f"rope: no, {reason}" in ctxbench("describe", "transformer_xl").out
