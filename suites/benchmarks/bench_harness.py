@@ -1,16 +1,19 @@
-"""What the harness itself costs, and whether its medians are those of ``torch.utils.benchmark``.
+"""What the harness itself costs, whether its medians are those of ``torch.utils.benchmark``, how fast it counts.
 
-``python -m ctxbench.suites.benchmarks.bench_harness`` prints both tables on an idle machine; it takes about a minute.
+``python -m ctxbench.suites.benchmarks.bench_harness`` prints the tables on an idle machine; it takes about two minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 from ctxbench.cell import Cell
@@ -23,6 +26,7 @@ from ctxbench.suites.benchmarks.ratios import with_kept_heap
 ORIGIN = "ctxbench.implementations.dense"
 MIB = 2**20
 FIXED_LIMIT_S, AGREEMENT = 0.6, 0.03
+COUNTED_LENGTH, COUNT_LIMIT_S, COUNT_LIMIT_BYTES = 131072, 2.0, 500 * 10**6
 SIDE_BY_SIDE = (("blocked", 512, "forward"), ("blocked", 2048, "forward"), ("reference", 1024, "forward"),
                 ("reference", 1024, "train"))  # fmt: skip
 
@@ -86,8 +90,39 @@ def side_by_side(threads: int, rounds: int = 5) -> list[tuple[str, float, float]
     return found
 
 
+class Counting(NamedTuple):
+    """What the tracer took for one impl: seconds and bytes of the process above those before."""
+
+    name: str
+    seconds: float
+    grown_bytes: int
+
+
+def counting() -> Iterator[Counting]:
+    """Trace every impl in every mode at 128k tokens, in this process."""
+    from ctxbench.cost.trace import trace
+    from ctxbench.registry import discover
+
+    for method in discover():
+        params = method.params()
+        dims = Dims(
+            COUNTED_LENGTH, causal=method.causal[0], position=method.positions[0],
+            num_layers=method.fewest_layers(params),
+        )  # fmt: skip
+        for impl in method.impls:
+            for mode in impl.modes or method.modes:
+                if method.mode_support(mode, dims, params) and method.impl_support(
+                    impl, mode, dims, params, "cpu", "fp32"
+                ):
+                    before, started = psutil.Process().memory_info().rss, time.perf_counter()
+                    trace(method, dims, params, impl.name, mode)
+                    seconds = time.perf_counter() - started
+                    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+                    yield Counting(f"{method.name}/{impl.name} {mode}", seconds, grown)
+
+
 def main() -> int:
-    """Print both tables; 1 when a limit is missed."""
+    """Print the tables; 1 when a limit is missed."""
     parser = argparse.ArgumentParser(prog="python -m ctxbench.suites.benchmarks.bench_harness", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -101,6 +136,10 @@ def main() -> int:
     for name, ours, theirs in side_by_side(arguments.threads):
         reached &= abs(ours / theirs - 1) < AGREEMENT
         show(f"  {name:30} {1e3 * ours:9.3f} ms {1e3 * theirs:9.3f} ms   {ours / theirs - 1:+7.2%}\n")
+    show(f"counting at {COUNTED_LENGTH} tokens (limits {COUNT_LIMIT_S:g} s, {COUNT_LIMIT_BYTES / 1e6:.0f} MB)\n")
+    for counted in counting():
+        reached &= counted.seconds < COUNT_LIMIT_S and counted.grown_bytes < COUNT_LIMIT_BYTES
+        show(f"  {counted.name:38} {counted.seconds:7.2f} s {counted.grown_bytes / 1e6:7.0f} MB\n")
     show("every limit kept\n" if reached else "some limits were missed\n")
     return 0 if reached else 1
 
