@@ -33,7 +33,8 @@ MODE_HELP = {
     "stream": "a sequence segment by segment, state carried",
     "decode": "one token at context length T",
 }
-POSITIONS = ("none", "transformer_xl", "t5", "alibi", "rope", "rope_linear", "rope_ntk", "rope_yarn")
+ROPE = ("rope", "rope_linear", "rope_ntk", "rope_yarn")
+POSITIONS = ("none", "transformer_xl", "t5", "alibi", *ROPE)
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
@@ -309,7 +310,7 @@ class Method:
         if dims.position not in self.positions:
             taken = f"{self.name} takes the positions {', '.join(self.positions)}, not {dims.position}"
             return no(self.without_positions.get(dims.position, taken))
-        if dims.position.startswith("rope") and dims.head_dim % 2:
+        if dims.position in ROPE and dims.head_dim % 2:
             return no(f"{dims.position} turns pairs of channels and needs an even head width, received {dims.head_dim}")
         fewest = self.fewest_layers(params)
         if dims.num_layers < fewest:

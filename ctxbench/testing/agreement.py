@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 
 from ctxbench import registry
+from ctxbench.method import Equivalence, Method
 from ctxbench.testing.case import Case, equivalent
 from ctxbench.testing.law import law, not_applicable, not_claimed, require
 from ctxbench.workload import DTYPES, as_output
@@ -31,32 +33,46 @@ def agreement(case: Case) -> str:
 
 @law()
 def equivalences(case: Case) -> str:
-    """The method equals what it declares itself equal to, with the other method's weights."""
+    """The method equals what it declares itself equal to, with the other method's weights, at every shared position."""
     if not case.method.equals:
         not_claimed("METHOD.equals is empty")
-    others = registry.discover()
+    others, seen = registry.discover(), []
     for declared in case.method.equals:
-        here, there = equivalent(case, declared, others[declared.other])
-        answer = here.supports() and there.supports(dtype=case.dtype)
-        if not answer:
-            not_applicable(f"{declared.when}: {answer.reason}")
-        source, target = there.build(dtype=case.dtype), here.build()
-        known = target.state_dict()
-        lacking = sorted(set(source.state_dict()) - set(known))
+        for position in _shared_positions(case, others[declared.other]):
+            at = dataclasses.replace(case, dims=case.dims.replace(position=position))
+            _compare_declared(at, declared, others[declared.other])
+        seen.append(f"{declared.other} where {declared.when}")
+    return "; ".join(seen)
+
+
+def _shared_positions(case: Case, other: Method) -> list[str]:
+    """Positions that both methods take; of those that differ in a table of constants, one."""
+    both = [name for name in case.method.positions if name in other.positions]
+    both = [name for name in both if not (name.startswith("rope_") and "rope" in both)]
+    return both or [case.dims.position]
+
+
+def _compare_declared(case: Case, declared: Equivalence, other: Method) -> None:
+    here, there = equivalent(case, declared, other)
+    answer = here.supports() and there.supports(dtype=case.dtype)
+    if not answer:
+        not_applicable(f"{declared.when}: {answer.reason}")
+    source, target = there.build(dtype=case.dtype), here.build()
+    known = target.state_dict()
+    lacking = sorted(set(source.state_dict()) - set(known))
+    require(
+        not lacking, expected=f"every weight of {declared.other} in {case.method.name}",
+        seen=f"without {', '.join(lacking)}", at=here.where(), look=f"METHOD.equals, {declared.when!r}",
+    )  # fmt: skip
+    target.load_state_dict({**known, **source.state_dict()})
+    x, grad = case.tokens(batch=2), case.tokens(batch=2, seed=3)
+    mine, theirs = run(target, x, grad), run(source, x, grad)
+    for name, value in theirs.items():
+        gap, scale = distance(mine[name], value), max(1.0, float(value.abs().max()))
         require(
-            not lacking, expected=f"every weight of {declared.other} in {case.method.name}",
-            seen=f"without {', '.join(lacking)}", at=here.where(), look=f"METHOD.equals, {declared.when!r}",
+            gap <= case.tolerance * scale, expected=f"{name} of {declared.other} where {declared.when}",
+            seen=f"largest difference {gap:.3g}", at=here.where(), look="the edge case of the mask or the memory",
         )  # fmt: skip
-        target.load_state_dict({**known, **source.state_dict()})
-        x, grad = case.tokens(batch=2), case.tokens(batch=2, seed=3)
-        mine, theirs = run(target, x, grad), run(source, x, grad)
-        for name, value in theirs.items():
-            gap, scale = distance(mine[name], value), max(1.0, float(value.abs().max()))
-            require(
-                gap <= case.tolerance * scale, expected=f"{name} of {declared.other} where {declared.when}",
-                seen=f"largest difference {gap:.3g}", at=here.where(), look="the edge case of the mask or the memory",
-            )  # fmt: skip
-    return "; ".join(f"{declared.other} where {declared.when}" for declared in case.method.equals)
 
 
 def _compare_exactly(case: Case, length: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ctxbench.method import Dims, Equivalence, Method, Params, Support, no
+from ctxbench.method import ROPE, Dims, Equivalence, Method, Params, Support, no
 from ctxbench.workload import DTYPES, as_output
 
 TINY = Dims(seq_len=1, batch_size=2, d_model=16, num_heads=2, num_layers=2, d_ff=32)
@@ -131,7 +131,7 @@ def _forms(method: Method, impl: str, modes: tuple[str, ...], device: str) -> It
     for causal in method.causal[1:]:
         yield case(params, preferred.replace(causal=causal), "causal" if causal else "bidirectional")
     for position in method.positions[1:]:
-        retabled = position.startswith("rope_") and "rope" in method.positions
+        retabled = position in ROPE and "rope" in method.positions[: method.positions.index(position)]
         yield case(params, preferred.replace(position=position), position, retabled)
     if method.memory_parameter:
         small = int(getattr(params, method.memory_parameter))

@@ -26,14 +26,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ctxbench.method import Dims
+from ctxbench.method import ROPE, Dims
 
 BASE = 10_000.0  # of the frequencies, Su et al. 2021
 ORIGINAL_LENGTH = 4096  # tokens a model is taken to be trained on: Llama 2, from which YaRN extends
 FASTEST, SLOWEST = 32, 1  # YaRN: turns over the original length that mark the ends of its ramp
 BUCKETS, FARTHEST = 32, 128  # T5: rows of its table, and the distance from which on all share one
-
-ROPE = ("rope", "rope_linear", "rope_ntk", "rope_yarn")
 
 
 class Position(nn.Module):

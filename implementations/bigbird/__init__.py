@@ -1,7 +1,7 @@
 """BigBird: blocks of queries against two global blocks, their neighbours, and a few random blocks."""
 
 from ctxbench.implementations.bigbird.params import BigBirdParams
-from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
 METHOD = Method(
     name="bigbird",
@@ -13,11 +13,18 @@ METHOD = Method(
     build=f"{__name__}.layer:build",
     params=BigBirdParams,
     memory_parameter="block_size",
+    support=f"{__name__}.params:support",
     without=dict.fromkeys(
         ("stream", "decode"),
         "BigBird cannot be continued: its first block sees all later tokens, and all tokens see its last block",
     ),
     causal=(False,),
+    positions=("none", *ROPE),
+    without_positions=dict.fromkeys(
+        ("t5", "alibi", "transformer_xl"),
+        "gathered blocks stand at distances of their own in every row and head: a term by distance would be gathered "
+        "pair by pair, while a rotation travels with its key",
+    ),
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores and masks most of them"),
         Impl(

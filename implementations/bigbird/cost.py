@@ -8,6 +8,7 @@ from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear_parameters, projections, tensor, when_ffn
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters, stack_peak
+from ctxbench.implementations.bigbird.etc_cost import etc_cost
 from ctxbench.implementations.bigbird.params import BigBirdParams
 
 SLAB, END = Integer(256), Integer(64)  # queries of the blocked impl whose scores are alive together
@@ -26,6 +27,8 @@ def visible_pairs() -> Expr:
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParams) -> Cost:
     """One impl in one mode."""
+    if params.form == "etc":
+        return etc_cost(impl, mode)
     visible = visible_pairs()
     algorithmic = {
         "projections": L * projections(T),
@@ -41,8 +44,12 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)),
-        peak_bytes=_forward_peak(impl) if mode == "forward" else _train_peak(impl),
+        peak_bytes=_peak(impl, mode) if position == "none" else None,
     )
+
+
+def _peak(impl: str, mode: str) -> Expr:
+    return _forward_peak(impl) if mode == "forward" else _train_peak(impl)
 
 
 row, piece = tensor(B, T, d), tensor(B, Min(b, END), d)  # bytes of a sequence, and of some queries of a global row

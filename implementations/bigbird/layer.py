@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
+from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.bigbird.params import BigBirdParams, Pattern
 from ctxbench.method import Dims, Output, load
 
@@ -33,13 +34,13 @@ class Plan(NamedTuple):
 class BigBirdAttention(nn.Module):
     """Projections around ``operator(q, k, v, plan) -> [B, H, T, D]``; the plan is made here, for one length."""
 
-    def __init__(self, dims: Dims, params: BigBirdParams, layer: int, operator: Any):
+    def __init__(self, dims: Dims, params: BigBirdParams, layer: int, operator: Any, position: Position):
         super().__init__()
         self.seq_len, self.num_heads = dims.seq_len, dims.num_heads
-        self.pattern: Pattern = params.pattern(dims.seq_len)
+        self.pattern: Pattern = params.pattern(dims.seq_len, dims.num_heads)
         width = dims.d_model
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.operator = operator
+        self.operator, self.position = operator, position
         plans = [self.pattern.sees(layer, head) for head in range(dims.num_heads)]
         last = self.pattern.num_blocks - 1
         ends = [row for row in (1, last - 1) if 0 < row < last]
@@ -50,6 +51,7 @@ class BigBirdAttention(nn.Module):
         if x.shape[1] != self.seq_len:
             raise ValueError(f"this plan of blocks is for {self.seq_len} tokens, received {x.shape[1]}; build anew")
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        q, k = self.position.rotate(q, 0), self.position.rotate(k, 0)
         plan = Plan(self.pattern.block_size, self.pattern.num_blocks, self.edges, self.inner)  # type: ignore[arg-type]
         mixed = self.operator(q, k, v, plan)
         del q, k, v  # else they would live through the output projection
@@ -64,9 +66,14 @@ def _table(plans: list[tuple[tuple[int, ...], ...]], rows: list[int]) -> torch.T
 def build(dims: Dims, params: BigBirdParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
     """Stack of ``num_layers`` layers; impls differ in the operator alone."""
     from ctxbench.implementations.bigbird import METHOD
+    from ctxbench.implementations.bigbird.etc import build_etc
+
+    if params.form == "etc":
+        return build_etc(dims, params, impl).to(device, dtype)
 
     operator = load(METHOD.impl(impl).run)
     layers: list[nn.Module] = [
-        PreNormBlock(BigBirdAttention(dims, params, layer, operator), dims) for layer in range(dims.num_layers)
+        PreNormBlock(BigBirdAttention(dims, params, layer, operator, position), dims)
+        for layer, position in enumerate(positions_for(dims))
     ]
     return Stack(layers).to(device, dtype)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ctxbench.method import Dims, Params, param
+from ctxbench.implementations._shared.window import Pattern as Window
+from ctxbench.implementations.bigbird.official import drawn
+from ctxbench.method import YES, Dims, Params, Support, no, param
 
 MASK = (1 << 64) - 1
 
@@ -18,8 +20,8 @@ class Pattern:
 
     The first and the last row see all columns, and all rows see those two. A row between them also sees itself, its
     neighbours, and ``num_random`` more (as many as there are, where there are fewer), drawn for every layer and head
-    from all columns, or from the first ``random_within``. The last block holds what is left of the tokens,
-    ``1 .. block_size`` of them.
+    from all columns, or from the first ``random_within``, or as the published code draws them (``official``, where all
+    heads draw from one generator). The last block holds what is left of the tokens, ``1 .. block_size`` of them.
     """
 
     seq_len: int
@@ -27,6 +29,8 @@ class Pattern:
     num_random: int
     random_within: int
     seed: int
+    official: bool = False
+    num_heads: int = 1
 
     @property
     def num_blocks(self) -> int:
@@ -46,6 +50,12 @@ class Pattern:
 def _plan(pattern: Pattern, layer: int, head: int) -> tuple[tuple[int, ...], ...]:
     blocks = pattern.num_blocks
     everything = tuple(range(blocks))
+    if pattern.official:
+        lists = drawn(
+            pattern.seq_len, pattern.block_size, pattern.num_random, pattern.num_heads, pattern.seed + layer
+        )[head]
+        between = [tuple(sorted({*pattern.fixed(row), *more})) for row, more in enumerate(lists, start=1)]
+        return (everything, *between, everything)[:blocks]
     numbers = random_numbers(pattern.seed, layer, head)
     within = min(blocks, pattern.random_within or blocks)
     between = [_draw(pattern.fixed(row), pattern.num_random, within, numbers) for row in range(1, blocks - 1)]
@@ -83,15 +93,18 @@ def _mix(number: int) -> int:
 class BigBirdParams(Params):
     """One layer's attention pattern; layers and heads differ in their random blocks alone."""
 
+    form: str = param(
+        "itc", "itc: the first and the last block are global; etc: further tokens are", choices=("itc", "etc")
+    )
     block_size: int = param(
         64,
-        "tokens of a block; a token sees 5 + num_random blocks",
+        "itc: tokens of a block; a token sees 5 + num_random blocks",
         unit="tokens",
         low=1,
         source="Zaheer et al. 2020, E",
     )
     num_random: int = param(
-        3, "random blocks a block of queries sees", unit="blocks", low=0, source="Zaheer et al. 2020, E"
+        3, "itc: random blocks a block of queries sees", unit="blocks", low=0, source="Zaheer et al. 2020, E"
     )
     random_within: int = param(
         0,
@@ -100,7 +113,18 @@ class BigBirdParams(Params):
         low=0,
         source="ours: 0; published code: 2 num_random + 4 of longer sequences",
     )
-    seed: int = param(0, "seed of the random blocks", low=0)
+    plan: str = param(
+        "uniform",
+        "itc: random blocks are drawn uniformly, or (official) as the published code draws them, number by number",
+        choices=("uniform", "official"),
+    )
+    seed: int = param(0, "itc: seed of the random blocks", low=0)
+    num_global: int = param(
+        256, "etc: global tokens ahead of the sequence", unit="tokens", low=1, source="Zaheer et al. 2020, E"
+    )
+    local_radius: int = param(
+        84, "etc: keys that a token sees on each side", unit="tokens", low=0, source="Ainslie et al. 2020, ETC"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,14 +135,39 @@ class BigBirdParams(Params):
                 "a row would find too few blocks to draw from"
             )
 
-    def pattern(self, seq_len: int) -> Pattern:
-        """The pattern at one length."""
-        return Pattern(seq_len, self.block_size, self.num_random, self.random_within, self.seed)
+    def pattern(self, seq_len: int, num_heads: int = 1) -> Pattern:
+        """The pattern of blocks at one length."""
+        official = self.plan == "official"
+        return Pattern(seq_len, self.block_size, self.num_random, self.random_within, self.seed, official, num_heads)
+
+    def window(self) -> Window:
+        """The pattern of the external construction, over the global tokens and then the sequence."""
+        return Window(self.local_radius, self.local_radius, 1, self.num_global, causal=False)
+
+
+def support(dims: Dims, params: BigBirdParams, mode: str) -> Support:
+    """The published plans exist for some lengths only, and rows are sets here."""
+    if params.form == "etc" or params.plan == "uniform":
+        return YES
+    if params.random_within:
+        return no("the published plan limits its random blocks itself: random_within must be 0 with plan=official")
+    pattern = params.pattern(dims.seq_len, dims.num_heads)
+    try:
+        plans = [pattern.sees(layer, head) for layer in range(dims.num_layers) for head in range(dims.num_heads)]
+    except ValueError as error:
+        return no(str(error))
+    expected = [len(pattern.fixed(row)) + params.num_random for row in range(1, pattern.num_blocks - 1)]
+    if any([len(row) for row in plan[1:-1]] != expected for plan in plans):
+        return no(f"the published plan lets a row see a block twice at {dims.seq_len} tokens; rows are sets here")
+    return YES
 
 
 def reach(dims: Dims, params: BigBirdParams, i: int) -> set[int]:
     """Input positions that may influence output ``i``: what any head sees, and what they saw in the layers below."""
-    pattern, size = params.pattern(dims.seq_len), params.block_size
+    if params.form == "etc":  # global tokens hold nothing of the sequence before the second layer
+        near = range(max(0, i - params.local_radius), min(dims.seq_len, i + params.local_radius + 1))
+        return set(near if dims.num_layers == 1 else range(dims.seq_len))
+    pattern, size = params.pattern(dims.seq_len, dims.num_heads), params.block_size
     reached = {i // size}
     for layer in reversed(range(dims.num_layers)):
         plans = [pattern.sees(layer, head) for head in range(dims.num_heads)]

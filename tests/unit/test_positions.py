@@ -11,7 +11,6 @@ import torch
 
 from ctxbench.implementations._shared.positions import (
     ORIGINAL_LENGTH,
-    ROPE,
     AlibiBias,
     Position,
     RelativeTerm,
@@ -23,7 +22,7 @@ from ctxbench.implementations._shared.positions import (
     sinusoids,
     slopes,
 )
-from ctxbench.method import POSITIONS, Dims
+from ctxbench.method import POSITIONS, ROPE, Dims
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "positions.npz"))
 DIMS = Dims(seq_len=16, d_model=24, num_heads=3, num_layers=2)

@@ -1,0 +1,36 @@
+"""Closed forms of BigBird's external construction. Derivation in README.md."""
+
+from __future__ import annotations
+
+from sympy import Expr, Integer
+
+from ctxbench.cost import Cost
+from ctxbench.cost.symbols import B, L, T, d, param
+from ctxbench.cost.terms import FUSED_BACKWARD, attention, band_pairs, linear_parameters, projections
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations._shared.window_pairs import run_pairs
+
+g, radius = param("num_global"), param("local_radius")
+n = T + g  # tokens of a layer
+
+
+def etc_visible_pairs() -> Expr:
+    """Pairs a head needs: the band of the sequence, its globals, and the rows of those."""
+    return band_pairs(T, radius, radius) + T * g + g * n
+
+
+def etc_cost(impl: str, mode: str) -> Cost:
+    """One impl in one mode."""
+    visible = etc_visible_pairs()
+    in_blocks = run_pairs(Integer(0), T, radius, radius, 1, Integer(1)) + T * g + g * n
+    algorithmic = {"projections": L * projections(n), "attention": L * attention(visible), "ffn": block_ffn(n)}
+    flops = {**algorithmic, "attention": L * attention(in_blocks if impl == "blocked" else n * n)}
+    if mode == "train":
+        core = FUSED_BACKWARD if impl == "blocked" else 2
+        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
+        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+    return Cost(
+        algorithmic=algorithmic,
+        flops=flops,
+        num_parameters=block_parameters(5 * linear_parameters(d, d)) + g * d,
+    )
