@@ -1,0 +1,46 @@
+"""Recurrent memory transformer: memory tokens around every segment carry what the next one reads."""
+
+from ctxbench.implementations.rmt.params import RMTParams
+from ctxbench.method import Claim, Impl, Method, Paper
+
+METHOD = Method(
+    name="rmt",
+    title="Recurrent memory transformer",
+    family="recurrent",
+    idea="Memory tokens stand before and after each segment; what the last ones become is the next segment's memory.",
+    paper=Paper("Bulatov et al. 2022, Recurrent Memory Transformer", "arXiv:2207.06881", "3"),
+    build=f"{__name__}.layer:build",
+    params=RMTParams,
+    memory_parameter="num_memory",
+    segment="segment_len",
+    modes=("forward", "train", "stream", "decode"),
+    causal=(True,),
+    impls=(
+        Impl("reference", run=f"{__name__}.reference:attend", note="all scores of a segment, with a mask"),
+        Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention, no mask; the same loop over segments"),
+    ),
+    cost=f"{__name__}.cost:cost",
+    reach=f"{__name__}.params:reach",
+    deviations=(
+        "one pre-norm layer with a final norm for both variants; LM-RMT stands on Transformer-XL, whose relative "
+        "positions and cache are left out",
+        "the learned memory starts as independent normal rows in both variants; LM-RMT repeats one row, which without "
+        "positions would stay one row for ever",
+        "bptt_depth cuts in every implementation; the published wrapper of Hugging Face models computes a detached "
+        "copy and goes on with the other one",
+        "a whole sequence writes nothing after its last segment, and no read token passes the top layer's output "
+        "projection and network: nobody would look",
+    ),
+    claims=(
+        Claim(
+            "constant memory growth",
+            "true of inference only",
+            "m d elements between segments; training keeps the activations of every segment of a chain",
+        ),
+        Claim(
+            "linear in the length",
+            "true, one segment after the other",
+            "N (S / 2 + 2 m) d pairs at most, in a chain of L N / S layer evaluations that nothing shortens",
+        ),
+    ),
+)

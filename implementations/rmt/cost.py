@@ -1,0 +1,88 @@
+"""Closed forms of the recurrent memory transformer. Derivation in README.md."""
+
+from __future__ import annotations
+
+from sympy import Expr, Integer, Min, Mod, ceiling, floor, sympify
+
+from ctxbench.cost import Cost
+from ctxbench.cost.symbols import B, L, T, d
+from ctxbench.cost.terms import FUSED_BACKWARD, attention, ffn, linear, linear_parameters, projections, tensor, triangle
+from ctxbench.implementations._shared.forms import block_parameters
+from ctxbench.implementations.rmt.params import RMTParams
+from ctxbench.implementations.rmt.peaks import REST, M, S, peak
+
+
+def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -> Cost:
+    """One impl in one mode. ``stream`` takes a segment a call, so that no segment is split."""
+    full = params.variant == "xl"
+    begun, written, tokens = _segments(mode)
+    rows = tokens + M * (begun + written)
+    unread = M * begun  # rows of the top layer whose outputs nobody reads
+    algorithmic = {
+        "projections": L * projections(rows) - linear(B * unread, d, 2 * d),
+        "attention": L * attention(_pairs(mode, written, full, "visible")) - attention(_unread_pairs(begun, full)),
+        "ffn": L * ffn(rows) - ffn(unread),
+    }
+    flops = {
+        "projections": L * projections(rows) - linear(B * unread, d, d),
+        "attention": L * attention(_pairs(mode, written, full, impl)),
+        "ffn": L * ffn(rows) - ffn(unread),
+    }
+    if mode == "train":
+        core = FUSED_BACKWARD if impl == "blocked" else 2
+        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
+        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+    return Cost(
+        algorithmic=algorithmic,
+        flops=flops,
+        num_parameters=block_parameters(4 * linear_parameters(d, d)) + M * d + 2 * d,
+        state_bytes=tensor(B, M, d) + 2 * L * Min(REST, 1) * tensor(B, M + REST, d),
+        peak_bytes=peak(impl, mode, full),
+        depth=L if mode == "decode" else L * ceiling(T / S),
+    )
+
+
+def _segments(mode: str) -> tuple[Expr, Expr, Expr]:
+    """Segments that a call begins (with read tokens) and completes (with write tokens), and its tokens."""
+    if mode == "decode":
+        return 1 - Min(REST, 1), floor((T + 1) / S) - floor(T / S), Integer(1)
+    return ceiling(T / S), floor(T / S) if mode == "stream" else floor((T - 1) / S), T
+
+
+def _pairs(mode: str, written: Expr, full: bool, how: str) -> Expr:
+    """Pairs a layer. ``how``: ``visible``, or what an impl multiplies."""
+    if mode == "decode":
+        return _decoded_pairs(written, full, how)
+    rest = T - S * written  # tokens after the last write
+    return written * _segment_pairs(S, M, full, how) + Min(rest, 1) * _segment_pairs(rest, Integer(0), full, how)
+
+
+def _segment_pairs(tokens: Expr, writes: Expr, full: bool, how: str) -> Expr:
+    """Read tokens, ``tokens`` and write tokens from the beginning of a segment."""
+    rows = M + tokens + writes
+    if how == "reference":
+        return rows**2
+    if not full:
+        return triangle(rows)
+    reads = M**2 if how == "blocked" else M**2 - triangle(M)  # fused: next to the causal product, not instead of it
+    return triangle(M + tokens) + reads + writes * rows
+
+
+def _unread_pairs(begun: Expr, full: bool) -> Expr:
+    """Pairs of the top layer's read tokens."""
+    return begun * (M**2 if full else triangle(M))
+
+
+def _decoded_pairs(written: Expr, full: bool, how: str) -> Expr:
+    """One token in its segment, which it may begin, complete, or both."""
+    begins, fill = 1 - Min(Mod(T, S), 1), Mod(T, S)
+    fresh = _segment_pairs(Integer(1), M * written, full, how)
+    keys = M + fill + 1 + M * written
+    if full or how == "visible":
+        own = M * written * keys if full else triangle(keys) - triangle(keys - M * written)
+        continued = M + fill + 1 + own
+        if how == "reference":
+            continued = (1 + M * written) * keys
+    else:
+        continued = (1 + M * written) * keys
+    return begins * fresh + (1 - begins) * sympify(continued)

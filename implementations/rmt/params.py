@@ -1,0 +1,44 @@
+"""Hyper-parameters of the recurrent memory transformer, and who may influence whom. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ctxbench.method import Dims, Params, param
+
+
+@dataclass(frozen=True)
+class RMTParams(Params):
+    """The memory's size, how long a segment is, what a memory token sees, and how far a gradient goes."""
+
+    num_memory: int = param(
+        10,
+        "memory tokens, read at the start of a segment and written at its end",
+        unit="tokens",
+        low=1,
+        source="Bulatov et al. 2022, 10",
+    )
+    segment_len: int = param(
+        512, "ordinary tokens of a segment", unit="tokens", low=1, source="project; published 150 to 499"
+    )
+    variant: str = param(
+        "hf",
+        "hf: a plain causal model, memory tokens included; xl: memory tokens of one end see each other fully",
+        choices=("hf", "xl"),
+        source="the authors' two repositories: a wrapper of Hugging Face models, and LM-RMT on Transformer-XL",
+    )
+    bptt_depth: int = param(
+        -1,
+        "segment boundaries that a gradient passes at most; -1 is all of them",
+        unit="segments",
+        low=-1,
+        source="Bulatov et al. 2022, 0 to 4; the wrapper of Hugging Face models never cuts",
+    )
+
+
+def reach(dims: Dims, params: RMTParams, i: int) -> range | frozenset[int]:
+    """Input positions that may influence output ``i``: its segment up to itself, all earlier ones through the memory.
+
+    A range would promise gradients at its ends, which a cut does not let through: then it is a set.
+    """
+    return range(i + 1) if params.bptt_depth < 0 else frozenset(range(i + 1))

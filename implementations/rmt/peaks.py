@@ -1,0 +1,130 @@
+"""Allocator peaks of the recurrent memory transformer: what is alive together at the worst moment.
+
+A row is ``B n d`` elements of n rows of a segment. Nothing is left out but single values and, beside activations,
+the smallest weights.
+"""
+
+from __future__ import annotations
+
+from sympy import Expr, Integer, Min, Mod, floor, sympify
+
+from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
+from ctxbench.cost.terms import largest, tensor, when_ffn
+
+M = param("num_memory")
+S = param("segment_len")
+WHOLE = floor(T / S)
+REST = Mod(T, S)
+
+
+def peak(impl: str, mode: str, full: bool) -> Expr | None:
+    """Bytes of one impl in one mode."""
+    if mode == "decode":
+        return _decode(impl, full)
+    if mode == "stream":
+        return _stream(impl, full)
+    return _forward(impl, full) if mode == "forward" else _train(impl, full)
+
+
+def row(rows: Expr | int) -> Expr:
+    """Bytes of that many rows of every batch item."""
+    return tensor(B, rows, d)
+
+
+def some(count: Expr | int) -> Expr:
+    """1 where there are any, else 0."""
+    return Min(sympify(count), 1)
+
+
+def _mixing(impl: str, n: Expr, K: Expr, full: bool, fresh: bool) -> Expr:
+    """Inside the attention operator, beside queries, keys and values: scores, or the result and its parts.
+
+    ``fresh``: keys and values are the piece's own, so it has read tokens, and heads lie strided.
+    """
+    if impl == "blocked":
+        joined = row(2 * n + (M if fresh else 0)) if full else row(n)
+        return largest(joined, row(n) + 4 * B * h * n)
+    copied = some(B - 1) * row(K) if fresh else Integer(0)  # strided heads of several rows: no batch of matrices
+    return 2 * tensor(B, h, n, K) + largest(row(n) + copied, n * K)
+
+
+def _piece(impl: str, full: bool, n: Expr, left: Expr, kept: Expr | int = 0) -> Expr:
+    """A piece that begins its segment: n rows go in, ``left`` of them come out of the top layer.
+
+    The input lives through a layer, and so do keys and values; ``kept`` are those of the layers below.
+    """
+    mixing = 4 * row(n) + _mixing(impl, n, n, full, fresh=True)
+    below = some(L - 1) * largest(6 * row(n), when_ffn(5 * row(n) + 2 * tensor(B, n, f)))
+    top = largest(4 * row(n) + 2 * row(left), when_ffn(3 * row(n) + 2 * row(left) + 2 * tensor(B, left, f)))
+    return kept + largest(mixing, top, below)
+
+
+def _forward(impl: str, full: bool) -> Expr:
+    """Outputs of the segments collect with what their write tokens say, and are joined at the end."""
+    written = floor((T - 1) / S)
+    rest = T - S * written
+    segment = (written - 1) * row(S + M) + _piece(impl, full, S + 2 * M, S + M)
+    last = written * row(S + M) + _piece(impl, full, M + rest, rest)
+    return largest(some(written) * segment, last, some(written) * (row(T + M * written) + row(T)))
+
+
+def _stream(impl: str, full: bool) -> Expr:
+    """A call holds the outputs of the one before it and the memory that came in."""
+    whole = some(WHOLE - 1) * row(S + M) + row(M) + _piece(impl, full, S + 2 * M, S + M)
+    kept = (L - 1) * 2 * row(M + REST)
+    rest = some(WHOLE) * row(S + M) + row(M) + _piece(impl, full, M + REST, REST, kept)
+    return largest(some(WHOLE) * whole, some(REST) * rest)
+
+
+def _decode(impl: str, full: bool) -> Expr:
+    """One token: it begins its segment with the read tokens, or continues one and copies its keys and values."""
+    ends = floor((T + 1) / S) - WHOLE
+    n, K = 1 + M * ends, M + REST + 1 + M * ends
+    fresh = _piece(impl, full, M + n, n, (1 - ends) * (L - 1) * 2 * row(M + n))
+    operator = _mixing(impl, n, K, full, fresh=False)
+    if impl == "blocked" and not full:
+        operator = operator + ends * (e + 1) * n * K  # a mask, and the same in the dtype
+    step = largest(3 * row(n) + operator, 4 * row(n), when_ffn(3 * row(n) + 2 * tensor(B, n, f)))
+    continued = 2 * row(K) * (1 + (1 - ends) * (L - 1)) + largest(row(n) + step, row(M) + (1 - ends) * row(n))
+    begins = 1 - some(REST)
+    return begins * fresh + some(REST) * continued
+
+
+def _train(impl: str, full: bool) -> Expr:
+    """What backward needs of all segments while the outputs are joined; in ``reference`` also while it is in a softmax.
+
+    Backward begins with the last segment; of the segments after the one it is in, inputs' gradients are left.
+    """
+    written = floor((T - 1) / S)
+    rest = T - S * written
+    whole = _saved(impl, full, S + 2 * M, S + M)
+    saved = written * whole + _saved(impl, full, M + rest, rest)
+    joined = saved + some(written) * row(T + M * written) + row(T)
+    if impl == "blocked":
+        return joined
+    top = e * d * d + when_ffn(2 * e * d * f)  # gradients of weights, as far as they are there
+    last = saved + row(T) + _softmax(M + rest, rest) + top
+    earlier = written * whole + row(T) + row(M + rest) + _softmax(S + 2 * M, S + M) + L * (top + 3 * e * d * d)
+    return largest(joined, last, some(written) * earlier)
+
+
+def _softmax(n: Expr, left: Expr) -> Expr:
+    """Two gradients of scores and one of the residual; what the layer's later part had kept is free again."""
+    return 2 * tensor(B, h, n, n) + row(left) - 2 * row(left) - _network(left) - 8 * B * left
+
+
+def _network(rows: Expr) -> Expr:
+    """Saved by a network and its norm: two rows, two hidden ones, mean and deviation."""
+    return when_ffn(2 * row(rows) + 2 * tensor(B, rows, f) + 8 * B * rows)
+
+
+def _saved(impl: str, full: bool, n: Expr, left: Expr) -> Expr:
+    """Of one segment: every layer's input, its norm, q, k, v and what was mixed, the networks, the final norm."""
+    mixing = 6 * row(n) + 8 * B * n
+    if impl == "reference":
+        mixing = mixing + tensor(B, h, n, n) + n**2
+        unread = row(n - left)  # what was mixed is copied without them
+    else:
+        mixing = mixing + 4 * B * h * n + (row(n + M) + 4 * B * h * M if full else 0)
+        unread = Integer(0)
+    return L * mixing + (L - 1) * _network(n) + _network(left) - unread + row(left) + 8 * B * left
