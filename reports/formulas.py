@@ -1,28 +1,29 @@
-"""Formulas for readers: text, growth, and LaTeX drawn by matplotlib's mathtext as SVG with the text as alternative."""
+"""Formulas for readers: text, growth, LaTeX to copy, and MathML, which browsers draw themselves."""
 
 from __future__ import annotations
 
-import base64
-import io
+import html
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctxbench.method import Method
+
+if TYPE_CHECKING:
+    from sympy import Expr
 
 LONGEST = 220  # characters of text beyond which a drawn formula is wider than the page
 
 
 @dataclass(frozen=True)
 class Formula:
-    """One term of a cost formula. ``image`` is a data URI of an SVG, empty where mathtext cannot draw the LaTeX."""
+    """One term of a cost formula. ``mathml`` is empty where a drawing would be too wide to read."""
 
     term: str
     text: str
     latex: str
     growth: str
-    image: str = ""
-    height_em: float = 0.0
+    mathml: str = ""
 
 
 def formulas(method: Method | None, row: dict[str, Any]) -> tuple[list[Formula], str]:
@@ -43,36 +44,47 @@ def formulas(method: Method | None, row: dict[str, Any]) -> tuple[list[Formula],
         found = []
         for name, expression in terms.items():
             words = text(expression)
-            image, height = draw(latex(expression)) if len(words) <= LONGEST and name != "total" else ("", 0.0)
-            found.append(Formula(name, words, latex(expression), big_o(expression), image, height))
+            drawn = mathml(expression) if len(words) <= LONGEST and name != "total" else ""
+            found.append(Formula(name, words, latex(expression), big_o(expression), drawn))
     except Exception as error:  # a plug-in's cost function may raise anything
         return [], f"The formula could not be evaluated: {type(error).__name__}: {error}"
     return found, ""
 
 
-def draw(latex: str) -> tuple[str, float]:
-    """A formula as the data URI of an SVG and its height in em; empty and 0 where mathtext does not know the LaTeX."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.mathtext import MathTextParser
+def mathml(expression: Expr) -> str:
+    """A formula as a ``<math>`` element; parameters appear under their own names, undivided.
 
-    size = 12.0
-    source = f"${latex}$"
-    try:
-        width, height, depth, _, _ = MathTextParser("path").parse(source, dpi=72, prop=FontProperties(size=size))
-    except (ValueError, RuntimeError):
-        return "", 0.0
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ctxbench", "mathtext.fontset": "cm"}):
-        pad = 2.0
-        figure = Figure(figsize=((width + 2 * pad) / 72, (height + depth + 2 * pad) / 72))
-        figure.text(pad / (width + 2 * pad), (depth + pad) / (height + depth + 2 * pad), source, fontsize=size)
-        buffer = io.BytesIO()
-        try:
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        except (ValueError, RuntimeError):
-            return "", 0.0
-    from ctxbench.reports.figures.canvas import compact
+    Empty for a formula with functions of a plug-in's own, whose names SymPy would not escape.
+    """
+    from sympy.core.function import AppliedUndef
+    from sympy.printing.mathml import MathMLPresentationPrinter
 
-    encoded = base64.b64encode(compact(buffer.getvalue().decode()).encode()).decode()
-    return f"data:image/svg+xml;base64,{encoded}", (height + depth + 2 * pad) / size
+    class Printer(MathMLPresentationPrinter):  # type: ignore[misc]
+        def _element(self, tag: str, *children: Any) -> Any:
+            element = self.dom.createElement(tag)
+            for child in children:
+                element.appendChild(self.dom.createTextNode(child) if isinstance(child, str) else child)
+            return element
+
+        def _print_Symbol(self, symbol: Any) -> Any:  # noqa: N802 (the name SymPy looks for)
+            name = self._element("mi", html.escape(symbol.name))  # SymPy prints texts as they are
+            if len(symbol.name) > 1:
+                name.setAttribute("class", "name")
+            return name
+
+        def _print_Piecewise(self, piecewise: Any) -> Any:  # noqa: N802
+            rows = [
+                self._element(
+                    "mtr",
+                    self._element("mtd", self._print(value)),
+                    self._element("mtd", self._element("mtext", "otherwise"))
+                    if condition == True  # noqa: E712 (SymPy's own truth)
+                    else self._element("mtd", self._element("mtext", "if "), self._print(condition)),
+                )
+                for value, condition in piecewise.args
+            ]
+            return self._element("mrow", self._element("mo", "{"), self._element("mtable", *rows))
+
+    if expression.atoms(AppliedUndef):
+        return ""
+    return f"<math>{Printer().doprint(expression)}</math>"

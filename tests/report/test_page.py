@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
+from sympy import Function, Piecewise, Symbol, floor, symbols
 
 from ctxbench.analysis.frame import to_frame
 from ctxbench.analysis.runs import read_run
@@ -171,16 +172,27 @@ def test_a_cost_function_that_raises_becomes_a_sentence(run_folder):
     assert formulas.formulas(method, row) == ([], "The formula could not be evaluated: ZeroDivisionError: no <cost>")
 
 
-def test_a_formula_is_drawn_and_what_cannot_be_drawn_is_left_as_text():
-    image, height = formulas.draw(r"4 B T d^{2} + \left\lfloor{\frac{T}{w}}\right\rfloor")
-    assert image.startswith("data:image/svg+xml;base64,")
-    assert 1 < height < 5
-    assert formulas.draw(r"\begin{cases} 1 \end{cases}") == ("", 0.0)
+def test_a_formula_becomes_mathml_with_whole_and_escaped_names():
+    tokens, window = symbols("T mem_len")
+    drawn = formulas.mathml(4 * tokens**2 + floor(tokens / window) + Symbol("<b>"))
+    assert drawn.startswith("<math>")
+    assert "<msup><mi>T</mi><mn>2</mn></msup>" in drawn
+    assert '<mi class="name">mem_len</mi>' in drawn
+    assert "<b>" not in drawn
+    assert "&lt;b&gt;" in drawn
+    assert formulas.mathml(Function("<b>")(tokens)) == ""
 
 
-def test_the_built_in_dense_method_has_its_formula_as_image_and_text(report_file):
+def test_cases_of_a_formula_become_rows():
+    tokens = Symbol("T")
+    drawn = formulas.mathml(Piecewise((tokens, tokens > 2), (2, True)))
+    assert drawn.count("<mtr>") == 2
+    assert "<mtext>otherwise</mtext>" in drawn
+
+
+def test_the_built_in_dense_method_has_its_formula_as_mathml_and_text(report_file):
     page = report_file("scaling").read_text()
-    assert re.search(r'<img src="data:image/svg\+xml;base64,[^"]+" alt="[^"]*T', page)
+    assert re.search(r"<math><mrow>.*?<mi>T</mi>.*?</math>.*?<code>[^<]*T", page, re.DOTALL)
 
 
 def test_the_command_prints_the_path_and_takes_title_and_place(run_folder, tmp_path):
