@@ -65,8 +65,8 @@ def measured(server: Server, tmp_path: Path):
     return measure
 
 
-# first and second live together; then second, the projection and the sum: 2 MiB are more than 1 MiB and 256 KiB.
-@pytest.mark.parametrize("mib", [1, 16, 64, 256])
+# first and second live together, up to 1 GiB; then second, the projection and the sum: 2 MiB are more than 1 MiB and 256 KiB.
+@pytest.mark.parametrize("mib", [1, 16, 128, 512])
 def test_both_meters_find_a_known_peak(measured, mib: int):
     found = measured(mib)
     assert found.allocated == 2 * mib * MIB
