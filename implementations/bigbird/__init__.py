@@ -8,7 +8,7 @@ METHOD = Method(
     title="BigBird",
     family="sparse",
     idea="Blocks of tokens attend to the first and the last block, to their neighbours, and to a few blocks drawn at "
-    "random once; the first and the last attend to all.",
+    "random once; the first and the last attend to all. Or else global tokens of their own do.",
     paper=Paper("Zaheer et al. 2020, Big Bird: Transformers for Longer Sequences", "arXiv:2007.14062", "2 and D"),
     build=f"{__name__}.layer:build",
     params=BigBirdParams,
@@ -44,7 +44,7 @@ METHOD = Method(
         "takes them from the first few blocks (random_within), may count one twice, and draws none in evaluation",
         "any length: the last block may be shorter; the published code wants a multiple of block_size and turns dense "
         "up to 5 + 2 num_random blocks",
-        "the internal construction only: no extra global tokens (ETC)",
+        "the external construction has no table of relative positions",
         "pre-norm layer; the released encoder is post-norm",
         "no padding mask: all sequences of a batch have one length",
     ),

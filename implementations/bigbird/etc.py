@@ -71,7 +71,5 @@ class EtcStack(nn.Module):
 def build_etc(dims: Dims, params: BigBirdParams, impl: str) -> nn.Module:
     """Stack of ``num_layers`` layers; impls differ in the operator alone."""
     operator = attend_reference if impl == "reference" else attend_blocked
-    layers: list[nn.Module] = [
-        PreNormBlock(EtcAttention(dims, params, operator), dims) for _ in range(dims.num_layers)
-    ]
+    layers: list[nn.Module] = [PreNormBlock(EtcAttention(dims, params, operator), dims) for _ in range(dims.num_layers)]
     return EtcStack(layers, params.num_global, dims.d_model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sympy import Expr, Integer
 
 from ctxbench.cost import Cost
-from ctxbench.cost.symbols import B, L, T, d, param
+from ctxbench.cost.symbols import L, T, d, param
 from ctxbench.cost.terms import FUSED_BACKWARD, attention, band_pairs, linear_parameters, projections
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
 from ctxbench.implementations._shared.window_pairs import run_pairs

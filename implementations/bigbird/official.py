@@ -25,7 +25,7 @@ def drawn(seq_len: int, block_size: int, num_random: int, num_heads: int, seed: 
     if seq_len % block_size:
         raise ValueError(f"the published plan needs a multiple of block_size = {block_size} tokens, received {seq_len}")
     blocks = seq_len // block_size
-    numbers = np.random.RandomState(seed)  # noqa: NPY002 - the published lists come from this generator
+    numbers = np.random.RandomState(seed)
     if seq_len in OLD_LENGTHS:
         heads = tuple(_old_plan(block_size, num_random, numbers) for _ in range(num_heads))
     else:
@@ -44,7 +44,7 @@ def _plan(blocks: int, r: int, num_heads: int, numbers: np.random.RandomState) -
         stretches = [(0, r + 5, r // 2), (r + 5, blocks, r - r // 2)]
     else:
         stretches = [(0, blocks, r)]
-    found: dict[tuple[int, int, int], list[int]] = {}
+    lists: tuple[Rows, ...] = tuple([[] for _ in range(blocks)] for _ in range(num_heads))
     for index, (start, stop, _) in enumerate(stretches):
         earlier_rows = [(index, range(1, start))] if index else []
         earlier_columns = [(column, range(start, stop)) for column in range(index)]
@@ -53,11 +53,8 @@ def _plan(blocks: int, r: int, num_heads: int, numbers: np.random.RandomState) -
             low, high, count = stretches[column]
             for row in rows if count else ():
                 for head in range(num_heads):
-                    found[head, row, column] = _legal(row, low, high, numbers)[:count]
-    return tuple(
-        [sum((found.get((head, row, column), []) for column in range(len(stretches))), []) for row in range(1, blocks)]
-        for head in range(num_heads)
-    )
+                    lists[head][row] += _legal(row, low, high, numbers)[:count]
+    return tuple(rows[1:] for rows in lists)
 
 
 def _legal(row: int, low: int, high: int, numbers: np.random.RandomState) -> list[int]:
@@ -73,7 +70,7 @@ def _legal(row: int, low: int, high: int, numbers: np.random.RandomState) -> lis
 def _old_plan(block_size: int, r: int, numbers: np.random.RandomState) -> Rows:
     """The plan for 4096 tokens, of which shorter sequences take the first rows."""
     blocks = LONGEST // block_size
-    last = OLD_REACH // block_size - 1 if OLD_REACH > 2 * block_size else blocks - 1
+    last = OLD_REACH // block_size - 1 if 2 * block_size < OLD_REACH else blocks - 1
     middle, rows = np.arange(1, blocks - 1), []
     for row in range(1, blocks - 1):
         before = min(row - 2, last)

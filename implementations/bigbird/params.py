@@ -51,9 +51,9 @@ def _plan(pattern: Pattern, layer: int, head: int) -> tuple[tuple[int, ...], ...
     blocks = pattern.num_blocks
     everything = tuple(range(blocks))
     if pattern.official:
-        lists = drawn(
-            pattern.seq_len, pattern.block_size, pattern.num_random, pattern.num_heads, pattern.seed + layer
-        )[head]
+        lists = drawn(pattern.seq_len, pattern.block_size, pattern.num_random, pattern.num_heads, pattern.seed + layer)[
+            head
+        ]
         between = [tuple(sorted({*pattern.fixed(row), *more})) for row, more in enumerate(lists, start=1)]
         return (everything, *between, everything)[:blocks]
     numbers = random_numbers(pattern.seed, layer, head)
@@ -147,6 +147,8 @@ class BigBirdParams(Params):
 
 def support(dims: Dims, params: BigBirdParams, mode: str) -> Support:
     """The published plans exist for some lengths only, and rows are sets here."""
+    if params.form == "etc" and dims.position != "none":
+        return no("the global tokens of form=etc have no place in the sequence, hence no position")
     if params.form == "etc" or params.plan == "uniform":
         return YES
     if params.random_within:
