@@ -174,6 +174,7 @@ class Impl:
         devices: device types it runs on.
         dtypes: dtypes it runs in; empty means all that the device has.
         modes: modes it runs in; empty means all that the method has.
+        positions: position encodings it takes; empty means all that the method takes.
         support: ``f(dims, params, device, dtype) -> Support`` or its ``"module:attribute"``, for anything finer.
         defects: for ``as_written`` only: what the literal sketch gets wrong, as ``{probe: explanation}``. A probe is
             one of ``agreement, causality, batch_independence, receptive_field, state``. Such an impl is not compared
@@ -187,6 +188,7 @@ class Impl:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
     support: Callable[..., Support] | str | None = None
     defects: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
@@ -330,6 +332,8 @@ class Method:
             return no(f"{impl.name} computes in {', '.join(impl.dtypes)}, not in {dtype}")
         if impl.modes and mode not in impl.modes:
             return no(f"{impl.name} has the modes {', '.join(impl.modes)}, not {mode}")
+        if impl.positions and dims.position not in impl.positions:
+            return no(f"{impl.name} takes the positions {', '.join(impl.positions)}, not {dims.position}")
         check = load(impl.support)
         return check(dims, params, device, dtype) if check else YES
 

@@ -20,7 +20,7 @@ B batch, H heads, T tokens, D head width, n pairs of channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ BASE = 10_000.0  # of the frequencies, Su et al. 2021
 ORIGINAL_LENGTH = 4096  # tokens a model is taken to be trained on: Llama 2, from which YaRN extends
 FASTEST, SLOWEST = 32, 1  # YaRN: turns over the original length that mark the ends of its ramp
 BUCKETS, FARTHEST = 32, 128  # T5: rows of its table, and the distance from which on all share one
+
+Positions = torch.Tensor | Sequence[int] | int
 
 
 class Position(nn.Module):
@@ -47,8 +49,8 @@ class Position(nn.Module):
             setattr(self, name, constant.to(getattr(self, name).device))
         return self
 
-    def rotate(self, x: torch.Tensor, positions: torch.Tensor | int) -> torch.Tensor:
-        """Queries or keys ``[..., T, D]`` at ``positions``: integers ``[T]``, or where consecutive ones begin."""
+    def rotate(self, x: torch.Tensor, positions: Positions, step: int = 1) -> torch.Tensor:
+        """Queries or keys ``[..., T, D]`` at T positions, or at those that begin with one integer, ``step`` apart."""
         return x
 
     def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -107,16 +109,18 @@ class Rotary(Position):
         self.register_buffer("frequencies", values, persistent=False)
         self.temperature = 0.1 * math.log(scale) + 1 if kind == "rope_yarn" else 1.0
 
-    def tables(self, positions: torch.Tensor | int, length: int, dtype: torch.dtype) -> Tables:
+    def tables(self, positions: Positions, length: int, dtype: torch.dtype, step: int = 1) -> Tables:
         """Of ``length`` tokens, in ``dtype`` or float32, whichever is finer: bfloat16 cannot tell 256 from 257."""
-        exact = torch.promote_types(dtype, torch.float32)
+        exact, device = torch.promote_types(dtype, torch.float32), self.frequencies.device
         if isinstance(positions, int):
-            positions = torch.arange(positions, positions + length, device=self.frequencies.device)
+            positions = torch.arange(positions, positions + length * step, step, device=device)
+        elif not isinstance(positions, torch.Tensor):
+            positions = torch.tensor(positions, dtype=torch.int64, device=device)
         angles = positions.to(exact)[..., None] * self.frequencies.to(exact)
         return Tables(angles.cos() * self.temperature, angles.sin() * self.temperature)
 
-    def rotate(self, x: torch.Tensor, positions: torch.Tensor | int) -> torch.Tensor:
-        return turn(x, self.tables(positions, x.shape[-2], x.dtype))
+    def rotate(self, x: torch.Tensor, positions: Positions, step: int = 1) -> torch.Tensor:
+        return turn(x, self.tables(positions, x.shape[-2], x.dtype, step))
 
 
 def turn(x: torch.Tensor, tables: Tables) -> torch.Tensor:

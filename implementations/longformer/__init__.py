@@ -1,7 +1,7 @@
 """Longformer: a sliding window for every token, and global tokens that see and are seen by all."""
 
 from ctxbench.implementations.longformer.params import LongformerParams
-from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
 METHOD = Method(
     name="longformer",
@@ -14,6 +14,12 @@ METHOD = Method(
     memory_parameter="window",
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
+    positions=("none", *ROPE),
+    without_positions=dict.fromkeys(
+        ("t5", "alibi", "transformer_xl"),
+        "a term by distance has no agreed meaning for global tokens, which every token sees however far away they are; "
+        "rotations are taken before the window is cut",
+    ),
     support=f"{__name__}.params:support",
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores and masks most of them"),
@@ -26,6 +32,7 @@ METHOD = Method(
             "as_written",
             run=f"{__name__}.as_written:SketchAttention",
             modes=("forward", "train"),
+            positions=("none",),
             support=f"{__name__}.params:sketch_support",
             defects={
                 "agreement": "there is no causal form, global tokens have no projections of their own, and an even "

@@ -50,13 +50,13 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
     kept = 2 * tensor(B, over_heads(lambda f: f.kept(T), causal, params), d)
-    uniform = not params.positions and not dilates_some(params)
+    known = position == "none" and not params.positions and not dilates_some(params)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters((7 if form.separate else 4) * linear_parameters(d, d)),
         state_bytes=L * (kept + form.beside_the_band()) if causal else Integer(0),
-        peak_bytes=peak(impl, mode, causal, params) if uniform else None,
+        peak_bytes=peak(impl, mode, causal, params) if known else None,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
+from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations._shared.window import GlobalRows, Pattern, Scattered
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.method import Dims, Output, load
@@ -15,6 +16,8 @@ from ctxbench.method import Dims, Output, load
 
 class State(NamedTuple):
     """What later tokens need: the prefix and the last ``Pattern.reach`` tokens, as if nothing had been between.
+
+    All keys are kept rotated, where the position encoding rotates.
 
     ``k, v``: for each group of heads ``[B, heads, kept, D]``, prefix first. ``scattered_k, scattered_v: [B, H, x, D]``
     hold the scattered globals met so far. ``global_k, global_v: [B, H, c, D]`` hold all c tokens so far in the global
@@ -34,8 +37,9 @@ class State(NamedTuple):
 class LongformerAttention(nn.Module):
     """Projections and state around ``operator(q, k, v, rows, scattered, pattern) -> [B, H, T, D]``."""
 
-    def __init__(self, dims: Dims, params: LongformerParams, operator: Any = None):
+    def __init__(self, dims: Dims, params: LongformerParams, operator: Any = None, position: Position | None = None):
         super().__init__()
+        self.position = Position() if position is None else position
         self.num_heads, self.head_dim = dims.num_heads, dims.head_dim
         self.groups = params.groups(dims)
         self.pattern = self.groups[-1][1]
@@ -49,6 +53,7 @@ class LongformerAttention(nn.Module):
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
         T, before = x.shape[1], 0 if state is None else state.tokens
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        q, k = self.position.rotate(q, before), self.position.rotate(k, before)
         scattered = self._scattered(k, v, before, state)
         keys, values = (self._join(new, state, name) for new, name in ((k, "k"), (v, "v")))
         del k, v
@@ -95,9 +100,10 @@ class LongformerAttention(nn.Module):
             return [
                 GlobalRows(q[:, heads][:, :, here], a[:, :, :seen], b[:, :, :seen], at) for (heads, _), a, b in parts
             ]
-        own_q = split_heads(self.global_q(x[:, here]), self.num_heads)
+        own_q = self.position.rotate(split_heads(self.global_q(x[:, here]), self.num_heads), at)
         keys = x[:, : max(0, seen - before)]
         own_k, own_v = (split_heads(project(keys), self.num_heads) for project in (self.global_k, self.global_v))
+        own_k = self.position.rotate(own_k, before)
         if state is not None:
             own_k, own_v = torch.cat((state.global_k, own_k), dim=2), torch.cat((state.global_v, own_v), dim=2)
         return [GlobalRows(own_q[:, heads], own_k[:, heads], own_v[:, heads], at) for heads, _ in self.groups]
@@ -149,8 +155,8 @@ def build(dims: Dims, params: LongformerParams, impl: str, device: str, dtype: t
 
     seam = load(METHOD.impl(impl).run)
 
-    def mixer() -> nn.Module:
-        return seam(dims, params) if impl == "as_written" else LongformerAttention(dims, params, seam)
+    def mixer(position: Position) -> nn.Module:
+        return seam(dims, params) if impl == "as_written" else LongformerAttention(dims, params, seam, position)
 
-    layers: list[nn.Module] = [PreNormBlock(mixer(), dims) for _ in range(dims.num_layers)]
+    layers: list[nn.Module] = [PreNormBlock(mixer(position), dims) for position in positions_for(dims)]
     return Stack(layers).to(device, dtype)

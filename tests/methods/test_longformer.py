@@ -243,3 +243,30 @@ def test_a_bidirectional_layer_says_why_it_cannot_be_continued(mode):
     answer = METHOD.mode_support(mode, Dims(seq_len=8, causal=False), METHOD.params())
     assert not answer
     assert "cannot be continued" in answer.reason
+
+
+@directions
+@impls
+@pytest.mark.parametrize("name", ["even", "scattered", "mixed_heads"])
+def test_rotated_global_projections_equal_shared_ones_of_equal_weights(impl, name, causal):
+    params, length = FORMS[name], 90
+    dims = Dims(seq_len=length, d_model=8, num_heads=2, num_layers=1, causal=causal, position="rope")
+    module = METHOD.make(dims, params, impl, "cpu", torch.float64)
+    shared = METHOD.make(dims, params.replace(separate_global=False), impl, "cpu", torch.float64)
+    weights = shared.state_dict()
+    for letter, part in ((letter, part) for letter in "qkv" for part in ("weight", "bias")):
+        weights[f"layers.0.mixer.global_{letter}.{part}"] = weights[f"layers.0.mixer.{letter}.{part}"]
+    module.load_state_dict(weights)
+    x = torch.randn(2, length, 8, dtype=torch.float64)
+    with torch.no_grad():
+        whole = shared(x).y
+        torch.testing.assert_close(module(x).y, whole, rtol=0, atol=1e-12)
+        if causal:
+            state, pieces = module.init_state(2), []
+            for chunk in x.split([3, 40, 1, 46], dim=1):
+                y, state = module(chunk, state)
+                pieces.append(y)
+            torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-12)
+    plain = METHOD.make(dims.replace(position="none"), params, impl, "cpu", torch.float64)
+    plain.load_state_dict(weights)
+    assert not torch.allclose(plain(x).y, whole, rtol=0, atol=1e-3)

@@ -130,9 +130,10 @@ def test_a_position_that_is_not_taken_has_its_own_reason_and_rotations_need_pair
         (METHOD.impl("fast"), "forward", "cuda", "fp32", "computes in bf16, not in fp32"),
         (METHOD.impl("fast"), "train", "cuda", "bf16", "has the modes forward, not train"),
         (Impl("x", needs=("no-such-package-here",)), "forward", "cpu", "fp32", "which is not installed"),
+        (Impl("x", positions=("rope",)), "forward", "cpu", "fp32", "x takes the positions rope, not none"),
         (Impl("x", support=lambda *_: no("odd")), "forward", "cpu", "fp32", "odd"),
     ],
-    ids=["yes", "device index", "device", "dtype", "mode", "package", "own answer"],
+    ids=["yes", "device index", "device", "dtype", "mode", "package", "position", "own answer"],
 )
 def test_what_an_impl_cannot_do_is_said(impl: Impl, mode: str, device: str, dtype: str, reason: str) -> None:
     answer = METHOD.impl_support(impl, mode, DIMS, Sizes(), device, dtype)

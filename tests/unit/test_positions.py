@@ -180,6 +180,8 @@ def test_positions_may_be_any_integers() -> None:
     together = rotary.rotate(x, torch.tensor([9, 2, 40]))
     for index, position in enumerate((9, 2, 40)):
         torch.testing.assert_close(together[:, index : index + 1], rotary.rotate(x[:, index : index + 1], position))
+    assert torch.equal(rotary.rotate(x, (9, 2, 40)), together)
+    assert torch.equal(rotary.rotate(x, 7, step=4), rotary.rotate(x, torch.tensor([7, 11, 15])))
 
 
 @pytest.mark.parametrize(
