@@ -1,0 +1,104 @@
+"""Closed forms of the allocator peak: what is alive together at the worst moment of each mode.
+
+A row is one ``[B, T, d]`` tensor. Of a segment, ``topk`` holds three score tensors (scores, zeros, weights), ``dense``
+two.
+"""
+
+from __future__ import annotations
+
+from sympy import Expr, Integer, Min, Piecewise, floor, sympify
+
+from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
+from ctxbench.cost.terms import largest, tensor, when_ffn
+from ctxbench.implementations._shared.biased_window_forms import BLOCK, block_pairs
+from ctxbench.implementations._shared.forms import stack_peak
+from ctxbench.implementations.memorizing.params import MemorizingParams
+
+M, S, W, K = (param(name) for name in ("memory_len", "segment_len", "window", "top_k"))
+WHOLE = floor(T / S)
+REST = T - WHOLE * S
+
+
+def peak(impl: str, mode: str, params: MemorizingParams) -> Expr | None:
+    """Bytes above parameters, inputs and incoming state; None where no formula is known."""
+    selects = params.lookup == "topk" and params.top_k < params.memory_len
+    if mode == "decode":
+        return _decode() if impl == "reference" else None
+    if impl == "blocked":
+        return _blocked_forward(selects) if mode == "forward" else None
+    if mode == "forward":
+        return _forward(selects)
+    if mode == "stream":
+        return _stream(selects)
+    return _train() if selects else None
+
+
+def row(tokens: Expr | int) -> Expr:
+    """Bytes of ``tokens`` tokens of every batch row."""
+    return tensor(B, tokens, d)
+
+
+def _lookup(n: Expr | int, m: Expr, selects: bool) -> Expr:
+    """Scores of n queries against m pairs; what was selected: values, weights, indices."""
+    chosen = (2 * e + 8) * B * h * sympify(n) * K if selects else Integer(0)
+    return (3 if selects else 2) * tensor(B, h, n, m) + chosen
+
+
+def _window(n: Expr, keys: Expr) -> Expr:
+    """Scores, their sum with the bias and the masked ones; distances as integers, twice."""
+    return 3 * tensor(B, h, n, keys) + 18 * n * keys
+
+
+def _segments(worst: object) -> Expr:
+    """The larger of ``worst(first token, queries, pairs in memory)`` over the last whole segment and the rest."""
+    whole = worst(WHOLE * S - S, S, Min(M, WHOLE * S - S))  # type: ignore[operator]
+    return largest(whole, Min(REST, 1) * worst(WHOLE * S, REST, Min(M, WHOLE * S)))  # type: ignore[operator]
+
+
+def _forward(selects: bool) -> Expr:
+    """Norm, queries, keys, values, the local part, what was found so far, and one segment's lookup."""
+    memory = _segments(lambda begin, n, m: 5 * row(T) + row(begin) + _lookup(n, m, selects))
+    n = Min(W, T)
+    local = 4 * row(T) + row(T - n) + _window(n, Min(T, 2 * W - 1))
+    return stack_peak(T, largest(memory, local, 7 * row(T)))
+
+
+def _blocked_forward(selects: bool) -> Expr | None:
+    """Rows; a lookup holds its slab of scores besides, which matters for short sequences alone."""
+    if not selects:
+        return None
+    n = Min(BLOCK, T)
+    band = 5 * row(T) + 2 * tensor(B, h, n, n + W - 1)
+    return stack_peak(T, largest(band, 8 * row(T)))
+
+
+def _stream(selects: bool) -> Expr:
+    """A call with its state before: norm, queries, local part, joined keys and values; the output before it."""
+
+    def call(begin: Expr, n: Expr, m: Expr) -> Expr:
+        recent = Min(begin, W - 1)
+        held = 2 * row(m) + 2 * row(recent) + 2 * row(recent + n) + 4 * row(n) + Min(begin, 1) * row(S)
+        old = (L - 1) * 2 * row(recent)
+        feed = 4 * row(recent) + 2 * row(n) + 2 * tensor(B, n, f) + 2 * row(m) + 2 * row(Min(M, begin + n))
+        return old + largest(held + largest(_lookup(n, m, selects), _window(n, recent + n)), when_ffn(feed))
+
+    return _segments(call)
+
+
+def _decode() -> Expr:
+    """Joined keys and values of the recent tokens, and their copies or the scores of the memory."""
+    recent = Min(T, largest(REST, W - 1))
+    ends = floor((T + 1) / S) - WHOLE
+    joined, kept = 2 * row(recent + 1), 2 * row(Min(T + 1, W - 1))
+    written = ends * 2 * row(Min(M, WHOLE * S + S))
+    scores = _lookup(1, Min(M, WHOLE * S), selects=True)
+    return (L - 1) * kept + largest(joined + largest(scores + 3 * row(1), kept + written + 3 * row(1)))
+
+
+def _train() -> Expr:
+    """The lookup of the last segment, after all others have saved what they need."""
+    pieces = block_pairs(T, W, W)
+    saved = (tensor(B, h) + 9) * pieces + (e + 8) * B * h * T * K + 9 * row(T)
+    lookup = _segments(lambda begin, n, m: row(begin) + _lookup(n, m, selects=True))
+    network = Piecewise((4 * row(T) + 3 * tensor(B, T, f), f > 0), (Integer(0), True))
+    return L * saved + largest(lookup, network)
