@@ -1,7 +1,7 @@
 """Pyramid transformer: layers at several resolutions, each pooled from the one below, summed at the finest."""
 
 from ctxbench.implementations.pyramid.params import PyramidParams, fewest_layers
-from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
 METHOD = Method(
     name="pyramid",
@@ -17,6 +17,12 @@ METHOD = Method(
     params=PyramidParams,
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
+    positions=("none", *ROPE),
+    without_positions=dict.fromkeys(
+        ("t5", "alibi", "transformer_xl"),
+        "each level attends among cells of another size with heads of its own, and none of these says what a distance "
+        "between means of tokens is; a rotation is by the last token of a cell",
+    ),
     support=f"{__name__}.params:support",
     layers=fewest_layers,
     impls=(
@@ -30,6 +36,7 @@ METHOD = Method(
             "as_written",
             run=f"{__name__}.as_written:SketchPyramid",
             modes=("forward", "train"),
+            positions=("none",),
             support=f"{__name__}.params:sketch_support",
             defects={
                 "agreement": "attention runs over the batch axis, layers beyond a multiple of the levels are dropped, "

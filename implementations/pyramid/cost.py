@@ -37,7 +37,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         flops=flops,
         num_parameters=_parameters(levels, sketch=impl == "as_written"),
         state_bytes=_state(levels) if causal and impl != "as_written" else Integer(0),
-        peak_bytes=peak_bytes(impl, mode, causal, levels),
+        peak_bytes=peak_bytes(impl, mode, causal, levels) if position == "none" else None,
     )
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, merge_heads, split_heads
+from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.pyramid.params import PyramidParams, level_dims
 from ctxbench.method import Dims, Output, load
 
@@ -32,7 +33,7 @@ class Operators(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of a layer's complete cells, each ``[B, H, N, D]``."""
+    """Keys, rotated where the position encoding rotates, and values of a layer's complete cells: ``[B, H, N, D]``."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -52,11 +53,12 @@ class LevelState(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Projections and cache around ``attend(q, k, v, causal) -> [B, H, N, D]``."""
+    """Projections and cache around ``attend(q, k, v, causal) -> [B, H, N, D]``, among cells of ``span`` tokens."""
 
-    def __init__(self, dims: Dims, attend: Callable[..., torch.Tensor]):
+    def __init__(self, dims: Dims, attend: Callable[..., torch.Tensor], position: Position, span: int):
         super().__init__()
         self.num_heads, self.causal = dims.num_heads, dims.causal
+        self.position, self.span = position, span
         self.q = nn.Linear(dims.d_model, dims.d_model)
         self.k = nn.Linear(dims.d_model, dims.d_model)
         self.v = nn.Linear(dims.d_model, dims.d_model)
@@ -65,6 +67,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, state: Cache | None = None) -> Output:
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        # Cell c ends with token (c + 1) span - 1; only differences count, so c span will do.
+        first = 0 if state is None else state.k.shape[2] * self.span
+        q, k = self.position.rotate(q, first, self.span), self.position.rotate(k, first, self.span)
         if state is not None:
             state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
             k, v = state
@@ -79,7 +84,9 @@ class Pyramid(nn.Module):
         self.sizes = level_dims(dims, params)
         self.pool, self.causal, self.operators = params.pool, dims.causal, operators
         self.layers = nn.ModuleList(
-            PreNormBlock(Attention(size, operators.attend), size) for size in self.sizes for _ in range(size.num_layers)
+            PreNormBlock(Attention(size, operators.attend, position, params.pool**level), size)
+            for level, size in enumerate(self.sizes)
+            for position in positions_for(size)
         )
         widths = [size.d_model for size in self.sizes]
         self.down = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))

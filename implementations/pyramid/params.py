@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.method import YES, Dims, Params, Support, no, param
+from ctxbench.method import ROPE, YES, Dims, Params, Support, no, param
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def support(dims: Dims, params: PyramidParams, mode: str) -> Support:
         width, heads = dims.d_model >> level, max(1, dims.num_heads >> level)
         if width % heads:
             return no(f"level {level} would split a width of {width} into {heads} heads; choose d_model or num_heads")
+        if dims.position in ROPE and width // heads % 2:
+            return no(f"level {level} has an odd head width of {width // heads}, and {dims.position} turns pairs")
     if mode in ("stream", "decode") and not dims.causal:
         return no("a bidirectional pyramid cannot be continued: every output depends on later tokens")
     return YES
