@@ -1,7 +1,7 @@
 """Hierarchical attention: a window of tokens and, further back, the means of ever larger cells."""
 
 from ctxbench.implementations.hierarchical.params import HierarchicalParams
-from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
 METHOD = Method(
     name="hierarchical",
@@ -19,6 +19,12 @@ METHOD = Method(
     memory_parameter="window",
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
+    positions=("none", *ROPE),
+    without_positions=dict.fromkeys(
+        ("t5", "alibi", "transformer_xl"),
+        "a cell stands for many distances at once, and none of these says what a mean of tokens gets; a rotation is by "
+        "the last token of a cell",
+    ),
     support=f"{__name__}.params:support",
     impls=(
         Impl("reference", run=f"{__name__}.reference:OPERATORS", note="materialises all scores, masks most of them"),
@@ -32,6 +38,7 @@ METHOD = Method(
             "as_written",
             run=f"{__name__}.as_written:SketchAttention",
             modes=("forward", "train"),
+            positions=("none",),
             support=f"{__name__}.params:sketch_support",
             defects={
                 "agreement": "attention runs over the batch axis, heads are shared out among the scales, and coarse "

@@ -1,7 +1,7 @@
 """Slabs of queries against the cells they see; neither pass holds more than one slab's scores.
 
 A slab is a run of about 128 queries, a multiple of the widest cell. Of every scale its queries see one run of
-neighbouring cells, hidden from some of them in two corners alone: cells that are not yet complete with the first
+neighbouring cells, hidden from some of them in two corners alone: cells that are not yet to be seen by the first
 queries, and cells that the last ones have left behind. All scales' scores lie side by side in one buffer, so one
 softmax serves them. The backward pass computes the probabilities again, as fused kernels do: five products for the
 forward two. Gradients of keys and values are summed in at least float32.
@@ -26,14 +26,16 @@ def attend(q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Sca
 
 
 class Corner(NamedTuple):
-    """Columns of a slab's scores that some rows do not see: entry (r, c) is hidden where r < or >= ``first + c * s``.
+    """Columns of a slab's scores that some rows do not see: entry (r, c) is hidden where r < or >= a row of c.
 
-    ``left``: the cells are left behind from that row on; else they are complete from that row on.
+    That row is ``first`` for the first ``group`` columns, and later by as many cells for each next group.
+    ``left``: the cells are left behind from that row on; else they are to be seen from that row on.
     """
 
     columns: slice
     first: int
     left: bool
+    group: int = 1
 
 
 class Part(NamedTuple):
@@ -68,12 +70,16 @@ def plan(T: int, start: int, held: Sequence[int], scales: Sequence[Scale]) -> It
             width = columns.stop
             behind = min(last.start, high)  # cells before it are left behind by the last row
             corners = []
-            if behind > low:  # the row after the last one that sees cell c completes cell c + most
-                leaves = (low + scale.most + 1) * scale.span - 1 - start - begin
-                corners.append(Corner(slice(columns.start, columns.start + behind - low), leaves, True))
+            if behind > low:  # the row after the last one that sees cell c has cell c + most, or hands c on
+                if scale.handed is None:
+                    leaves = scale.behind + (low + scale.most + 1) * scale.span
+                else:
+                    leaves = scale.handed + (low + scale.group) * scale.span
+                left = slice(columns.start, columns.start + behind - low)
+                corners.append(Corner(left, leaves - 1 - start - begin, True, scale.group))
             if high > max(first.stop, low):
                 fresh = max(first.stop, low)
-                appears = (fresh + 1) * scale.span - 1 - start - begin
+                appears = scale.behind + (fresh + 1) * scale.span - 1 - start - begin
                 corners.append(Corner(slice(columns.start + fresh - low, columns.stop), appears, False))
             missing = (start + T) // scale.span - count
             parts.append(Part(level, columns, slice(low - missing, high - missing), tuple(corners)))
@@ -89,7 +95,7 @@ class _Work:
         self.levels = [level.flatten(1, 2) for level in levels]  # [2, B * H, n, D]
         self.slabs = list(plan(T, start, [level.shape[3] for level in levels], scales))
         self.largest = max((slab.rows.stop - slab.rows.start) * slab.width for slab in self.slabs)
-        self._hidden: dict[tuple[int, int, int, int, bool], torch.Tensor] = {}
+        self._hidden: dict[tuple[int, int, int, int, bool, int], torch.Tensor] = {}
 
     def buffer(self) -> torch.Tensor:
         """Room for the scores of any slab."""
@@ -115,10 +121,11 @@ class _Work:
 
     def _mask(self, corner: Corner, rows: int, span: int) -> torch.Tensor:
         count = corner.columns.stop - corner.columns.start
-        key = (rows, count, corner.first, span, corner.left)
+        key = (rows, count, corner.first, span, corner.left, corner.group)
         if key not in self._hidden:
             row = torch.arange(rows, device=self.q.device)[:, None]
-            turn = torch.arange(corner.first, corner.first + count * span, span, device=self.q.device)
+            groups = torch.arange(-(-count // corner.group), device=self.q.device) * (span * corner.group)
+            turn = corner.first + groups.repeat_interleave(corner.group)[:count]
             self._hidden[key] = row >= turn if corner.left else row < turn
         return self._hidden[key]
 

@@ -15,7 +15,7 @@ from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parame
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
 from ctxbench.implementations.hierarchical.params import HierarchicalParams, Scale, slab_rows
 from ctxbench.implementations.hierarchical.peaks import peak
-from ctxbench.implementations.hierarchical.sizes import keeps, most
+from ctxbench.implementations.hierarchical.sizes import first, keeps, most, shown
 
 SEGMENT = 512  # tokens a call in stream mode
 
@@ -37,12 +37,13 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
     branched = params.form == "seed" or impl == "as_written"
+    known = position == "none" and not params.disjoint and not (branched and mode in ("stream", "decode"))
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(_branch_parameters(params) if branched else 4 * linear_parameters(d, d)),
         state_bytes=Integer(0) if branched else _state_bytes(params),
-        peak_bytes=None if branched and mode in ("stream", "decode") else peak(impl, mode, params),
+        peak_bytes=peak(impl, mode, params) if known else None,
     )
 
 
@@ -92,12 +93,33 @@ def _state_bytes(params: HierarchicalParams) -> Expr:
 
 def _visible(scale: Scale, mode: str) -> Expr:
     """Pairs of tokens and cells of one scale: token i sees ``min(most, floor((i + 1) / s))``."""
+    if scale.behind or scale.handed is not None:
+        return _visible_apart(scale, mode)
     if mode == "decode":
         complete = floor((T + 1) / scale.span)
         return complete if scale.most is None else Min(most(scale), complete)
     complete = floor(T / scale.span)
     m = complete if scale.most is None else Min(most(scale), complete)
     return scale.span * m * (m - 1) / 2 + m * (T - m * scale.span + 1)
+
+
+def _visible_apart(scale: Scale, mode: str) -> Expr:
+    """The same where scales are disjoint: what a token sees or has left behind, less what it has left behind."""
+    if mode == "decode":
+        return shown(scale, T + 1) - first(scale, T + 1)
+    left: Expr = Integer(0)
+    if scale.handed is not None:
+        left = scale.group * _floors(T - scale.handed, scale.span * scale.group)
+    elif scale.most is not None:
+        left = _floors(T - scale.behind - most(scale) * scale.span, scale.span)
+    return _floors(T - scale.behind, scale.span) - left
+
+
+def _floors(last: Expr, span: int) -> Expr:
+    """Sum of ``floor(n / span)`` over n = 1 .. last; 0 where there is none."""
+    last = Max(0, last)
+    whole = floor(last / span)
+    return span * whole * (whole - 1) / 2 + whole * (last - whole * span + 1)
 
 
 def _new(scale: Scale, before: Expr, after: Expr) -> Expr:
@@ -109,11 +131,8 @@ def _slabs(scale: Scale, step: int, start: Expr) -> Expr:
     """Pairs of slabs of ``step`` queries that cover tokens ``start`` to T - 1, and the cells that any of them sees."""
     whole = floor((T - start) / step)
     rest, last = T - start - whole * step, start + whole * step
-    ends = step * _ramp(whole, start + step, step, scale.span) + rest * floor(T / scale.span)
-    if scale.most is None:
-        return ends
-    hidden = step * _ramp(whole, start + 1, step, scale.span, most(scale))
-    return ends - hidden - rest * Max(0, floor((last + 1) / scale.span) - most(scale))
+    ends = step * _ramp_of_shown(scale, whole, start + step, step) + rest * shown(scale, T)
+    return ends - step * _ramp_of_first(scale, whole, start + 1, step) - rest * first(scale, last + 1)
 
 
 def _streamed_slabs(scale: Scale, params: HierarchicalParams) -> Expr:
@@ -122,9 +141,8 @@ def _streamed_slabs(scale: Scale, params: HierarchicalParams) -> Expr:
     total = _slabs(scale, step, calls * SEGMENT)
     for begin in range(0, SEGMENT, step):
         end = min(begin + step, SEGMENT)
-        total += (end - begin) * _ramp(calls, Integer(end), SEGMENT, scale.span)
-        if scale.most is not None:
-            total -= (end - begin) * _ramp(calls, Integer(begin + 1), SEGMENT, scale.span, most(scale))
+        total += (end - begin) * _ramp_of_shown(scale, calls, Integer(end), SEGMENT)
+        total -= (end - begin) * _ramp_of_first(scale, calls, Integer(begin + 1), SEGMENT)
     return total
 
 
@@ -136,15 +154,33 @@ def _streamed_rectangles(scale: Scale) -> Expr:
     calls = floor(T / SEGMENT)
     start, span = calls * SEGMENT, scale.span
     total = SEGMENT * _ramp(calls, Integer(SEGMENT), SEGMENT, span) + (T - start) * floor(T / span)
+    if scale.behind or scale.handed is not None:
+        own = int(span == 1)
+        dropped = SEGMENT * _ramp_of_first(scale, calls, Integer(own), SEGMENT)
+        return total - dropped - (T - start) * first(scale, start + own)
     if scale.most is None:
         return total
     keep = most(scale) - int(span == 1)
-    dropped = SEGMENT * _ramp(calls, Integer(0), SEGMENT, span, keep)
+    dropped = SEGMENT * _ramp(calls, Integer(0), SEGMENT, span, keep, clamp=True)
     return total - dropped - (T - start) * Max(0, floor(start / span) - keep)
 
 
-def _ramp(count: Expr, first: Expr, stride: int, span: int, less: Expr | int = 0) -> Expr:
-    """Sum over b < count of ``max(0, floor((first + b * stride) / span) - less)``.
+def _ramp_of_shown(scale: Scale, count: Expr, begin: Expr, stride: int) -> Expr:
+    """Sum over b < count of the cells that are seen or left behind after ``begin + b * stride`` tokens."""
+    return _ramp(count, begin - scale.behind, stride, scale.span, clamp=scale.behind > 0)
+
+
+def _ramp_of_first(scale: Scale, count: Expr, begin: Expr, stride: int) -> Expr:
+    """Sum over b < count of the cells that are left behind after ``begin + b * stride`` tokens."""
+    if scale.handed is not None:
+        return scale.group * _ramp(count, begin - scale.handed, stride, scale.span * scale.group, clamp=True)
+    if scale.most is None:
+        return Integer(0)
+    return _ramp(count, begin - scale.behind, stride, scale.span, most(scale), clamp=True)
+
+
+def _ramp(count: Expr, begin: Expr, stride: int, span: int, less: Expr | int = 0, clamp: bool = False) -> Expr:
+    """Sum over b < count of ``max(0, floor((begin + b * stride) / span) - less)``; no term is negative without clamp.
 
     Every ``period`` strides are whole cells, so each residue of b is an arithmetic sequence.
     """
@@ -153,7 +189,7 @@ def _ramp(count: Expr, first: Expr, stride: int, span: int, less: Expr | int = 0
     total: Expr = Integer(0)
     for residue in range(period):
         terms = count if period == 1 else floor((count - residue + period - 1) / Integer(period))
-        head = floor((first + residue * stride) / Integer(span)) - sympify(less)
-        skipped = Integer(0) if less == 0 else Min(terms, Max(0, ceiling(-head / Integer(slope))))
+        head = floor((begin + residue * stride) / Integer(span)) - sympify(less)
+        skipped = Integer(0) if not clamp else Min(terms, Max(0, ceiling(-head / Integer(slope))))
         total += (terms - skipped) * head + slope * (terms * (terms - 1) - skipped * (skipped - 1)) / 2
     return total

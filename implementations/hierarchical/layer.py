@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
+from ctxbench.implementations._shared.positions import Position, Rotary, positions_for
 from ctxbench.implementations.hierarchical.params import HierarchicalParams
 from ctxbench.method import Dims, Output, load
 
@@ -32,7 +33,8 @@ class Operators(NamedTuple):
 class State(NamedTuple):
     """What later tokens need.
 
-    levels: of each scale keys and values ``[2, B, H, n, D]`` of the cells that a later token can see.
+    levels: of each scale keys and values ``[2, B, H, n, D]`` of the cells that a later token can see; the keys rotated
+        where the position encoding rotates, which sums of open cells never are.
     open: of each coarse scale the sum ``[2, B, H, 1, D]`` of the finer cells that do not fill a cell of it yet.
     tokens: how many there have been.
     """
@@ -45,15 +47,15 @@ class State(NamedTuple):
 class MultiScaleAttention(nn.Module):
     """Projections, cells and state around ``attend(q, levels, scales, start) -> [B, H, T, D]``."""
 
-    def __init__(self, dims: Dims, params: HierarchicalParams, operators: Operators):
+    def __init__(self, dims: Dims, params: HierarchicalParams, operators: Operators, position: Position):
         super().__init__()
-        self.num_heads, self.head_dim = dims.num_heads, dims.head_dim
+        self.num_heads, self.head_dim, self.position = dims.num_heads, dims.head_dim, position
         self.pool, self.scales = params.pool, params.scales
         self.q, self.k, self.v, self.o = (nn.Linear(dims.d_model, dims.d_model) for _ in range(4))
         self.attend = operators.attend
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
-        q = split_heads(self.q(x), self.num_heads)
+        q = self.position.rotate(split_heads(self.q(x), self.num_heads), 0 if state is None else state.tokens)
         kv = torch.stack([split_heads(project(x), self.num_heads) for project in (self.k, self.v)])
         levels, rests = self._levels(kv, state)
         del kv
@@ -71,12 +73,21 @@ class MultiScaleAttention(nn.Module):
                 held = 0 if state is None else state.tokens // self.scales[level - 1].span % self.pool
                 new, rest = self._coarsen(new, held, None if state is None else state.open[level - 1])
                 rests.append(rest)
+            placed = self._placed(new, level, state)
             if state is None:
-                levels.append(new)
+                levels.append(placed)
             else:
                 old = state.levels[level]
-                levels.append(torch.cat((old, new), dim=3) if new.shape[3] else old)
+                levels.append(torch.cat((old, placed), dim=3) if new.shape[3] else old)
         return levels, rests
+
+    def _placed(self, cells: torch.Tensor, level: int, state: State | None) -> torch.Tensor:
+        """Keys of new cells rotated by their last tokens; means of rotated keys would mix phases."""
+        if not isinstance(self.position, Rotary):
+            return cells
+        span = self.scales[level].span
+        first = 0 if state is None else state.tokens // span
+        return torch.stack((self.position.rotate(cells[0], (first + 1) * span - 1, span), cells[1]))
 
     def _coarsen(
         self, cells: torch.Tensor, held: int, before: torch.Tensor | None
@@ -171,10 +182,12 @@ def build(dims: Dims, params: HierarchicalParams, impl: str, device: str, dtype:
 
     run = load(METHOD.impl(impl).run)
 
-    def mixer() -> nn.Module:
+    def mixer(position: Position) -> nn.Module:
         if not isinstance(run, Operators):
             return run(dims, params.spans)
-        return (BranchedAttention if params.form == "seed" else MultiScaleAttention)(dims, params, run)
+        if params.form == "seed":
+            return BranchedAttention(dims, params, run)
+        return MultiScaleAttention(dims, params, run, position)
 
-    layers: list[nn.Module] = [PreNormBlock(mixer(), dims) for _ in range(dims.num_layers)]
+    layers: list[nn.Module] = [PreNormBlock(mixer(position), dims) for position in positions_for(dims)]
     return Stack(layers).to(device, dtype)

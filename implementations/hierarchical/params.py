@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
@@ -16,21 +16,30 @@ SLAB = 128
 class Scale:
     """One resolution of the causal forms: token i sees the last ``most`` cells of ``span`` tokens complete with it.
 
-    The tokens themselves are the scale of span 1. ``most`` None stands for all cells.
+    The tokens themselves are the scale of span 1. ``most`` None stands for all cells. Where scales are disjoint, one
+    leaves the last ``behind`` tokens to finer scales, and to the next scale all cells that lie ``handed`` tokens back,
+    ``group`` at a time because so many make up a coarser one.
     """
 
     span: int
     most: int | None
+    behind: int = 0
+    handed: int | None = None
+    group: int = 1
 
     def sees(self, i: int) -> range:
         """Cells that token ``i`` sees."""
-        complete = (i + 1) // self.span
-        return range(0 if self.most is None else max(0, complete - self.most), complete)
+        return range(self.first(i + 1), max(0, (i + 1 - self.behind) // self.span))
+
+    def first(self, tokens: int) -> int:
+        """The first cell that the last of ``tokens`` tokens sees, or would see."""
+        if self.handed is not None:
+            return self.group * max(0, (tokens - self.handed) // (self.span * self.group))
+        return 0 if self.most is None else max(0, (tokens - self.behind) // self.span - self.most)
 
     def keeps(self, tokens: int) -> int:
         """Cells that must be remembered after ``tokens`` tokens; every next token brings its own cell of span 1."""
-        complete = tokens // self.span
-        return complete if self.most is None else min(complete, self.most - (self.span == 1))
+        return tokens // self.span - self.first(tokens + (self.span == 1))
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,15 @@ class HierarchicalParams(Params):
         choices=FORMS,
     )
     window: int = param(256, "tokens a causal token sees one by one, itself included", unit="tokens", low=1)
-    cells: int = param(128, "causal_linear: cells of each coarse scale that a token sees", unit="cells", low=1)
+    cells: int = param(
+        128,
+        "causal_linear: cells of each coarse scale that a token sees; causal_full: of all but the last, if disjoint",
+        unit="cells",
+        low=1,
+    )
+    disjoint: bool = param(
+        False, "causal: a scale begins where the next finer one ends, so that no token is seen at two scales"
+    )
     pool: int = param(
         4, "tokens of a cell of the first coarse scale, and cells of one scale in a cell of the next", unit="cells",
         low=2, source="source document, scales 1, 4, 16",
@@ -70,7 +87,14 @@ class HierarchicalParams(Params):
     def scales(self) -> tuple[Scale, ...]:
         """What a token of the causal forms sees of each scale, fine to coarse."""
         most = self.cells if self.form == "causal_linear" else None
-        return tuple(Scale(span, self.window if span == 1 else most) for span in self.spans)
+        overlapping = [Scale(span, self.window if span == 1 else most) for span in self.spans]
+        if not self.disjoint:
+            return tuple(overlapping)
+        found, behind, beyond = [], 0, self.window
+        for scale in overlapping[:-1]:
+            found.append(replace(scale, behind=behind, handed=beyond, group=self.pool))
+            behind, beyond = beyond, beyond + self.cells * scale.span * self.pool
+        return (*found, replace(overlapping[-1], behind=behind))
 
 
 def slab_rows(scales: Sequence[Scale]) -> int:
@@ -85,6 +109,8 @@ def support(dims: Dims, params: HierarchicalParams, mode: str) -> Support:
             return no(
                 "form=seed is bidirectional: its cells and queries look ahead; choose causal_full or causal_linear"
             )
+        if dims.position != "none":
+            return no(f"form=seed, as the source document has it, knows no positions, received {dims.position}")
         if mode in ("stream", "decode"):
             return no("form=seed cannot be continued: every output depends on later tokens")
     elif not dims.causal:

@@ -38,10 +38,14 @@ def attend(q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Sca
 
 def visible(start: int, T: int, n: int, scale: Scale, device: torch.device) -> torch.Tensor:
     """Which of the last n complete cells each of T tokens sees: ``[T, n]``."""
-    complete = torch.arange(start + 1, start + T + 1, device=device)[:, None].div(scale.span, rounding_mode="floor")
+    tokens = torch.arange(start + 1, start + T + 1, device=device)[:, None]
+    complete = (tokens - scale.behind).div(scale.span, rounding_mode="floor")
     total = (start + T) // scale.span
     cell = torch.arange(total - n, total, device=device)
     seen = cell < complete
+    if scale.handed is not None:  # cells that make up one of the next scale, once that is far enough back
+        coarser = (tokens - scale.handed).div(scale.span * scale.group, rounding_mode="floor")
+        return seen & (cell >= coarser * scale.group)
     return seen if scale.most is None else seen & (cell >= complete - scale.most)
 
 
