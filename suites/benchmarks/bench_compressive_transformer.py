@@ -1,0 +1,69 @@
+"""Compressive Transformer: a whole sequence in one layer, against the public PyTorch package and our own loop."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from ctxbench.implementations.compressive_transformer import METHOD
+from ctxbench.implementations.compressive_transformer.params import CompressiveTransformerParams
+from ctxbench.method import Dims
+from ctxbench.suites.benchmarks.ratios import Comparison
+from ctxbench.workload import prepare
+
+PACKAGE = "compressive_transformer_pytorch"
+LENGTH, WIDTH, HEADS = 8192, 512, 8
+PARAMS = CompressiveTransformerParams()
+
+
+def package() -> Any:
+    """The package at equal work: one layer, plain residuals, its loop over segments, two logits."""
+    from compressive_transformer_pytorch import CompressiveTransformer  # type: ignore[import-not-found]
+
+    model = CompressiveTransformer(
+        num_tokens=2, dim=WIDTH, seq_len=PARAMS.segment_len, depth=1, mem_len=PARAMS.mem_len,
+        cmem_len=PARAMS.compressed_len, cmem_ratio=PARAMS.rate, heads=HEADS, gru_gated_residual=False,
+        enhanced_recurrence=False,
+    ).eval()  # fmt: skip
+    tokens = torch.randint(0, 2, (1, LENGTH))
+
+    @torch.no_grad()
+    def run() -> list[torch.Tensor]:
+        outputs, memories = [], None
+        for segment in tokens.split(PARAMS.segment_len, dim=1):
+            logits, memories, _ = model(segment, memories=memories)
+            outputs.append(logits)
+        return outputs
+
+    return run
+
+
+def layer(impl: str) -> Any:
+    dims = Dims(seq_len=LENGTH, d_model=WIDTH, num_heads=HEADS, d_ff=4 * WIDTH, position="transformer_xl")
+    return prepare(METHOD, dims, PARAMS, impl, "forward", "fp32").call
+
+
+def comparisons() -> list[Comparison]:
+    """``blocked`` against the package where it is installed, and against ``reference``."""
+    name = "compressive_transformer/blocked"
+    candidates = {"compressive_transformer/reference": layer("reference"), name: layer("blocked")}
+    title = f"compressive transformer, one layer, {LENGTH} tokens, segments of {PARAMS.segment_len}, fp32"
+    if importlib.util.find_spec(PACKAGE) is None:
+        left_out = f"{title}; {PACKAGE} is not installed and left out"
+        return [Comparison(left_out, "compressive_transformer/reference", candidates, floor={name: 1.2})]
+    candidates = {PACKAGE: package(), **candidates}
+    return [Comparison(title, PACKAGE, candidates, floor={name: 1.5}, aim={name: 2.5})]
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("mode", ["forward", "train", "decode"])
+def test_layer(benchmark: Any, impl: str, mode: str) -> None:
+    params = CompressiveTransformerParams(segment_len=64, mem_len=64, compressed_len=64)
+    dims = Dims(seq_len=512, d_model=64, d_ff=128, position="transformer_xl")
+    work = prepare(METHOD, dims, params, impl, mode, "fp32")
+    benchmark.extra_info.update(method="compressive_transformer", impl=impl, mode=mode, seq_len=512, compressed_len=64)
+    y = benchmark.pedantic(work.call, rounds=10, warmup_rounds=2)
+    assert y.shape == (1, 1 if mode == "decode" else 512, 64)
