@@ -1,0 +1,114 @@
+"""Closed forms of MELODI. Derivation in README.md."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sympy import Expr, Integer, Min, ceiling, floor, sympify
+
+from ctxbench.cost import Cost
+from ctxbench.cost.symbols import B, L, T, d, f, h
+from ctxbench.cost.terms import FUSED_BACKWARD, attention, ffn, linear, linear_parameters, tensor, when_ffn
+from ctxbench.implementations._shared.forms import position_parameters
+from ctxbench.implementations.melodi.params import MelodiParams
+from ctxbench.implementations.melodi.peaks import FULL, M, P, S, U, W, peak
+from ctxbench.method import ROPE
+
+
+class Windows(NamedTuple):
+    """The windows of one call: ``closed`` whole ones that hand slots on, then ``rows`` after ``fill`` tokens.
+
+    ``closing`` is 1 where these rows hand slots on too, which only a decoded token does.
+    """
+
+    closed: Expr
+    rows: Expr
+    fill: Expr
+    closing: Expr
+    before: Expr  # windows before the last
+
+    @property
+    def asking(self) -> Expr:
+        """Rows that ask, over all windows."""
+        return self.closed * (W + U) + self.rows
+
+    @property
+    def handed_on(self) -> Expr:
+        """Windows that hand slots on."""
+        return self.closed + self.closing
+
+
+def windows(mode: str) -> Windows:
+    """A whole sequence leaves its last window open: nobody would read what it hands on."""
+    if mode == "decode":
+        closing = floor((T + 1) / W) - floor(T / W)
+        return Windows(Integer(0), 1 + closing * U, T - W * floor(T / W), closing, floor(T / W))
+    closed = floor(T / W) if mode == "stream" else floor((T - 1) / W)
+    return Windows(closed, T - W * closed, Integer(0), Integer(0), closed)
+
+
+def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams) -> Cost:
+    """One impl in one mode. ``stream`` takes a window a call."""
+    call = windows(mode)
+    has_long = Integer(1 if params.long_slots else 0)
+    row_forward = 8 * d**2  # projections of one row
+    handed = L * S + has_long * P  # slots a window hands on, over all layers
+    algorithmic = {
+        "projections": L * B * call.asking * row_forward,
+        "attention": L * attention(_pairs(call, executed=False)),
+        "recall": has_long * attention(_recalled(call, null=0)),
+        "ffn": L * ffn(call.asking),
+        "mixing": linear(B * call.handed_on * (W + U), handed + (L - 1) * U, d),
+        "memory": linear(B * call.handed_on * handed, d, 2 * d),
+    }
+    flops = dict(algorithmic)
+    flops["attention"] = L * attention(_pairs(call, executed=True))
+    flops["recall"] = has_long * attention(_recalled(call, null=1) if impl == "blocked" else call.asking * M)
+    if mode == "train":
+        core = FUSED_BACKWARD if impl == "blocked" else 2
+        fused = ("attention", "recall")
+        flops = {term: forward * (1 + core if term in fused else 3) for term, forward in flops.items()}
+        if impl == "reference":  # the first window recalls zeros, which ask for no gradient
+            any_closed = Min(call.closed, 1)
+            flops["recall"] -= has_long * attention((any_closed * (W + U) + (1 - any_closed) * T) * M)
+        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
+    return Cost(
+        algorithmic=algorithmic,
+        flops=flops,
+        num_parameters=_parameters(position, params),
+        state_bytes=L * (2 * tensor(B, S, d) + 3 * tensor(B, T - W * floor(T / W), d))
+        + has_long * 2 * tensor(B, Min(M, P * floor(T / W)), d),
+        peak_bytes=None if position in ROPE else peak(impl, mode, params),
+        depth=L if mode == "decode" else ceiling(T / W) + L - 1,
+    )
+
+
+def _pairs(call: Windows, executed: bool) -> Expr:
+    """Pairs inside windows, short-term memory included; no row sees itself. ``executed``: the whole rectangle."""
+
+    def window(rows: Expr, fill: Expr) -> Expr:
+        own = rows * (rows - 1)
+        return rows * (S + fill) + (own if executed else own / 2)
+
+    return call.closed * window(W + U, Integer(0)) + window(call.rows, call.fill)
+
+
+def _recalled(call: Windows, null: int) -> Expr:
+    """Pairs with filled slots of the long-term memory; ``null`` more keys where it is partly filled."""
+    growing = Min(call.closed, FULL)  # windows before which it is not full; the first finds nothing
+    partly = growing - Min(growing, 1)
+    filled = P * growing * (growing - 1) / 2 + (call.closed - growing) * M + null * partly
+    is_growing = 1 - Min(floor(call.before / sympify(FULL)), 1)
+    last = Min(M, P * call.before) + null * is_growing * Min(call.before, 1)
+    return (W + U) * filled + call.rows * last
+
+
+def _parameters(position: str, params: MelodiParams) -> Expr:
+    layer = 4 * d**2 + d + h + position_parameters(position)  # a table a layer
+    layer += when_ffn(d + linear_parameters(d, f) + linear_parameters(f, d))
+    mixed = W + U + 1
+    normed: Expr = Integer(0)  # layers whose mixing has a norm
+    if params.summary_tokens:
+        normed = L if params.summary_tokens == params.short_slots else L - 1
+    total = L * (layer + mixed * S) + (L - 1) * mixed * U + normed * d + U * d
+    return total + (mixed * P + d if params.long_slots else 0)

@@ -1,0 +1,227 @@
+"""The stack: windows one after the other through layers that hand slots to the next window (Chen et al. 2025).
+
+B batch, W tokens and U summary tokens of a window, n rows that ask (tokens, and summary tokens where the window ends),
+F filled slots of the long-term memory, H heads, D head width; d_model = H * D. Equations in README.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import relu, rms_norm
+
+from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
+from ctxbench.implementations._shared.positions import positions_for
+from ctxbench.implementations.melodi.params import MelodiParams, long_layer
+from ctxbench.method import Dims, Output, load
+
+EPSILON = 1e-6
+
+
+class Memory(NamedTuple):
+    """What one layer carries.
+
+    ``k, v: [B, H, short_slots + fill, D]``: the short-term memory, then the tokens of the window so far;
+    ``out: [B, fill, d_model]``: this layer's outputs for these tokens;
+    ``long_k, long_v: [B, H, F, D]``: filled slots of the long-term memory, oldest first. Empty slots are not stored.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    long_k: torch.Tensor
+    long_v: torch.Tensor
+
+
+class State(NamedTuple):
+    """A memory for every layer, and the number of tokens so far."""
+
+    layers: tuple[Memory, ...]
+    tokens: int
+
+
+class TokenMixing(nn.Linear):
+    """A linear map along the sequence axis: ``[B, in_features, d_model] -> [B, out_features, d_model]``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias[None, :, None], self.weight.expand(x.shape[0], -1, -1), x)
+
+
+class MelodiLayer(nn.Module):
+    """Weights, norms and memories around an impl's ``attend`` and ``recall``."""
+
+    def __init__(self, dims: Dims, params: MelodiParams, index: int, operators: Any):
+        super().__init__()
+        d_model, U, slots = dims.d_model, params.summary_tokens, params.short_slots
+        self.num_heads, self.head_dim, self.params, self.operators = dims.num_heads, dims.head_dim, params, operators
+        (self.position,) = positions_for(dims, layers=1)  # T5: a table of its own
+        self.norm = nn.RMSNorm(d_model, EPSILON)
+        self.q, self.k, self.v, self.o = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+        self.scale = nn.Parameter(torch.full((dims.num_heads,), dims.head_dim**0.5))
+        self.norm_ffn = nn.RMSNorm(d_model, EPSILON) if dims.d_ff else None
+        self.ffn = FeedForward(d_model, dims.d_ff, relu) if dims.d_ff else None
+        rows = params.window + U
+        last = index == dims.num_layers - 1  # nobody reads its summary tokens
+        self.mix_summary = TokenMixing(rows, U) if U and not last else None
+        self.mix_short = TokenMixing(rows, slots) if slots else None
+        self.residual = slots == U  # the short-term memory is then a change of the summary tokens
+        self.norm_mix = nn.RMSNorm(d_model, EPSILON) if U and (self.residual or not last) else None
+        is_long = index == long_layer(dims, params)
+        self.mix_long = TokenMixing(rows, params.long_per_window) if is_long else None
+        self.gate = nn.Parameter(torch.zeros(dims.num_heads, 1, dims.head_dim)) if is_long else None
+
+    def forward(
+        self, rows: torch.Tensor, summary: int | None, memory: Memory, bias: torch.Tensor, keep: bool
+    ) -> tuple[torch.Tensor, Memory | None]:
+        """``rows: [B, n, d_model]``, the last ``summary`` of them summary tokens, to the next layer's rows.
+
+        ``summary`` is None where the window goes on. The memory after these rows is made where ``keep``.
+        """
+        normed = self.norm(rows)
+        first = self.params.short_slots + memory.out.shape[1]  # the short-term memory comes before the window
+        q = self._unit(self.q(normed)) * self.scale.abs()[:, None, None]
+        k = torch.cat((memory.k, self.position.rotate(self._unit(self.k(normed)), first)), dim=2)
+        v = torch.cat((memory.v, split_heads(self.v(normed), self.num_heads)), dim=2)
+        del normed
+        turned = self.position.rotate(q, first)
+        mixed = self.operators.attend(turned, k[:, :, :-1], v[:, :, :-1], bias)  # nobody sees the last row
+        del turned
+        if self.gate is not None:
+            empty = self.params.long_slots - memory.long_k.shape[2]
+            recalled = self.operators.recall(q, memory.long_k, memory.long_v, empty)
+            mixed = torch.lerp(recalled, mixed, torch.sigmoid(self.gate))
+            del recalled
+        del q
+        if summary is not None or not keep:
+            del k, v  # of the window alone; what outlives it comes from the mixing
+        rows = rows + self.o(merge_heads(mixed))
+        del mixed
+        if self.ffn is not None and self.norm_ffn is not None:
+            rows = rows + self.ffn(self.norm_ffn(rows))
+        if not keep:
+            return rows, None
+        window = torch.cat((memory.out, rows), dim=1) if memory.out.shape[1] else rows
+        if summary is None:
+            return rows, Memory(k, v, window, memory.long_k, memory.long_v)
+        return self._close(window, rows, summary, memory)
+
+    def _close(self, window: torch.Tensor, rows: torch.Tensor, summary: int, memory: Memory) -> tuple[Any, Memory]:
+        """Mix a complete window, ``[B, W + U, d_model]``, into what the next window and the next layer get."""
+        tokens, u = rows[:, : rows.shape[1] - summary], rows[:, rows.shape[1] - summary :]
+        normed = window if self.norm_mix is None else self.norm_mix(window)
+        if self.mix_summary is not None:
+            rows = torch.cat((tokens, u + self.mix_summary(normed)), dim=1)
+        k, v = (part[:, :, :0].clone() for part in (memory.k, memory.v))
+        if self.mix_short is not None:
+            z = u + self.mix_short(normed) if self.residual else self.mix_short(window)
+            k, v = self._remembered(z)
+            k = self.position.rotate(k, 0)
+        long_k, long_v = memory.long_k, memory.long_v
+        if self.mix_long is not None:
+            new_k, new_v = self._remembered(self.mix_long(window))
+            long_k, long_v = self._push(long_k, new_k), self._push(long_v, new_v)
+        return rows, Memory(k, v, rows[:, :0].clone(), long_k, long_v)
+
+    def _remembered(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of memory slots, ``[B, slots, d_model]``: the norm and weights of the tokens."""
+        normed = self.norm(slots)
+        return self._unit(self.k(normed)), split_heads(self.v(normed), self.num_heads)
+
+    def _push(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """First in, first out, at most ``long_slots``; a copy."""
+        most = self.params.long_slots
+        new = new[:, :, max(0, new.shape[2] - most) :]
+        return torch.cat((old[:, :, max(0, old.shape[2] + new.shape[2] - most) :], new), dim=2)
+
+    def _unit(self, x: torch.Tensor) -> torch.Tensor:
+        """Heads of ``[B, n, d_model]``, each row of length 1; zeros stay zeros."""
+        heads = split_heads(x, self.num_heads)
+        return rms_norm(heads, heads.shape[3:], eps=EPSILON) * self.head_dim**-0.5
+
+    def biases(self, rows: int, keys: int) -> torch.Tensor:
+        """What is added to scores ``[H, rows, keys]``: the scaled bias of the distance, minus infinity from 0 down.
+
+        The last row asks one place after the last key. Equal distances lie on diagonals, so the matrix is read from one
+        vector of distances ``keys .. 2 - rows`` in overlapping windows.
+        """
+        before = torch.arange(-keys, 0, device=self.scale.device)
+        seen = self.position.bias(before, self.scale.dtype)
+        if seen is None:
+            seen = self.scale.new_zeros(self.num_heads, keys)
+        seen = seen * self.scale.abs()[:, None]
+        hidden = seen.new_full((self.num_heads, rows - 1), float("-inf"))
+        return torch.cat((seen, hidden), dim=1).unfold(1, keys, 1).flip(1)
+
+    def empty(self, batch_size: int, fill: int, filled: int, make: Any) -> Memory:
+        """A memory with ``fill`` tokens in the window and ``filled`` slots in the long-term memory."""
+
+        def heads(rows: int) -> torch.Tensor:
+            return make(batch_size, self.num_heads, rows, self.head_dim, device=at.device, dtype=at.dtype)
+
+        at, keys = self.q.weight, self.params.short_slots + fill
+        out = make(batch_size, fill, self.num_heads * self.head_dim, device=at.device, dtype=at.dtype)
+        return Memory(heads(keys), heads(keys), out, heads(filled), heads(filled))
+
+
+class MelodiStack(nn.Module):
+    """Windows through all layers, one after the other; ``summary`` are the summary tokens at the bottom."""
+
+    def __init__(self, dims: Dims, params: MelodiParams, operators: Any):
+        super().__init__()
+        self.params = params
+        U = params.summary_tokens
+        self.summary = nn.Parameter(0.25 * torch.randn(U, dims.d_model)) if U else None
+        self.layers = nn.ModuleList(MelodiLayer(dims, params, i, operators) for i in range(dims.num_layers))
+
+    def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
+        B, W = x.shape[0], self.params.window
+        memories, tokens = self.init_state(B) if state is None else state
+        outputs: list[torch.Tensor] = []
+        biases: list[torch.Tensor] = []
+        while x.shape[1]:
+            piece, x = x[:, : W - tokens % W], x[:, W - tokens % W :]
+            tokens += piece.shape[1]
+            goes_on = state is not None or x.shape[1] > 0  # else nobody reads what the window would hand on
+            ends = tokens % W == 0 and goes_on
+            rows = piece
+            if ends and self.summary is not None:
+                rows = torch.cat((piece, self.summary.expand(B, -1, -1)), dim=1)
+            shape = (rows.shape[1], memories[0].k.shape[2] + rows.shape[1] - 1)
+            if not biases or biases[0].shape[1:] != shape:
+                biases.clear()
+                biases += [layer.biases(*shape) for layer in self.layers]  # type: ignore[operator]
+            after = []
+            for layer, memory, bias in zip(self.layers, memories, biases, strict=True):
+                rows, memory = layer(rows, self.params.summary_tokens if ends else None, memory, bias, goes_on)
+                after.append(memory)
+            memories = tuple(after)
+            outputs.append(rows[:, : piece.shape[1]])
+            del rows, memory, after, bias  # else the last would live while the next are made
+        biases.clear()
+        y = torch.cat(outputs, dim=1)
+        if state is None:
+            return Output(y)
+        return Output(y, State(tuple(Memory(*(part.detach() for part in each)) for each in memories), tokens))
+
+    def init_state(self, batch_size: int) -> State:
+        """Empty memories: zero keys and values that everybody sees."""
+        return self._state(batch_size, 0, torch.zeros)
+
+    def state_at(self, batch_size: int, context: int) -> State:
+        """Random contents in the shapes that follow ``context`` tokens."""
+        return self._state(batch_size, context, torch.randn)
+
+    def _state(self, batch_size: int, context: int, make: Any) -> State:
+        windows, fill = divmod(context, self.params.window)
+        filled = min(self.params.long_slots, windows * self.params.long_per_window)
+        layers = (layer.empty(batch_size, fill, 0 if layer.gate is None else filled, make) for layer in self.layers)  # type: ignore[operator]
+        return State(tuple(layers), context)
+
+
+def build(dims: Dims, params: MelodiParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """Stack of ``num_layers`` layers; the impls differ in ``attend`` and ``recall`` alone."""
+    from ctxbench.implementations.melodi import METHOD
+
+    return MelodiStack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)

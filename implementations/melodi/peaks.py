@@ -1,0 +1,192 @@
+"""Allocator peaks of MELODI: what is alive together at the worst moment. Derivation in README.md.
+
+A row is ``B n d`` elements of ``n`` tokens. Tensors of a few rows of one token are left out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sympy import Expr, Integer, Min, Piecewise, ceiling, floor, sympify
+
+from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
+from ctxbench.cost.terms import largest, tensor, when_ffn
+from ctxbench.implementations.melodi.params import MelodiParams
+
+W, U, S, M, P = (param(name) for name in ("window", "summary_tokens", "short_slots", "long_slots", "long_per_window"))
+FULL = ceiling(M / P)  # windows that fill the long-term memory
+ROWS = W + U
+
+
+class Form(NamedTuple):
+    """What decides the structure of a peak: the impl; 0 or 1: a long-term memory, a norm in the last mixing."""
+
+    reference: bool
+    has_long: int
+    norm_last: int
+
+
+def peak(impl: str, mode: str, params: MelodiParams) -> Expr:
+    """Bytes of one impl in one mode."""
+    same = params.summary_tokens == params.short_slots > 0
+    form = Form(impl == "reference", 1 if params.long_slots else 0, 1 if same else 0)
+    return {"forward": _forward, "stream": _stream, "decode": _decode, "train": _train}[mode](form)
+
+
+def row(tokens: Expr | int) -> Expr:
+    """Bytes of ``tokens`` tokens of every batch row."""
+    return tensor(B, tokens, d)
+
+
+def some(count: Expr | int) -> Expr:
+    """1 where there are any, else 0."""
+    return Min(sympify(count), 1)
+
+
+def filled(windows: Expr) -> Expr:
+    """Filled slots of the long-term memory after so many windows."""
+    return Min(M, P * windows)
+
+
+def bias(rows: Expr, keys: Expr) -> Expr:
+    """Bytes of one layer's bias."""
+    return tensor(h, rows, keys)
+
+
+def _memories(form: Form, windows: Expr) -> Expr:
+    return 2 * L * row(S) + 2 * form.has_long * row(filled(windows))
+
+
+def _layer(form: Form, rows: Expr, windows: Expr, fill: Expr | int = 0, kept: int = 0) -> Expr:
+    """The last layer over ``rows`` rows of one window after ``windows`` others, its input left out.
+
+    ``kept``: 1 where keys and values outlive the call.
+    """
+    keys = S + fill + rows
+    operands = row(rows) + 2 * row(keys)  # q, k, v
+    seen = tensor(B, h, rows, keys)
+    there = filled(windows)
+    if form.reference:
+        own = 3 * seen + bias(rows, keys) / e
+        memory = 2 * row(M) + row(M - there) + 2 * tensor(B, h, rows, M) + row(rows)
+    else:
+        own = row(rows) + 4 * B * h * rows
+        is_partly = some(windows) * (1 - Min(floor(windows / sympify(FULL)), 1))
+        memory = is_partly * 2 * row(there + 1) + 2 * row(rows) + 4 * B * h * rows
+    attending = operands + (largest(own, memory) if form.has_long else own)
+    feeding = 2 * row(rows) + when_ffn(2 * tensor(B, rows, f)) + 2 * kept * row(keys)
+    return largest(attending, feeding)
+
+
+def _closing(form: Form, windows: Expr) -> Expr:
+    """The end of a whole window: its rows, their norm, what is handed on and a new long-term memory."""
+    return 2 * row(ROWS) + 6 * row(S) + form.has_long * 2 * row(filled(windows + 1))
+
+
+def _forward(form: Form) -> Expr:
+    """In the last closed window, in the open one, or where all outputs are joined."""
+    closed = floor((T - 1) / W)
+    rest = T - W * closed
+    before = closed - 1
+    in_closed = some(closed) * (
+        (before + some(U + L - 1)) * row(ROWS)
+        + L * bias(ROWS, S + ROWS)
+        + _memories(form, before)
+        + 2 * (L - 1) * row(S)
+        + largest(_layer(form, ROWS, before), _closing(form, before))
+    )
+    in_rest = (
+        closed * row(ROWS)
+        + some(L - 1) * row(rest)
+        + L * bias(rest, S + rest)
+        + _memories(form, closed)
+        + _layer(form, rest, closed)
+    )
+    join = closed * row(ROWS) + row(rest) + row(T)  # what the last window would read is gone
+    return largest(in_closed, in_rest, join)
+
+
+def _stream(form: Form) -> Expr:
+    """The last whole window, or the one the stream ends in."""
+    whole = floor(T / W)
+    rest = T - W * whole
+    before = whole - 1
+    in_whole = some(whole) * (
+        (some(U + L - 1)) * row(ROWS)
+        + some(before) * row(W)
+        + L * bias(ROWS, S + ROWS)
+        + _memories(form, before)
+        + 2 * (L - 1) * row(S)
+        + largest(_layer(form, ROWS, before), _closing(form, before))
+    )
+    in_rest = some(rest) * (
+        some(L - 1) * row(rest)
+        + some(whole) * row(W)
+        + L * bias(rest, S + rest)
+        + _memories(form, whole)
+        + (L - 1) * (2 * row(S + rest) + row(rest))
+        + _layer(form, rest, whole, kept=1)
+    )
+    return largest(in_whole, in_rest)
+
+
+def _decode(form: Form) -> Expr:
+    """One token; one that ends its window pays for the summary, the mixing and a new long-term memory."""
+    windows, fill = floor(T / W), T - W * floor(T / W)
+    ends = floor((T + 1) / W) - windows
+    rows = 1 + ends * U
+    keys = S + fill + rows
+    new = ends * 2 * row(S) + (1 - ends) * (2 * row(keys) + row(fill + 1))  # memory of a layer that is done
+    keep = 2 * row(keys) + row(fill + 1)
+    close = ends * (_closing(form, windows) + row(ROWS))
+    in_last = (L - 1) * new + largest(_layer(form._replace(has_long=0), rows, windows, fill, kept=1), (1 - ends) * keep)
+    in_middle = floor(L / 2) * new + largest(_layer(form, rows, windows, fill, kept=1), close)
+    return L * bias(rows, keys) + some(L - 1) * row(rows) + largest(in_last, in_middle)
+
+
+def _train(form: Form) -> Expr:
+    """Backward through the last layer's attention, in the open window or in the last closed one."""
+    closed = floor((T - 1) / W)
+    rest = T - W * closed
+    memory = form.has_long * 2 * row(M) if form.reference else Integer(0)
+
+    def scores(rows: Expr) -> tuple[Expr, Expr]:
+        """Kept for backward by a layer, and by its recall."""
+        if not form.reference:
+            return Integer(0), 4 * B * h * rows * form.has_long
+        seen = 2 * tensor(B, h, rows, S + rows) + h * rows * (S + rows)
+        return seen, form.has_long * tensor(B, h, rows, M) + memory
+
+    def window(rows: Expr, mixed: int) -> Expr:
+        """Kept by all layers for a window; ``mixed``: it hands slots on."""
+        norms = 2 * mixed * (L - 1 + form.norm_last) * row(rows)
+        width = Piecewise((14, f > 0), (11, True)) * row(rows) + tensor(B, rows, f)
+        small = 2 * row(S) + mixed * 5 * row(S) + 2 * e * B * h * rows
+        own, recall = scores(rows)
+        return L * (width + small + own) + norms + form.has_long * (2 * row(rows) + mixed * 5 * row(P)) + recall
+
+    def attention(rows: Expr, before: Expr) -> Expr:
+        """Backward of the last layer's attention: what is not freed yet, and what it makes."""
+        rest_of_layer = 13 * row(rows) + 2 * row(S)
+        own, recall = scores(rows)
+        if form.reference:
+            made = largest(tensor(B, h, rows, S + rows), form.has_long * tensor(B, h, rows, M)) * 2
+        else:
+            made = 3 * tensor(B, h, rows, S + rows)
+        lower = (L - 1) * (window(rows, 0) - form.has_long * 2 * row(rows) - recall) / L
+        return lower + rest_of_layer + own + recall + made + _slots(form, before)
+
+    biases = [Integer(0)] * 2 if form.reference else [L * bias(rows, S + rows) for rows in (rest, ROWS)]
+    in_rest = closed * window(ROWS, 1) + attention(rest, closed) + biases[0] + some(closed) * biases[1]
+    in_closed = some(closed) * (
+        (closed - 1) * window(ROWS, 1) + attention(ROWS, closed) + biases[1] + e * (2 * d * f + 3 * d**2)
+    )
+    return row(T) + largest(in_rest, in_closed)
+
+
+def _slots(form: Form, windows: Expr) -> Expr:
+    """Filled slots that every window's recall keeps, keys and values."""
+    if form.reference or not form.has_long:
+        return Integer(0)
+    growing = Min(windows, FULL)
+    return 2 * row(P * growing * (growing - 1) / 2 + (windows - growing) * M + filled(windows))
