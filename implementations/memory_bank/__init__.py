@@ -1,7 +1,7 @@
 """Memory bank: self-attention inside segments, and a bank of slots that carries what earlier segments wrote."""
 
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
-from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
 METHOD = Method(
     name="memory_bank",
@@ -19,6 +19,12 @@ METHOD = Method(
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
+    positions=("none", *ROPE),
+    without_positions=dict.fromkeys(
+        ("t5", "alibi", "transformer_xl"),
+        "attention runs over whole segments in one fused call, which takes no term by distance; a slot of the bank has "
+        "no position at all",
+    ),
     impls=(
         Impl("reference", run=f"{__name__}.reference:run", note="keeps all scores, projects the whole bank each write"),
         Impl(
@@ -30,6 +36,7 @@ METHOD = Method(
             "as_written",
             run=f"{__name__}.as_written:SketchTransformer",
             modes=("forward", "train"),
+            positions=("none",),
             defects={
                 "agreement": "another function: attention runs over the batch axis, the read has one head and no "
                 "output projection, the residual is doubled, the bank is shared by layers and rows",

@@ -71,6 +71,8 @@ def _self_attend(
     """Consecutive tokens of one segment a batch row; ``k, v`` of its earlier tokens go in, those of all come out."""
     normed = layer.norm_self(x)
     q, new_k, new_v = (split_heads(project(normed), layer.num_heads) for project in (layer.q, layer.k, layer.v))
+    fill = 0 if k is None else k.shape[2]
+    q, new_k = layer.position.rotate(q, fill), layer.position.rotate(new_k, fill)
     del normed
     if k is None or v is None:
         return scaled_dot_product_attention(q, new_k, new_v, is_causal=q.shape[2] > 1), new_k, new_v

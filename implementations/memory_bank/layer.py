@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import FeedForward, Stack
+from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.method import Dims, Output, load
 
@@ -31,8 +32,9 @@ class Bank(NamedTuple):
 class State(NamedTuple):
     """The bank and the segment under way.
 
-    ``k, v: [B, H, fill, D]`` of its tokens so far; ``pooled: [B, d_model]`` the sum of their outputs, at least in
-    fp32; ``tokens`` counts all tokens so far, so ``fill = tokens % S`` and ``tokens // S`` writes were made.
+    ``k, v: [B, H, fill, D]`` of its tokens so far, k rotated where the position encoding rotates; ``pooled:
+    [B, d_model]`` the sum of their outputs, at least in fp32; ``tokens`` counts all tokens so far, so
+    ``fill = tokens % S`` and ``tokens // S`` writes were made.
     """
 
     bank: Bank
@@ -45,8 +47,9 @@ class State(NamedTuple):
 class MemoryBankLayer(nn.Module):
     """Weights and state; ``schedule(layer, x, state) -> (y, state)`` is the order in which an impl computes."""
 
-    def __init__(self, dims: Dims, params: MemoryBankParams, schedule: Any):
+    def __init__(self, dims: Dims, params: MemoryBankParams, schedule: Any, position: Position):
         super().__init__()
+        self.position = position
         d_model, num_slots = dims.d_model, params.num_slots
         self.num_heads, self.head_dim, self.segment_len = dims.num_heads, dims.head_dim, params.segment_len
         self.norm_self = nn.LayerNorm(d_model)
@@ -122,5 +125,7 @@ def build(dims: Dims, params: MemoryBankParams, impl: str, device: str, dtype: t
     if impl == "as_written":
         module: nn.Module = run(dims, params)
     else:
-        module = MemoryBankStack([MemoryBankLayer(dims, params, run) for _ in range(dims.num_layers)])
+        # Slots have no position, so no distance is longer than a segment.
+        positions = positions_for(dims.replace(seq_len=min(dims.seq_len, params.segment_len)))
+        module = MemoryBankStack([MemoryBankLayer(dims, params, run, position) for position in positions])
     return module.to(device, dtype)

@@ -33,12 +33,13 @@ def _piece(
     layer: MemoryBankLayer, x: torch.Tensor, bank: Bank, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Consecutive tokens of one segment; ``k, v`` of its earlier tokens go in, those of all come out."""
-    H, T = layer.num_heads, x.shape[1]
+    H, T, fill = layer.num_heads, x.shape[1], k.shape[2]
     normed = layer.norm_self(x)
-    k = torch.cat((k, split_heads(layer.k(normed), H)), dim=2)
+    q = layer.position.rotate(split_heads(layer.q(normed), H), fill)
+    k = torch.cat((k, layer.position.rotate(split_heads(layer.k(normed), H), fill)), dim=2)
     v = torch.cat((v, split_heads(layer.v(normed), H)), dim=2)
     visible = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-    x = x + layer.o(merge_heads(_attend(split_heads(layer.q(normed), H), k, v, visible)))
+    x = x + layer.o(merge_heads(_attend(q, k, v, visible)))
     normed = layer.norm_read(x)
     slots = (split_heads(bank.read_keys, H), split_heads(bank.read_values, H))
     read = layer.read_o(merge_heads(_attend(split_heads(layer.read_q(normed), H), *slots)))

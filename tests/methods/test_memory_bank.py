@@ -90,14 +90,28 @@ def attend(q, keys, values, heads):
     return torch.cat(parts)
 
 
-def oracle_layer(layer, x, write, segment, choices, made):
+def turned(vector, place, heads):
+    """A head's channels n and n + D/2 as a complex number, turned by ``place * 10000^(-2 n / D)``."""
+    parts = []
+    for head in vector.view(heads, 2, -1):
+        half = head.shape[1]
+        angles = place * 10_000.0 ** -(torch.arange(half, dtype=DOUBLE) / half)
+        number = torch.complex(head[0], head[1]) * torch.polar(torch.ones(half, dtype=DOUBLE), angles)
+        parts += [number.real, number.imag]
+    return torch.cat(parts)
+
+
+def oracle_layer(layer, x, write, segment, choices, made, rotate=False):
     """One batch row, ``x: [T, d_model]``. ``choices`` fixes earlier picks: the straight-through surrogate."""
     mem, keys = list(layer.initial_values), list(layer.initial_keys)
     out, local, pool = [], [], []
     for position, token in enumerate(x):
         a = norm(layer.norm_self, token)
-        local.append((affine(layer.k, a), affine(layer.v, a)))
-        token = token + affine(layer.o, attend(affine(layer.q, a), *zip(*local, strict=True), layer.num_heads))
+        q, k = affine(layer.q, a), affine(layer.k, a)
+        if rotate:  # counted from the sequence's beginning: differences inside a segment are what counts
+            q, k = (turned(vector, position, layer.num_heads) for vector in (q, k))
+        local.append((k, affine(layer.v, a)))
+        token = token + affine(layer.o, attend(q, *zip(*local, strict=True), layer.num_heads))
         n = norm(layer.norm_read, token)
         slots = [affine(layer.read_k, key) for key in keys], [affine(layer.read_v, value) for value in mem]
         read = affine(layer.read_o, attend(affine(layer.read_q, n), *slots, layer.num_heads))
@@ -133,6 +147,15 @@ def oracle(module, x, params, choices=None):
             row = oracle_layer(layer, row, params.write, params.segment_len, choices, made)
         rows.append(row)
     return torch.stack(rows), made
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rotations_act_inside_segments_and_leave_the_bank_alone(impl):
+    module, x = make(impl, num_layers=1, position="rope"), tokens()
+    (layer,) = module.layers
+    expected = torch.stack([oracle_layer(layer, row, "least_used", 4, None, [], rotate=True) for row in x])
+    torch.testing.assert_close(module(x).y, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(stream(module, x, [3, 6, 1, 3])[0], expected.detach(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("write", WRITES)
