@@ -71,7 +71,7 @@ METHOD = Method(
         "the causal forms are ours: the source document has no mask; cells are seen from their last token on",
         "causal: one softmax over window and cells, whose logits get log(span), so that a cell of equal keys weighs "
         "like its tokens; cells are means of keys and values, there are no coarse queries and nothing is upsampled",
-        "causal: scales overlap, a recent token is seen by itself and inside a cell of every scale",
+        "causal: scales overlap unless disjoint, a recent token is seen by itself and inside a cell of every scale",
         "scales are powers of one factor, so that cells nest; the source document takes any list that begins with 1",
         "seed: every scale has all heads; attention runs over the cells of a sample",
         "seed: a last, ragged cell is the mean of the tokens it has, and its copy is cut to the length",
