@@ -1,0 +1,91 @@
+"""Clusters of tokens: similarity to centroids, the two selections, and how centroids are learned.
+
+All functions are pure. B batch, H routed heads, T tokens, D head width, K clusters, w tokens a cluster.
+Source: Roy et al. 2020, section 4.1, and the code published with it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Centroids(NamedTuple):
+    """What a layer learns without gradients: ``means = sums / counts`` up to smoothing.
+
+    Attributes:
+        means: ``[H, K, D]``, what tokens are compared with.
+        sums: ``[H, K, D]``, moving average of the sum of assigned vectors a step.
+        counts: ``[H, K]``, moving average of their number.
+    """
+
+    means: torch.Tensor
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+
+def normalised(x: torch.Tensor) -> torch.Tensor:
+    """Layer norm without scale and bias: queries and keys lie on a sphere of radius sqrt(D)."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:])
+
+
+def similarity(vectors: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """Inner products ``[B, H, T, K]`` of ``vectors: [B, H, T, D]`` with ``means: [H, K, D]``; no gradient."""
+    return vectors.detach() @ means.transpose(1, 2)
+
+
+def assigned(vectors: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """The nearest centroid of every token, ``[B, H, T]`` int32: a token's own contents decide, so it is causal."""
+    return similarity(vectors, means).argmax(dim=3).int()
+
+
+def taken(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
+    """The ``w`` tokens nearest to every centroid, ascending: ``[B, H, K, w]``. A token may be in many or in none."""
+    return similarity(vectors, means).transpose(2, 3).topk(w, dim=3, sorted=False).indices.sort(dim=3).values
+
+
+def cluster_sizes(ids: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """The load: how many tokens each cluster holds, ``[B, H, T] -> [B, H, K]``."""
+    sizes = torch.zeros(*ids.shape[:2], num_clusters, dtype=torch.int64, device=ids.device)
+    return sizes.scatter_add_(2, ids.long(), torch.ones_like(ids, dtype=torch.int64))
+
+
+def visited_pairs(sizes: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Pairs (query, key) that clusters of these sizes really have, head by head: ``[B, H, K] -> [B, H]``."""
+    return (sizes * (sizes + 1) // 2 if causal else sizes * sizes).sum(dim=2)
+
+
+def balanced_pairs(tokens: int, num_clusters: int, causal: bool) -> int:
+    """The same for clusters whose sizes differ by one token at most: no contents need fewer."""
+    m, more = divmod(tokens, num_clusters)
+    if causal:
+        return num_clusters * m * (m + 1) // 2 + more * (m + 1)
+    return num_clusters * m * m + more * (2 * m + 1)
+
+
+def updated(centroids: Centroids, vectors: torch.Tensor, decay: float = 0.999, epsilon: float = 1e-5) -> Centroids:
+    """One step of online k-means over a batch of ``vectors: [B, H, T, D]``; in single precision at least.
+
+    Counts are smoothed by ``epsilon``, so that a centroid without tokens stays finite.
+    """
+    K = centroids.means.shape[1]
+    ids = assigned(vectors, centroids.means)
+    member = torch.nn.functional.one_hot(ids.transpose(0, 1).flatten(1).long(), K)  # [H, B T, K]
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    flat = vectors.detach().transpose(0, 1).flatten(1, 2).to(wide)
+    counts = decay * centroids.counts.to(wide) + (1 - decay) * member.sum(dim=1)
+    sums = decay * centroids.sums.to(wide) + (1 - decay) * member.to(wide).transpose(1, 2) @ flat
+    total = counts.sum(dim=1, keepdim=True)
+    smoothed = (counts + epsilon) / (total + K * epsilon) * total
+    return Centroids(sums / smoothed[:, :, None], sums, counts)
+
+
+def commitment_loss(vectors: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance of vectors to their centroids; its gradient moves the vectors alone.
+
+    The published weight beside the task's loss is 1e-4.
+    """
+    ids = assigned(vectors, means).long()
+    nearest = torch.stack([of_head[index] for of_head, index in zip(means, ids.unbind(1), strict=True)], dim=1)
+    return torch.nn.functional.mse_loss(vectors, nearest)
