@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: run test lint types unit browser bench check install install-dev clean
+.PHONY: run test lint types unit bench check docs install install-dev clean
 
 run: install
 	$(BIN)/ctxbench run --methods all --seq 1k..128k
@@ -38,12 +38,17 @@ types: install-dev
 	$(PYTHON) -c "import zipfile, glob; zipfile.ZipFile(glob.glob('build/types/*.whl')[0]).extractall('build/types/site')"
 	cd build/types/site && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p ctxbench
 
+# One test process a core, one thread each: what a test measures of time it measures in its own children.
 unit: install-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 # Ratios side by side in one run; never part of the tests.
 bench: install-dev
 	$(BIN)/python -m ctxbench.suites.benchmarks
+
+# The method table of the README and docs/methods.md; a test fails when they are not what the registry says.
+docs: install
+	$(BIN)/python docs/generate.py
 
 check: install
 	$(BIN)/ctxbench check all

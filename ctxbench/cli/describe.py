@@ -14,6 +14,7 @@ from ctxbench.errors import UserError, unknown
 from ctxbench.method import DTYPE_BYTES, DTYPES, MODES, Dims, Method, Params
 from ctxbench.units import format_bytes, format_flops, format_tokens
 
+LONGEST = 240  # characters of a formula that a reader may want to see on a terminal
 QUANTITIES = ("algorithmic", "flops", "peak_bytes", "state_bytes", "num_parameters", "depth")
 
 
@@ -244,6 +245,8 @@ def _print_costs(description: dict[str, Any], as_latex: bool) -> None:
         echo(f"  {cost['impl']}")
         for name, formula in cost["formulas"].items():
             shown = formula["latex"] if as_latex else formula["text"]
+            if len(shown) > LONGEST and not as_latex:
+                shown = f"({len(shown)} characters; --latex and --json print it)"
             echo(f"    {name:<15}{formula['big_o']:<12}{shown}")
         for at in cost["at"]:
             numbers = [f"{format_flops(at['flops'])} ({at['flops']})", f"algorithmic {format_flops(at['algorithmic'])}"]
@@ -251,4 +254,6 @@ def _print_costs(description: dict[str, Any], as_latex: bool) -> None:
                 numbers.append(f"peak {format_bytes(at['peak_bytes'])}")
             if at.get("state_bytes"):
                 numbers.append(f"state {format_bytes(at['state_bytes'])}")
+            if "depth" in at:
+                numbers.append(f"{at['depth']} steps in a row")
             echo(f"    at {format_tokens(at['seq_len']):>5}: {', '.join(numbers)}, local slope {at['slope']:.2f}")

@@ -14,6 +14,8 @@ from sympy import Expr, Max, Min, Piecewise, Symbol, ceiling, floor
 
 from ctxbench.errors import CtxbenchError
 
+FACTORED = 400  # characters of a formula beyond which nobody reads it, factored or not
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -57,7 +59,11 @@ def evaluate(expression: Expr | int, values: Mapping[str, Any]) -> int:
 
 
 def _exact(node: Any, values: Mapping[str, Any], smoothed: bool = False) -> Fraction:
-    """Value of a formula. ``smoothed`` admits roots and logarithms, in floating point: no integer is expected."""
+    """Value of a formula.
+
+    ``smoothed`` leaves rounding out (``floor(x)`` is x, ``Mod`` is 0), for slopes and asymptotics, and admits roots and
+    logarithms in floating point.
+    """
     if node.is_Symbol:
         if node.name not in values:
             raise CtxbenchError(f"the formula uses {node.name!r}, which has no value here (known: {', '.join(values)})")
@@ -66,9 +72,13 @@ def _exact(node: Any, values: Mapping[str, Any], smoothed: bool = False) -> Frac
         return Fraction(int(node.p), int(node.q))
     if isinstance(node, Piecewise):
         for branch in node.args:
-            if _holds(branch.args[1], values):
+            if _holds(branch.args[1], values, smoothed):
                 return _exact(branch.args[0], values, smoothed)
         raise CtxbenchError(f"no branch of {node} holds")
+    if smoothed and isinstance(node, (floor, ceiling)):
+        return _exact(node.args[0], values, smoothed)
+    if smoothed and isinstance(node, sympy.Mod):
+        return Fraction(0)
     if isinstance(node, (floor, ceiling)) and _irrational(node):  # SymPy decides these to as many digits as it takes
         return Fraction(int(node.subs({symbol: values.get(symbol.name, symbol) for symbol in node.free_symbols})))
     arguments = [_exact(argument, values, smoothed) for argument in node.args]
@@ -102,18 +112,18 @@ def _irrational(node: Any) -> bool:
     return bool(node.has(sympy.log) or any(not power.exp.is_integer for power in node.atoms(sympy.Pow)))
 
 
-def _holds(condition: Any, values: Mapping[str, Any]) -> bool:
+def _holds(condition: Any, values: Mapping[str, Any], smoothed: bool) -> bool:
     if condition in (True, sympy.true):
         return True
     if condition in (False, sympy.false):
         return False
     if isinstance(condition, sympy.And):
-        return all(_holds(part, values) for part in condition.args)
+        return all(_holds(part, values, smoothed) for part in condition.args)
     if isinstance(condition, sympy.Or):
-        return any(_holds(part, values) for part in condition.args)
+        return any(_holds(part, values, smoothed) for part in condition.args)
     if isinstance(condition, sympy.Not):
-        return not _holds(condition.args[0], values)
-    left, right = (_exact(side, values) for side in condition.args)
+        return not _holds(condition.args[0], values, smoothed)
+    left, right = (_exact(side, values, smoothed) for side in condition.args)
     return {
         sympy.StrictGreaterThan: left > right,
         sympy.GreaterThan: left >= right,
@@ -124,22 +134,11 @@ def _holds(condition: Any, values: Mapping[str, Any]) -> bool:
     }[type(condition)]
 
 
-@lru_cache(maxsize=1024)
-def smooth(expression: Expr) -> Expr:
-    """The formula without its rounding: ``floor(x) -> x``, ``Mod -> 0``. For slopes and asymptotics only."""
-    return (
-        sympy.sympify(expression)
-        .replace(lambda node: isinstance(node, sympy.Mod), lambda _: sympy.Integer(0))
-        .replace(lambda node: isinstance(node, (floor, ceiling)), lambda node: node.args[0])
-    )
-
-
 def local_slope(expression: Expr, values: Mapping[str, Any]) -> float:
     """Slope of log cost against log T at this length, ``T f'(T) / f(T)``, by a central difference over +-1 %."""
-    plain = smooth(expression)
     step = Fraction(1, 100)
-    high = _exact(plain, {**values, "T": Fraction(values["T"]) * (1 + step)}, smoothed=True)
-    low = _exact(plain, {**values, "T": Fraction(values["T"]) / (1 + step)}, smoothed=True)
+    high = _exact(expression, {**values, "T": Fraction(values["T"]) * (1 + step)}, smoothed=True)
+    low = _exact(expression, {**values, "T": Fraction(values["T"]) / (1 + step)}, smoothed=True)
     if low <= 0 or high <= 0:
         return 0.0
     return float(math.log(high / low) / (2 * math.log(1 + step)))
@@ -151,9 +150,8 @@ def big_o(expression: Expr) -> str:
 
     The exponent is the slope between two lengths far beyond every other size, where lower terms have vanished.
     """
-    plain = smooth(expression)
-    values: dict[str, Any] = dict.fromkeys(free_names(plain), 8)
-    first, second = (_exact(plain, {**values, "T": Fraction(10) ** power}, smoothed=True) for power in (18, 24))
+    values: dict[str, Any] = dict.fromkeys(free_names(expression), 8)
+    first, second = (_exact(expression, {**values, "T": Fraction(10) ** power}, smoothed=True) for power in (18, 24))
     if first <= 0 or second <= 0:
         return "O(1)"
     slope = (math.log10(second.numerator) - math.log10(second.denominator)
@@ -174,9 +172,11 @@ def latex(expression: Expr) -> str:
 
 
 def text(expression: Expr) -> str:
-    """One-line text of a formula, factored where that makes it shorter."""
-    short = min((expression, sympy.factor_terms(expression)), key=lambda form: len(str(form)))
-    return str(short).replace("**", "^")
+    """One-line text of a formula, factored where that makes it shorter and does not take SymPy seconds."""
+    forms = [str(expression)]
+    if len(forms[0]) <= FACTORED:
+        forms.append(str(sympy.factor_terms(expression)))
+    return min(forms, key=len).replace("**", "^")
 
 
 def free_names(expression: Expr) -> set[str]:

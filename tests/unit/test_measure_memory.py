@@ -65,7 +65,7 @@ def measured(server: Server, tmp_path: Path):
     return measure
 
 
-# first and second live together, up to 1 GiB; then second, the projection and the sum: 2 MiB are more than 1 MiB and 256 KiB.
+# first and second live together, up to 1 GiB; then second, the projection and the sum, which are less.
 @pytest.mark.parametrize("mib", [1, 16, 128, 512])
 def test_both_meters_find_a_known_peak(measured, mib: int):
     found = measured(mib)
