@@ -1,0 +1,43 @@
+"""Block attention with a state: full attention inside blocks, and a few vectors that pass from block to block."""
+
+from ctxbench.implementations.block_state.params import BlockStateParams
+from ctxbench.method import Claim, Impl, Method, Paper
+
+METHOD = Method(
+    name="block_state",
+    title="Local blocks with a state",
+    family="recurrent",
+    idea="Full causal attention inside a block, behind state vectors that a small network makes of the block before.",
+    paper=Paper("Source document, Hybrid Local + State; its published relative is block_recurrent"),
+    params=BlockStateParams,
+    memory_parameter="num_states",
+    segment="block_len",
+    build=f"{__name__}.layer:build",
+    modes=("forward", "train", "stream", "decode"),
+    causal=(True,),
+    positions=("none", "rope", "rope_linear", "rope_ntk", "rope_yarn", "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "its term is one of a memory of tokens; a state vector has no distance to a token",
+    },
+    impls=(
+        Impl("reference", run=f"{__name__}.reference:attend", note="keeps a block's scores"),
+        Impl(
+            "blocked", run=f"{__name__}.blocked:attend", support=f"{__name__}.params:fused_support",
+            note="fused attention inside a block",
+        ),
+    ),
+    cost=f"{__name__}.cost:cost",
+    reach=f"{__name__}.params:reach",
+    deviations=(
+        "state rows come first and are causal among themselves: a whole block is plain causal attention",
+        "positions count rows of the block, states included, and begin anew in every block",
+        "the pooled block is its mean or its last output; there is no pooling by learned queries",
+    ),
+    claims=(
+        Claim(
+            "constant memory growth",
+            "misnamed",
+            "the memory is constant, its growth is 0: k d numbers a state and at most one block of keys and values",
+        ),
+    ),
+)  # fmt: skip
