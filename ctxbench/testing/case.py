@@ -15,13 +15,14 @@ from ctxbench.workload import DTYPES, as_output
 TINY = Dims(seq_len=1, batch_size=2, d_model=16, num_heads=2, num_layers=2, d_ff=32)
 LARGE = 16  # integer parameters from here on are scaled down
 WIDEST = 32  # a scaled-down parameter is at most this
+SAME_BUT_FOR_CONSTANTS = {**dict.fromkeys(ROPE[1:], "rope"), "alibi": "t5"}  # other angles; other numbers a distance
 
 
 @dataclass(frozen=True)
 class Case:
     """One impl at tiny sizes. ``label`` names what differs from the method's preferred form, as in ``memory=0``.
 
-    ``retabled`` marks a form that differs from another one in a table of constants alone, as extensions of RoPE do.
+    ``retabled`` marks a form that differs from another one in a table of constants alone, as the extensions of RoPE do.
     """
 
     method: Method
@@ -131,7 +132,7 @@ def _forms(method: Method, impl: str, modes: tuple[str, ...], device: str) -> It
     for causal in method.causal[1:]:
         yield case(params, preferred.replace(causal=causal), "causal" if causal else "bidirectional")
     for position in method.positions[1:]:
-        retabled = position in ROPE and "rope" in method.positions[: method.positions.index(position)]
+        retabled = SAME_BUT_FOR_CONSTANTS.get(position) in method.positions
         yield case(params, preferred.replace(position=position), position, retabled)
     if method.memory_parameter:
         small = int(getattr(params, method.memory_parameter))

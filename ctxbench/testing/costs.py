@@ -73,7 +73,7 @@ def algorithmic_flops_agree(case: Case) -> None:
         )  # fmt: skip
 
 
-@law(every_form=True, literal=True)
+@law(every_form=True, literal=True, retabled=True)
 def parameters_equal_formula(case: Case) -> str:
     """The number of parameters is the formula's."""
     mode = _costed_modes(case)[0]
@@ -144,7 +144,8 @@ def peak_equals_formula(case: Case) -> str:
 
 def _sizes(case: Case, mode: str) -> Iterator[Dims]:
     """Lengths at the case's own sizes, then other widths, depths and batches at an odd length."""
-    lengths = case.lengths(mode, most=5 if case.label else 7)
+    moved = case.dims.position != case.method.positions[0]  # no length means more to a position than to the others
+    lengths = case.lengths(mode, most=2 if moved else 5 if case.label else 7)
     for length in lengths:
         yield case.dims.replace(seq_len=length)
     if mode == "stream":  # several whole calls and a shorter one

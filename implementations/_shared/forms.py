@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, Piecewise
+from sympy import Expr, Integer, Min, Piecewise, floor, sympify
 
 from ctxbench.cost.symbols import B, L, d, f, h
 from ctxbench.cost.terms import ffn, largest, linear_parameters, tensor, when_ffn
+from ctxbench.implementations._shared.staircase import BLOCK
 
 
 def block_parameters(mixer: Expr | int) -> Expr:
@@ -21,6 +22,12 @@ def position_parameters(position: str) -> Expr:
     if position == "t5":
         return 32 * h
     return L * (d * d + 2 * d) if position == "transformer_xl" else Integer(0)
+
+
+def slab_pairs(queries: Expr | int) -> Expr:
+    """Pairs of causal attention by slabs, see ``slabs``: each slab of BLOCK queries ends at its last one."""
+    whole = floor(sympify(queries) / BLOCK)
+    return BLOCK**2 * whole * (whole + 1) / 2 + (queries - whole * BLOCK) * queries
 
 
 def block_ffn(tokens: Expr | int) -> Expr:

@@ -1,7 +1,7 @@
 """Fused attention: ``F.scaled_dot_product_attention``, whose kernels keep no score matrix.
 
 PyTorch aligns ``is_causal`` at the top left, so a call that continues a cache (S > T) needs an explicit mask. What the
-kernel cannot add to its scores, a bias by distance or Transformer-XL's term, goes through ``slabs``.
+kernel cannot add to its scores, a bias by distance or Transformer-XL's term, goes by slabs of queries.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctxbench.implementations._shared.positions import Bias, Position, RelativeTerm
-from ctxbench.implementations.dense.slabs import attend_slabs
+from ctxbench.implementations._shared.slabs import attend_slabs
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position) -> torch.Tensor:

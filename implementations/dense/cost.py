@@ -17,8 +17,14 @@ from ctxbench.cost.terms import (
     tensor,
     when_ffn,
 )
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters, stack_peak
-from ctxbench.implementations.dense.params import SLAB
+from ctxbench.implementations._shared.forms import (
+    block_ffn,
+    block_parameters,
+    position_parameters,
+    slab_pairs,
+    stack_peak,
+)
+from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.method import Params
 
 
@@ -41,7 +47,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         elif impl == "blocked":
             executed = executed - _first_chunk_saving()
     elif slabs and causal:
-        executed = _staircase(T)
+        executed = slab_pairs(T)
     else:
         executed = visible if impl == "blocked" else T * T
     algorithmic = {
@@ -78,22 +84,16 @@ def _relative(mode: str, causal: bool, slabs: bool, executed: Expr) -> tuple[Exp
     if causal:
         return T, T, executed
     if slabs:  # n queries and T keys are n + T - 1 distances
-        whole = floor(T / SLAB)
-        return 2 * T - 1, 2 * T - 1, T * (T - 1) + whole * SLAB**2 + (T - whole * SLAB) ** 2
+        whole = floor(T / BLOCK)
+        return 2 * T - 1, 2 * T - 1, T * (T - 1) + whole * BLOCK**2 + (T - whole * BLOCK) ** 2
     return 2 * T - 1, 2 * T - 1, T * (2 * T - 1)
-
-
-def _staircase(tokens: Expr) -> Expr:
-    """Pairs of slabs of queries that each end at their last query."""
-    whole = floor(tokens / SLAB)
-    return SLAB**2 * whole * (whole + 1) / 2 + (tokens - whole * SLAB) * tokens
 
 
 def _streamed_slabs() -> Expr:
     """Each chunk against all keys before it, and its own staircase."""
     whole = floor(T / C)
     rest = T - whole * C
-    return C * C * whole * (whole - 1) / 2 + rest * whole * C + whole * _staircase(C) + _staircase(rest)
+    return C * C * whole * (whole - 1) / 2 + rest * whole * C + whole * slab_pairs(C) + slab_pairs(rest)
 
 
 def _streamed_rectangles() -> Expr:

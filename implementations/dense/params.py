@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from ctxbench.method import YES, Dims, Params, Support, no
 
-SLAB = 128  # queries whose scores exist together where a position encoding needs them; small enough to skip the future
-
 
 def support(dims: Dims, params: Params, mode: str) -> Support:
     """A cache is of use only when later tokens cannot change earlier outputs."""

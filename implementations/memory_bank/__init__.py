@@ -19,12 +19,11 @@ METHOD = Method(
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("t5", "alibi", "transformer_xl"),
-        "attention runs over whole segments in one fused call, which takes no term by distance; a slot of the bank has "
-        "no position at all",
-    ),
+    positions=("none", *ROPE, "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "its term is a part of its layer, with weights and a product a pair of its own; dense and "
+        "transformer_xl have it",
+    },
     impls=(
         Impl("reference", run=f"{__name__}.reference:run", note="keeps all scores, projects the whole bank each write"),
         Impl(

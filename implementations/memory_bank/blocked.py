@@ -15,6 +15,8 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
+from ctxbench.implementations._shared.positions import Bias
+from ctxbench.implementations._shared.slabs import attend_slabs
 from ctxbench.implementations.memory_bank.layer import Bank, MemoryBankLayer, State
 
 Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # after self-attention; the read's queries; the gate's half
@@ -74,6 +76,10 @@ def _self_attend(
     fill = 0 if k is None else k.shape[2]
     q, new_k = layer.position.rotate(q, fill), layer.position.rotate(new_k, fill)
     del normed
+    if isinstance(layer.position, Bias):
+        if k is not None and v is not None:
+            new_k, new_v = torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2)
+        return attend_slabs(q, new_k, new_v, causal=True, position=layer.position), new_k, new_v
     if k is None or v is None:
         return scaled_dot_product_attention(q, new_k, new_v, is_causal=q.shape[2] > 1), new_k, new_v
     k, v = torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2)

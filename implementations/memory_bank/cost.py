@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Max, ceiling, floor, sympify
+from collections.abc import Callable
+
+from sympy import Expr, Integer, Max, ceiling, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, e
 from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters, slab_pairs
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.implementations.memory_bank.peaks import REST, WHOLE, M, S, peak
 
@@ -22,7 +24,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
     row_write = linear(B, d, 5 * d + (M if argmax else 0))  # key, gate, the row's two projections; slot logits
     algorithmic = {
         "projections": L * projections(tokens),
-        "attention": L * attention(_pairs(mode, whole_squares=False)),
+        "attention": L * attention(_pairs(mode, triangle)),
         "read": L * linear(B * tokens, d, 2 * d),
         "read_attention": L * attention(tokens * M),
         "gate": L * linear(B * tokens, 2 * d, d),
@@ -31,8 +33,10 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
         "bank": L * linear(M, d, 2 * d) if mode != "decode" else Integer(0),  # the initial one, once for all rows
     }
     flops = dict(algorithmic)
+    if impl == "blocked" and position in ("t5", "alibi"):
+        flops["attention"] = L * attention(_pairs(mode, slab_pairs))
     if impl == "reference":
-        flops["attention"] = L * attention(_pairs(mode, whole_squares=True))
+        flops["attention"] = L * attention(_pairs(mode, lambda n: n**2))
         flops["write"] = L * writes * (row_write + linear(B * (M - 1), d, 2 * d))  # every row projected
     if mode == "train":
         core = FUSED_BACKWARD if impl == "blocked" else 2
@@ -46,7 +50,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=_parameters(argmax),
+        num_parameters=_parameters(argmax) + position_parameters(position),
         state_bytes=L * (4 * tensor(B, M, d) + 2 * tensor(B, REST, d) + Max(e, 4) * B * d),
         peak_bytes=peak(impl, mode, argmax, writes) if position == "none" else None,
         depth=L if mode == "decode" else L * ceiling(T / S),
@@ -60,12 +64,9 @@ def _writes(mode: str) -> Expr:
     return WHOLE if mode == "stream" else floor((T - 1) / S)
 
 
-def _pairs(mode: str, whole_squares: bool) -> Expr:
-    """Pairs of self-attention inside the segments; ``whole_squares``: also those a causal query cannot see."""
-    if mode == "decode":
-        return REST + 1
-    square = (lambda n: sympify(n) ** 2) if whole_squares else triangle
-    return WHOLE * square(S) + square(REST)
+def _pairs(mode: str, of: Callable[[Expr], Expr]) -> Expr:
+    """Pairs of self-attention inside the segments; ``of`` counts those of n tokens among themselves."""
+    return REST + 1 if mode == "decode" else WHOLE * of(S) + of(REST)
 
 
 def _parameters(argmax: bool) -> Expr:

@@ -39,7 +39,7 @@ def _piece(
     k = torch.cat((k, layer.position.rotate(split_heads(layer.k(normed), H), fill)), dim=2)
     v = torch.cat((v, split_heads(layer.v(normed), H)), dim=2)
     visible = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-    x = x + layer.o(merge_heads(_attend(q, k, v, visible)))
+    x = x + layer.o(merge_heads(_attend(q, k, v, visible, layer.position.rectangle(T, k.shape[2], fill, like=q))))
     normed = layer.norm_read(x)
     slots = (split_heads(bank.read_keys, H), split_heads(bank.read_values, H))
     read = layer.read_o(merge_heads(_attend(split_heads(layer.read_q(normed), H), *slots)))
@@ -50,10 +50,13 @@ def _piece(
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """``softmax(q k^T / sqrt(D)) v``, all ``[B, H, *, D]``."""
+    """``softmax(q k^T / sqrt(D) + bias) v``, all ``[B, H, *, D]``."""
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, H, T, K or M]
+    if bias is not None:
+        scores = scores + bias
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(dim=3) @ v

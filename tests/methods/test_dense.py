@@ -15,9 +15,9 @@ from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
 from ctxbench.implementations._shared.positions import Position, Rotary, positions_for, sinusoids
+from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.implementations.dense import METHOD, blocked, reference
 from ctxbench.implementations.dense.layer import Attention
-from ctxbench.implementations.dense.params import SLAB
 from ctxbench.method import Dims
 from ctxbench.workload import as_output
 
@@ -194,7 +194,7 @@ def test_relative_term_equals_a_loop_over_pairs(operator, causal: bool) -> None:
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("position", DISTANCES)
 def test_slabs_equal_the_whole_rectangle_with_all_gradients(position: str, causal: bool) -> None:
-    dims = DIMS.replace(seq_len=2 * SLAB + 5, causal=causal, position=position, num_layers=1, d_ff=0)
+    dims = DIMS.replace(seq_len=2 * BLOCK + 5, causal=causal, position=position, num_layers=1, d_ff=0)
     x, results = torch.randn(2, dims.seq_len, 16, dtype=torch.float64), []
     for impl in IMPLS:
         module, own = build(impl, dims), x.clone().requires_grad_()
@@ -211,10 +211,10 @@ def test_slabs_equal_the_whole_rectangle_with_all_gradients(position: str, causa
 def test_streaming_with_positions_equals_the_whole_sequence(impl: str, position: str) -> None:
     """Built for more tokens than the original length, so that the extensions of RoPE are not RoPE itself."""
     module = build(impl, DIMS.replace(seq_len=5000, position=position))
-    x = torch.randn(2, SLAB + 20, 16, dtype=torch.float64)
+    x = torch.randn(2, BLOCK + 20, 16, dtype=torch.float64)
     state, pieces = module.init_state(2), []
     with torch.no_grad():
-        for chunk in x.split([7, SLAB + 2, 1, 10], dim=1):
+        for chunk in x.split([7, BLOCK + 2, 1, 10], dim=1):
             y, state = module(chunk, state)
             pieces.append(y)
         torch.testing.assert_close(torch.cat(pieces, dim=1), as_output(module(x)).y, rtol=0, atol=1e-12)
@@ -225,7 +225,7 @@ def test_streaming_with_positions_equals_the_whole_sequence(impl: str, position:
 def test_counted_work_and_weights_equal_the_formula(impl: str, position: str) -> None:
     """At lengths of several slabs, in both directions; a chunk of the stream is several slabs too."""
     for mode in METHOD.modes:
-        for length, causal in ((SLAB, False), (2 * SLAB + 9, False), (1100, True)):
+        for length, causal in ((BLOCK, False), (2 * BLOCK + 9, False), (1100, True)):
             dims = Dims(seq_len=length, batch_size=2, d_model=32, num_heads=4, d_ff=0, causal=causal, position=position)
             if not METHOD.mode_support(mode, dims, METHOD.params()):
                 continue

@@ -158,6 +158,26 @@ def test_rotations_act_inside_segments_and_leave_the_bank_alone(impl):
     torch.testing.assert_close(stream(module, x, [3, 6, 1, 3])[0], expected.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("position", ["t5", "alibi"])
+def test_biases_by_distance_hold_in_segments_of_several_slabs(position):
+    params, x = MemoryBankParams(num_slots=3, segment_len=150), tokens(320)
+    reference, blocked = twins(params, num_layers=1, seq_len=320, position=position)
+    results = []
+    for module in (reference, blocked):
+        own = x.clone().requires_grad_()
+        y = module(own).y
+        y.backward(x)
+        results.append([y.detach(), own.grad, *(p.grad for p in module.parameters())])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(stream(blocked, x, [140, 30, 150])[0], results[0][0], rtol=0, atol=1e-12)
+    dims = TINY.replace(seq_len=320, position=position)
+    for mode in METHOD.modes:
+        formula = METHOD.cost_of("blocked", mode, True, position, params)
+        values = bindings(dims, params, 4, 150)
+        assert evaluate(total(formula.flops), values) == trace(METHOD, dims, params, "blocked", mode).flops
+
+
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_outputs_equal_the_equations_token_by_token(impl, write):

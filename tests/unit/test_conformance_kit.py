@@ -218,7 +218,7 @@ def test_memory_sizes_and_directions_are_cases_of_their_own() -> None:
 def test_another_table_of_constants_is_tried_where_it_could_matter_alone() -> None:
     method = dataclasses.replace(flawed.METHOD, positions=("none", "rope", "rope_yarn"))
     tried = {label: {law.name for law, case in laws_for(method) if case.label == label} for label in method.positions}
-    assert tried["rope_yarn"] == {"shape_and_dtype", "streaming_equals_whole"}
+    assert tried["rope_yarn"] == {"shape_and_dtype", "streaming_equals_whole", "parameters_equal_formula"}
     assert tried["rope"] > tried["rope_yarn"]
     alone = dataclasses.replace(flawed.METHOD, positions=("none", "rope_yarn"))
     assert {law.name for law, case in laws_for(alone) if case.label} == tried["rope"]

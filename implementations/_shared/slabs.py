@@ -1,6 +1,7 @@
 """Attention by slabs of queries, for scores that depend on distances: nothing grows as T x S.
 
-A slab's scores are computed again in the backward pass, so that none are kept. Causal slabs end at their last query.
+For biases and terms that a fused kernel does not take. A slab is BLOCK queries; its scores are computed again in the
+backward pass, so that none are kept. Causal slabs end at their last query.
 
 B batch, H heads, n queries of a slab, K keys it sees, S keys in all, D head width, c distances of a slab.
 """
@@ -12,7 +13,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from ctxbench.implementations._shared.positions import Position, RelativeTerm
-from ctxbench.implementations.dense.params import SLAB
+from ctxbench.implementations._shared.staircase import BLOCK
 
 
 def attend_slabs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position) -> torch.Tensor:
@@ -20,8 +21,8 @@ def attend_slabs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
     T, S = q.shape[2], k.shape[2]
     r = position.keys(S - 1, 0 if causal else 1 - T) if isinstance(position, RelativeTerm) else None
     outputs = []
-    for begin in range(0, T, SLAB):
-        end = min(begin + SLAB, T)
+    for begin in range(0, T, BLOCK):
+        end = min(begin + BLOCK, T)
         first = S - T + begin  # position of the first query
         keys = S - T + end if causal else S
         near = None if r is None else r[:, T - end : T - end + (end - begin) + keys - 1]
