@@ -7,10 +7,15 @@ Reading is nested: the cell of level l that token i reads is the one its cell of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ctxbench.implementations.pyramid.layer import Operators
+
+SLAB = 128  # cells whose scores over the level below are alive together
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -20,6 +25,62 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> t
         visible = torch.ones(N, S, dtype=torch.bool, device=q.device).tril(S - N)
         return scaled_dot_product_attention(q, k, v, attn_mask=visible)
     return scaled_dot_product_attention(q, k, v, is_causal=causal and N > 1)
+
+
+def attend_below(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, pool: int, causal: bool
+) -> torch.Tensor:
+    """As in the reference; no more than SLAB rows of scores at a time."""
+    if not causal:
+        return scaled_dot_product_attention(q, k, v)
+    return _Below.apply(q, k, v, start, pool)
+
+
+class _Below(torch.autograd.Function):
+    """Slabs of causal cells against the run of finer cells that any of them sees; probabilities are computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, pool: int) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.start, ctx.pool = start, pool
+        out = torch.empty_like(q)
+        for rows, seen in _slabs(q.shape[2], start, pool):
+            p = _probabilities(q[:, :, rows], k[:, :, :seen], pool)
+            out[:, :, rows] = p @ v[:, :, :seen]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v = ctx.saved_tensors
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for rows, seen in _slabs(q.shape[2], ctx.start, ctx.pool):
+            query, dout, keys = q[:, :, rows], grad[:, :, rows], k[:, :, :seen]
+            p = _probabilities(query, keys, ctx.pool)
+            dv[:, :, :seen] += p.transpose(2, 3) @ dout
+            ds = torch._softmax_backward_data(dout @ v[:, :, :seen].transpose(2, 3), p, 3, p.dtype)
+            ds *= q.shape[3] ** -0.5
+            dq[:, :, rows] = ds @ keys
+            dk[:, :, :seen] += ds.transpose(2, 3) @ query
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _slabs(N: int, start: int, pool: int) -> Iterator[tuple[slice, int]]:
+    """Rows of a slab, and how many finer cells the last of them sees."""
+    for begin in range(0, N, SLAB):
+        end = min(begin + SLAB, N)
+        yield slice(begin, end), (start + end) * pool
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, pool: int) -> torch.Tensor:
+    """Softmax of rows of which the last sees all keys, each one before ``pool`` fewer than the next."""
+    rows = q.shape[2]
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    last = torch.arange(rows * pool, device=q.device).div(pool, rounding_mode="floor")
+    corner = last > torch.arange(rows, device=q.device)[:, None]
+    scores[:, :, :, k.shape[2] - rows * pool :].masked_fill_(corner, float("-inf"))
+    return torch.softmax(scores, dim=3, out=scores)
 
 
 def fuse(
@@ -42,4 +103,4 @@ def _repeat(rows: torch.Tensor, length: int, pool: int, offset: int) -> torch.Te
     return rows.unsqueeze(2).expand(-1, -1, pool, -1).flatten(1, 2)[:, offset : offset + length]
 
 
-OPERATORS = Operators(attend, fuse)
+OPERATORS = Operators(attend, attend_below, fuse)

@@ -21,6 +21,7 @@ from ctxbench.cost.terms import (
 )
 from ctxbench.implementations.pyramid.memory import cells_at, layer_parameters, layers_at, peak_bytes, width
 from ctxbench.implementations.pyramid.params import PyramidParams
+from ctxbench.implementations.pyramid.pooled_pairs import pairs_below
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParams) -> Cost:
@@ -28,6 +29,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
     levels = params.levels
     algorithmic = _algorithmic(mode, causal, levels)
     flops = _as_written(levels) if impl == "as_written" else _executed(impl, mode, causal, levels)
+    if params.pooled_queries:
+        _pool_queries(algorithmic, None, mode, causal, params)
+        _pool_queries(flops, impl, mode, causal, params)
     if mode == "train":
         core = FUSED_BACKWARD if impl == "blocked" else 2
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
@@ -36,8 +40,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(levels, sketch=impl == "as_written"),
-        state_bytes=_state(levels) if causal and impl != "as_written" else Integer(0),
-        peak_bytes=peak_bytes(impl, mode, causal, levels) if position == "none" else None,
+        state_bytes=_state(levels, params.pooled_queries) if causal and impl != "as_written" else Integer(0),
+        peak_bytes=peak_bytes(impl, mode, causal, levels) if position == "none" and not params.pooled_queries else None,
     )
 
 
@@ -73,6 +77,23 @@ def _terms(layers: list[Expr], cells: list[Expr], pairs: list[Expr], read: list[
         if level:
             terms["pooling"] += linear(B * cells[level], width(level - 1), width(level))
     return terms
+
+
+def _pool_queries(terms: dict[str, Expr], impl: str | None, mode: str, causal: bool, params: PyramidParams) -> None:
+    """Change the first layer of every coarse level: keys and values of the cells below, which are projected unpooled.
+
+    ``impl`` None: what the mathematics needs.
+    """
+    for level in range(1, params.levels):
+        cells, below = (_new_cells(each, mode, causal) for each in (level, level - 1))
+        if impl is None:
+            plain, pooled = _visible_pairs(level, mode, causal), pairs_below(None, level, mode, causal, params)
+        else:
+            plain = _executed_pairs(level, impl, mode, causal)
+            pooled = pairs_below(impl, level, mode, causal, params)
+        terms["projections"] += 2 * linear(B * (below - cells), width(level), width(level))
+        terms["attention"] += attention(pooled - plain) / 2**level
+        terms["pooling"] += linear(B * (below - cells), width(level - 1), width(level))
 
 
 def _new_cells(level: int, mode: str, causal: bool) -> Expr:
@@ -131,10 +152,19 @@ def _parameters(levels: int, sketch: bool) -> Expr:
     return total + (linear_parameters(sum(fused), d) if fused else 0)
 
 
-def _state(levels: int) -> Expr:
-    """Keys and values of all cells; a level that is read keeps its last cell, one that is pooled its open sum."""
+def _state(levels: int, pooled_queries: bool) -> Expr:
+    """Keys and values of all cells; a level that is read keeps its last cell, one that is pooled its open sum.
+
+    With pooled queries a level's first layer keeps the cells below, and sums are taken at the next level's width.
+    """
     total: Expr = Integer(0)
     for level in range(levels):
-        total += 2 * layers_at(level, levels) * tensor(B, cells_at(level, T, True), width(level))
-        total += tensor(B, width(level)) * ((level > 0) + (level < levels - 1))
+        cells = cells_at(level, T, True)
+        total += 2 * layers_at(level, levels) * tensor(B, cells, width(level))
+        if level and pooled_queries:
+            total += 2 * tensor(B, cells_at(level - 1, T, True) - cells, width(level))
+        if level:
+            total += tensor(B, width(level))
+        if level < levels - 1:
+            total += tensor(B, width(level + pooled_queries))
     return total

@@ -26,9 +26,10 @@ from ctxbench.method import Dims, Output, load
 
 
 class Operators(NamedTuple):
-    """What the impls differ in: attention within a level, and the sum over levels."""
+    """What the impls differ in: attention within a level, from one to the level below, and the sum over levels."""
 
     attend: Callable[..., torch.Tensor]
+    attend_below: Callable[..., torch.Tensor]
     fuse: Callable[..., torch.Tensor]
 
 
@@ -44,7 +45,7 @@ class LevelState(NamedTuple):
 
     caches: one a layer. last: output of the last complete cell, ``[B, 1, d_l]``, zeros before the first; None at
     level 0, where nothing is read later. pending: sum of the outputs that the next level has not yet made a cell of,
-    ``[B, 1, d_l]``; None at the coarsest level.
+    ``[B, 1, d_l]``, with pooled queries at the next level's width; None at the coarsest level.
     """
 
     caches: tuple[Cache, ...]
@@ -76,6 +77,40 @@ class Attention(nn.Module):
         return Output(self.o(merge_heads(self.attend(q, k, v, self.causal))), state)
 
 
+class PooledAttention(Attention):
+    """``attend(q, k, v, start, pool, causal)`` from cells of ``span`` tokens to the ``pool`` times finer ones below."""
+
+    def __init__(self, dims: Dims, attend: Callable[..., torch.Tensor], position: Position, span: int, pool: int):
+        super().__init__(dims, attend, position, span)
+        self.pool = pool
+
+    def forward(self, x: torch.Tensor, state: Cache | None = None, below: torch.Tensor | None = None) -> Output:
+        """``x: [B, N, d]`` new cells, ``below: [B, n, d]`` new cells of the level below, brought to the same width."""
+        q = split_heads(self.q(x), self.num_heads)
+        k, v = (split_heads(project(below), self.num_heads) for project in (self.k, self.v))
+        seen, step = 0 if state is None else state.k.shape[2], self.span // self.pool
+        start = seen // self.pool
+        # The last token of each cell.
+        q = self.position.rotate(q, (start + 1) * self.span - 1, self.span)
+        k = self.position.rotate(k, (seen + 1) * step - 1, step)
+        if state is not None:
+            state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
+            k, v = state
+        mixed = self.attend(q, k, v, start, self.pool, self.causal) if x.shape[1] else q
+        return Output(self.o(merge_heads(mixed)), state)
+
+
+class PooledBlock(PreNormBlock):
+    """A pre-norm layer whose keys and values come from the level below."""
+
+    def forward(self, x: torch.Tensor, state: Cache | None = None, below: torch.Tensor | None = None) -> Output:
+        y, state = self.mixer(self.norm_mixer(x), state, self.norm_mixer(below))
+        x = x + y
+        if self.ffn is not None and self.norm_ffn is not None:
+            x = x + self.ffn(self.norm_ffn(x))
+        return Output(x, state)
+
+
 class Pyramid(nn.Module):
     """All levels; ``layers`` holds their layers in order, fine to coarse."""
 
@@ -83,10 +118,11 @@ class Pyramid(nn.Module):
         super().__init__()
         self.sizes = level_dims(dims, params)
         self.pool, self.causal, self.operators = params.pool, dims.causal, operators
+        self.pooled_queries = params.pooled_queries
         self.layers = nn.ModuleList(
-            PreNormBlock(Attention(size, operators.attend, position, params.pool**level), size)
+            _layer(size, operators, position, params, level, first=index == 0)
             for level, size in enumerate(self.sizes)
-            for position in positions_for(size)
+            for index, position in enumerate(positions_for(size))
         )
         widths = [size.d_model for size in self.sizes]
         self.down = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
@@ -95,23 +131,30 @@ class Pyramid(nn.Module):
     def forward(self, x: torch.Tensor, state: tuple[LevelState, ...] | None = None) -> Output:
         start = 0 if state is None else state[0].caches[0].k.shape[2]
         fine = cells = x
+        below: torch.Tensor | None = None  # with pooled queries: new cells of the level below at this level's width
         coarse: list[torch.Tensor] = []
         after: list[LevelState] = []
         for level, layers in enumerate(self._layers_by_level()):
             before = None if state is None else state[level]
-            if before is not None and before.last is not None and cells.shape[1] == 0:  # nothing new from here on up
+            new = cells if below is None else below
+            if before is not None and before.last is not None and new.shape[1] == 0:  # nothing new from here on up
                 coarse.append(before.last)
                 after.append(before)
                 continue
-            cells, caches = _run(layers, cells, before)
+            cells, caches = _run(layers, cells, before, below)
             if level == 0:
                 fine = cells
             else:
                 coarse.append(self._readable(cells, before))
             pending = None
             if level < len(self.down):
-                cells, pending = self._coarsen(cells, before, start // self.pool**level % self.pool)
-                cells = self.down[level](cells)
+                held = start // self.pool**level % self.pool
+                if self.pooled_queries:
+                    below = self.down[level](cells)
+                    cells, pending = self._coarsen(below, before, held)
+                else:
+                    cells, pending = self._coarsen(cells, before, held)
+                    cells = self.down[level](cells)
             if before is not None:
                 last = coarse[-1][:, -1:].clone() if level else None  # a view would keep the whole level alive
                 after.append(LevelState(caches, last, pending))
@@ -161,20 +204,40 @@ class Pyramid(nn.Module):
         like = {"device": weight.device, "dtype": weight.dtype}
         levels = []
         for level, size in enumerate(self.sizes):
-            shape = (batch_size, size.num_heads, context // self.pool**level, size.head_dim)
-            caches = tuple(Cache(fill(shape, **like), fill(shape, **like)) for _ in range(size.num_layers))
-            row = (batch_size, 1, size.d_model)
-            last = fill(row, **like) if level else None
-            pending = fill(row, **like) if level < len(self.down) else None
+            counts = [context // self.pool**level] * size.num_layers
+            if self.pooled_queries and level:
+                counts[0] = context // self.pool ** (level - 1)
+            shapes = [(batch_size, size.num_heads, count, size.head_dim) for count in counts]
+            caches = tuple(Cache(fill(shape, **like), fill(shape, **like)) for shape in shapes)
+            last = fill((batch_size, 1, size.d_model), **like) if level else None
+            pending = None
+            if level < len(self.down):
+                summed = self.sizes[level + 1] if self.pooled_queries else size
+                pending = fill((batch_size, 1, summed.d_model), **like)
             levels.append(LevelState(caches, last, pending))
         return tuple(levels)
 
 
-def _run(layers: list[nn.Module], x: torch.Tensor, before: LevelState | None) -> tuple[torch.Tensor, tuple[Cache, ...]]:
+def _layer(
+    size: Dims, operators: Operators, position: Position, params: PyramidParams, level: int, first: bool
+) -> nn.Module:
+    span = params.pool**level
+    if level and first and params.pooled_queries:
+        return PooledBlock(PooledAttention(size, operators.attend_below, position, span, params.pool), size)
+    return PreNormBlock(Attention(size, operators.attend, position, span), size)
+
+
+def _run(
+    layers: list[nn.Module], x: torch.Tensor, before: LevelState | None, below: torch.Tensor | None
+) -> tuple[torch.Tensor, tuple[Cache, ...]]:
     """Layers of one level in order, with their caches where there is a state."""
     caches = []
     for index, layer in enumerate(layers):
-        x, cache = layer(x, None if before is None else before.caches[index])
+        cache = None if before is None else before.caches[index]
+        if index == 0 and below is not None:
+            x, cache = layer(x, cache, below)
+        elif cache is None or x.shape[1]:
+            x, cache = layer(x, cache)
         caches.append(cache)
     return x, tuple(caches)
 

@@ -19,6 +19,11 @@ class PyramidParams(Params):
         low=2,
         source="source document, 2",
     )
+    pooled_queries: bool = param(
+        False,
+        "the first layer of a coarse level attends from its cells to those of the level below, before pooling",
+        source="Dai et al. 2020, Funnel-Transformer, 2.1",
+    )
 
 
 def fewest_layers(params: PyramidParams) -> int:
@@ -67,6 +72,8 @@ def reach(dims: Dims, params: PyramidParams, i: int) -> range:
 
 def sketch_support(dims: Dims, params: PyramidParams, device: str, dtype: str) -> Support:
     """Where the sketch raises: too few tokens to pool, or a coarse width that all heads cannot share."""
+    if params.pooled_queries:
+        return no("the sketch pools before a level, queries and keys alike: it has no pooled_queries")
     tokens = params.pool ** (params.levels - 1)
     if dims.seq_len < tokens:
         return no(f"the sketch pools without padding and needs at least {tokens} tokens, received {dims.seq_len}")

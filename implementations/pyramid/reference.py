@@ -1,4 +1,4 @@
-"""The two operators of the pyramid, written out: attention of one level, and fusion of all levels.
+"""The operators of the pyramid, written out: attention of one level or to the one below, and fusion of all levels.
 
 B batch, H heads of a level, D head width, N cells of a level, S cells including earlier calls, T tokens,
 d_l width of level l.
@@ -22,6 +22,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> t
     return scores.softmax(dim=3) @ v
 
 
+def attend_below(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, pool: int, causal: bool
+) -> torch.Tensor:
+    """Cells over those of the level below: cell c, the first being ``start``, sees ``(c + 1) pool`` of them."""
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, H, N, S]
+    if causal:
+        cell = torch.arange(start, start + q.shape[2], device=q.device)[:, None]
+        scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) >= (cell + 1) * pool, float("-inf"))
+    return scores.softmax(dim=3) @ v
+
+
 def fuse(
     fine: torch.Tensor, coarse: list[torch.Tensor], start: int, pool: int, causal: bool,
     weight: torch.Tensor, bias: torch.Tensor,
@@ -42,4 +53,4 @@ def fuse(
     return fine + linear(torch.cat(columns, dim=2), weight, bias)
 
 
-OPERATORS = Operators(attend, fuse)
+OPERATORS = Operators(attend, attend_below, fuse)
