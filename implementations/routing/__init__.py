@@ -1,7 +1,7 @@
 """Routing Transformer: local heads beside heads whose tokens attend inside clusters found by online k-means."""
 
 from ctxbench.implementations.routing.params import RoutingParams
-from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
 METHOD = Method(
     name="routing",
@@ -15,6 +15,12 @@ METHOD = Method(
     params=RoutingParams,
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
+    positions=("none", *ROPE),
+    without_positions=dict.fromkeys(
+        ("t5", "alibi", "transformer_xl"),
+        "members of a cluster lie anywhere, so a term by distance would be gathered pair by pair; rotations are taken "
+        "before tokens are gathered",
+    ),
     support=f"{__name__}.params:support",
     segment="local_block",
     impls=(
@@ -46,7 +52,7 @@ METHOD = Method(
         "the mean over the clusters of a token is exact; the published code divides by the count + 0.01",
         "the running sums of the centroids begin at the centroids with counts of 1; the published counts begin at 0",
         "the number of clusters is fixed; the paper takes sequence length / cluster size for each data set",
-        "no relative positions, no extra map between heads, biases in the projections",
+        "no learned vectors by rank inside a cluster, no extra map between heads, biases in the projections",
     ),
     claims=(
         Claim(

@@ -72,7 +72,7 @@ class _Members:
         """Rows of the queries and of the keys of a few clusters."""
         return zip(self.query_rows.split(self.step), self.key_rows.split(self.step), strict=True)
 
-    def scratch(self, like: torch.Tensor) -> torch.Tensor:
+    def scratch(self, like: torch.Tensor) -> tiles.Scratch:
         """Room for the scores of a group's tile."""
         return tiles.scratch(like, min(self.step, len(self.key_rows)), self.size, self.size)
 
@@ -96,7 +96,7 @@ class _Taken(torch.autograd.Function):
         ctx.rules = rules
         members = _Members(q.shape[2], query_ids, key_ids, rules)
         q_rows, k_rows, v_rows = (x.reshape(-1, x.shape[3]) for x in (q, k, v))
-        total, scores = torch.zeros_like(q_rows), members.scratch(q)
+        total, buffer = torch.zeros_like(q_rows), members.scratch(q)
         for query_rows, key_rows in members.groups():
             queries, keys, values = (
                 _gather(x, at) for x, at in ((q_rows, query_rows), (k_rows, key_rows), (v_rows, key_rows))
@@ -104,7 +104,7 @@ class _Taken(torch.autograd.Function):
             mixed = torch.empty_like(queries)
             if rules.exclude_self:
                 mixed[:, 0] = values[:, 0]
-            tiles.attend(*members.cut(mixed, queries, keys, values), members.first, scores)
+            tiles.attend(*members.cut(mixed, queries, keys, values), members.first, buffer)
             total.index_add_(0, query_rows.flatten(), mixed.flatten(0, 1))
         return total.div_(members.times(total)).view(q.shape)
 

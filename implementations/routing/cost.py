@@ -39,7 +39,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RoutingParam
         flops=flops,
         num_parameters=block_parameters(3 * linear_parameters(d, d) + form.key_parameters()),
         state_bytes=L * form.state_bytes(T) if causal else Integer(0),
-        peak_bytes=peak(impl, mode, causal, params),
+        peak_bytes=peak(impl, mode, causal, params) if position == "none" else None,
         depth=L,
     )
 

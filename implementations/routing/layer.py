@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, split_heads
+from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.routing.params import RoutingParams
 from ctxbench.implementations.routing.routing import Centroids, assigned, normalised, taken
 from ctxbench.method import Dims, Output, load
@@ -24,6 +25,9 @@ class State(NamedTuple):
         local_k, local_v: ``[B, H, n, D]``; the first is the first of a block.
         k, v: routed, ``[B, H, S, D]``, keys normalised.
         ids: cluster of each routed key, ``[B, H, S]`` int32.
+        tokens: how many there were.
+
+    All keys are kept rotated, where the position encoding rotates.
     """
 
     local_k: torch.Tensor
@@ -31,6 +35,7 @@ class State(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     ids: torch.Tensor
+    tokens: int
 
 
 class Rules(NamedTuple):
@@ -65,8 +70,9 @@ class RoutingAttention(nn.Module):
     sums: torch.Tensor
     counts: torch.Tensor
 
-    def __init__(self, dims: Dims, params: RoutingParams, operators: Operators):
+    def __init__(self, dims: Dims, params: RoutingParams, operators: Operators, position: Position):
         super().__init__()
+        self.position = position
         self.params, self.operators = params, operators
         self.num_heads, self.head_dim = dims.num_heads, dims.head_dim
         self.local = params.local_heads(dims.num_heads)
@@ -82,14 +88,16 @@ class RoutingAttention(nn.Module):
         self.register_buffer("counts", torch.ones(means.shape[:2]))
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
-        n, mixed = self.local, []
+        n, mixed, before = self.local, [], 0 if state is None else state.tokens
         q, k, v = self._projected(x)
         if n:
-            heads, state = self._attend_locally(q[:, :n], k[:, :n], v[:, :n], state)
+            heads, state = self._attend_locally(q[:, :n], k[:, :n], v[:, :n], before, state)
             mixed.append(heads.transpose(1, 2))
         if self.routed:
-            heads, state = self._attend_in_clusters(q[:, n:], k[:, n:], v[:, n:], state)
+            heads, state = self._attend_in_clusters(q[:, n:], k[:, n:], v[:, n:], before, state)
             mixed.append(heads.transpose(1, 2))
+        if state is not None:
+            state = state._replace(tokens=before + x.shape[1])
         del q, k, v  # else they would live through the output projection
         return Output(self.o(torch.cat(mixed, dim=2).flatten(2)), state)
 
@@ -113,16 +121,16 @@ class RoutingAttention(nn.Module):
 
     def state_at(self, batch_size: int, context: int) -> State:
         weight, kept = self.q.weight, self.params.kept(context) if self.local else 0
-        context = context if self.routed else 0
+        met = context if self.routed else 0
 
         def draw(heads: int, tokens: int) -> torch.Tensor:
             shape = (batch_size, heads, tokens, self.head_dim)
             return torch.randn(shape, device=weight.device, dtype=weight.dtype)
 
-        shape = (batch_size, self.routed, context)
+        shape = (batch_size, self.routed, met)
         ids = torch.randint(self.rules.num_clusters, shape, device=weight.device, dtype=torch.int32)
-        local_k, local_v, k, v = (draw(*size) for size in ((self.local, kept),) * 2 + ((self.routed, context),) * 2)
-        return State(local_k, local_v, k, v, ids)
+        local_k, local_v, k, v = (draw(*size) for size in ((self.local, kept),) * 2 + ((self.routed, met),) * 2)
+        return State(local_k, local_v, k, v, ids, context)
 
     def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values by head; where routed heads share, keys are those of the local heads alone."""
@@ -132,18 +140,19 @@ class RoutingAttention(nn.Module):
         return q, split_heads(self.k(x), self.k.out_features // self.head_dim), v
 
     def _attend_locally(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: State | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int, state: State | None
     ) -> tuple[torch.Tensor, State | None]:
+        q, k = self.position.rotate(q, before), self.position.rotate(k, before)
         if state is not None:
             k, v = torch.cat((state.local_k, k), dim=2), torch.cat((state.local_v, v), dim=2)
             S = k.shape[2]
             old = S - self.params.kept(S)
-            recent = (a[:, :, old:].clone() if old else a for a in (k, v))
-            state = state._replace(**dict(zip(("local_k", "local_v"), recent, strict=True)))
+            recent_k, recent_v = (a[:, :, old:].clone() if old else a for a in (k, v))
+            state = state._replace(local_k=recent_k, local_v=recent_v)
         return self.operators.local(q, k, v, self.params.local_block, self.rules.earlier), state
 
     def _attend_in_clusters(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: State | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int, state: State | None
     ) -> tuple[torch.Tensor, State | None]:
         q = normalised(q)
         k = q if self.params.shared else normalised(k)
@@ -151,13 +160,20 @@ class RoutingAttention(nn.Module):
             w = self.params.taken(q.shape[2])
             query_ids = taken(q, self.means, w)
             key_ids = query_ids if self.params.shared else taken(k, self.means, w)
+            q, k = self._rotated(q, k, before)
             return self.operators.topw(q, k, v, query_ids, key_ids, self.rules), state
         query_ids = key_ids = assigned(q, self.means)
+        q, k = self._rotated(q, k, before)
         if state is not None:
             k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)
             key_ids = torch.cat((state.ids, key_ids), dim=2)
             state = state._replace(k=k, v=v, ids=key_ids)
         return self.operators.strict(q, k, v, query_ids, key_ids, self.rules), state
+
+    def _rotated(self, q: torch.Tensor, k: torch.Tensor, before: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """After the choice of clusters, which is by contents alone, and before tokens are gathered."""
+        turned = self.position.rotate(q, before)
+        return turned, turned if self.params.shared else self.position.rotate(k, before)
 
 
 def routed_vectors(stack: Stack, x: torch.Tensor) -> list[torch.Tensor]:
@@ -175,6 +191,6 @@ def build(dims: Dims, params: RoutingParams, impl: str, device: str, dtype: torc
 
     operators = load(METHOD.impl(impl).run)
     layers: list[nn.Module] = [
-        PreNormBlock(RoutingAttention(dims, params, operators), dims) for _ in range(dims.num_layers)
+        PreNormBlock(RoutingAttention(dims, params, operators, position), dims) for position in positions_for(dims)
     ]
     return Stack(layers).to(device, dtype)

@@ -1,4 +1,4 @@
-"""Clusters of tokens: similarity to centroids, the two selections, and how centroids are learned.
+"""Clusters of tokens: the two selections, the load, and how centroids are learned.
 
 All functions are pure. B batch, H routed heads, T tokens, D head width, K clusters, w tokens a cluster.
 Source: Roy et al. 2020, section 4.1, and the code published with it.
@@ -30,19 +30,18 @@ def normalised(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.layer_norm(x, x.shape[-1:])
 
 
-def similarity(vectors: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """Inner products ``[B, H, T, K]`` of ``vectors: [B, H, T, D]`` with ``means: [H, K, D]``; no gradient."""
-    return vectors.detach() @ means.transpose(1, 2)
-
-
 def assigned(vectors: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """The nearest centroid of every token, ``[B, H, T]`` int32: a token's own contents decide, so it is causal."""
-    return similarity(vectors, means).argmax(dim=3).int()
+    """Of ``vectors: [B, H, T, D]`` the centroids ``[H, K, D]`` with the largest inner product: ``[B, H, T]`` int32.
+
+    A token's own contents decide, so this is causal. No gradient passes.
+    """
+    return (vectors.detach() @ means.transpose(1, 2)).argmax(dim=3).int()
 
 
 def taken(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
     """The ``w`` tokens nearest to every centroid, ascending: ``[B, H, K, w]``. A token may be in many or in none."""
-    return similarity(vectors, means).transpose(2, 3).topk(w, dim=3, sorted=False).indices.sort(dim=3).values
+    similarity = means @ vectors.detach().transpose(2, 3)  # [B, H, K, T]
+    return similarity.topk(w, dim=3, sorted=False).indices.sort(dim=3).values
 
 
 def cluster_sizes(ids: torch.Tensor, num_clusters: int) -> torch.Tensor:

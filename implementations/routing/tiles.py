@@ -36,23 +36,32 @@ def tiles(R: int, M: int, first: int | None) -> Iterator[Tile]:
             yield Tile(slice(start, stop), first + stop - 1, first + start)
 
 
-def scratch(like: torch.Tensor, runs: int, R: int, M: int) -> torch.Tensor:
-    """Room for the scores of any tile, to be used again and again."""
-    return like.new_empty(runs * min(R, TILE) * M)
+class Scratch(NamedTuple):
+    """Room for the scores of any tile, flat, and the mask of a corner; used again and again."""
+
+    scores: torch.Tensor
+    hidden: torch.Tensor
+
+
+def scratch(like: torch.Tensor, runs: int, R: int, M: int) -> Scratch:
+    """For so many runs of at most R queries and M keys."""
+    rows = min(R, TILE)
+    hidden = torch.ones(rows, rows, dtype=torch.bool, device=like.device).triu()
+    return Scratch(like.new_empty(runs * rows * M), hidden)
 
 
 def attend(
-    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int | None, scores: torch.Tensor
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int | None, buffer: Scratch
 ) -> None:
     """Write the result of ``q: [n, R, D]``, ``k, v: [n, M, D]`` into ``out: [n, R, D]``."""
     for tile in tiles(q.shape[1], k.shape[1], first):
-        p = _probabilities(q, k, tile, scores)
+        p = _probabilities(q, k, tile, buffer)
         out[:, tile.rows].baddbmm_(p, v[:, : tile.keys], beta=0)
 
 
 def attend_backward(
     gradients: Sequence[torch.Tensor], dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, first: int | None, buffers: tuple[torch.Tensor, torch.Tensor],
+    v: torch.Tensor, first: int | None, buffers: tuple[Scratch, Scratch],
 ) -> None:  # fmt: skip
     """Write ``dq`` and add to ``dk`` and ``dv``; five products where the forward pass has two."""
     dq, dk, dv = gradients
@@ -61,19 +70,19 @@ def attend_backward(
         rows, seen = tile.rows, slice(0, tile.keys)
         p = _probabilities(q, k, tile, buffers[0])
         _add_product(dv[:, seen], p.transpose(1, 2), dout[:, rows], 1.0)
-        ds = _shaped(buffers[1], p.shape).baddbmm_(dout[:, rows], v[:, seen].transpose(1, 2), beta=0)
+        ds = _shaped(buffers[1].scores, p.shape).baddbmm_(dout[:, rows], v[:, seen].transpose(1, 2), beta=0)
         torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
         _add_product(dk[:, seen], ds.transpose(1, 2), q[:, rows], scale)
         dq[:, rows].baddbmm_(ds, k[:, seen], beta=0, alpha=scale)
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, tile: Tile, scores: torch.Tensor) -> torch.Tensor:
+def _probabilities(q: torch.Tensor, k: torch.Tensor, tile: Tile, buffer: Scratch) -> torch.Tensor:
     query = q[:, tile.rows]
     n, rows, D = query.shape
-    p = _shaped(scores, (n, rows, tile.keys)).baddbmm_(query, k[:, : tile.keys].transpose(1, 2), beta=0, alpha=D**-0.5)
+    p = _shaped(buffer.scores, (n, rows, tile.keys))
+    p.baddbmm_(query, k[:, : tile.keys].transpose(1, 2), beta=0, alpha=D**-0.5)
     if tile.corner is not None and rows > 1:
-        hidden = torch.ones(rows - 1, rows - 1, dtype=torch.bool, device=q.device).triu()
-        p[:, :-1, tile.corner :].masked_fill_(hidden, float("-inf"))
+        p[:, :-1, tile.corner :].masked_fill_(buffer.hidden[: rows - 1, : rows - 1], float("-inf"))
     return torch.softmax(p, dim=2, out=p)
 
 

@@ -125,11 +125,14 @@ def test_local_heads_equal_the_package(name: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", OPERATORS)
-@pytest.mark.parametrize(("causal", "exclude"), [(True, False), (True, True), (False, False)])
-def test_mixer_equals_a_loop_over_tokens(impl: str, causal: bool, exclude: bool) -> None:
+@pytest.mark.parametrize(
+    ("causal", "exclude", "position"),
+    [(True, False, "none"), (True, True, "none"), (False, False, "none"), (True, False, "rope")],
+)
+def test_mixer_equals_a_loop_over_tokens(impl: str, causal: bool, exclude: bool, position: str) -> None:
     """Half of four heads local, half strict: written from the equations, one query at a time."""
     params = RoutingParams(num_clusters=3, local_block=4, exclude_self=exclude)
-    dims = Dims(seq_len=19, d_model=24, num_heads=4, causal=causal)
+    dims = Dims(seq_len=19, d_model=24, num_heads=4, causal=causal, position=position)
     torch.manual_seed(1)
     mixer = METHOD.make(dims, params, impl, "cpu", torch.float64).layers[0].mixer
     x = torch.randn(1, 19, 24, dtype=torch.float64)
@@ -138,11 +141,12 @@ def test_mixer_equals_a_loop_over_tokens(impl: str, causal: bool, exclude: bool)
     for head, i in itertools.product(range(4), range(19)):
         if head < 2:
             seen = [j for j in range(19) if abs(i // 4 - j // 4) <= 1]
-            query, keys = q[i, head], k[:, head]
+            queries, keys = q[:, head], k[:, head]
         else:
-            keys = layer_norm(q[:, head], (6,))
-            query, cluster = keys[i], (keys @ mixer.means[head - 2].T).argmax(dim=1)
+            queries = keys = layer_norm(q[:, head], (6,))
+            cluster = (keys @ mixer.means[head - 2].T).argmax(dim=1)
             seen = [j for j in range(19) if cluster[j] == cluster[i]]
+        query, keys = mixer.position.rotate(queries, 0)[i], mixer.position.rotate(keys, 0)
         if causal:
             seen = [j for j in seen if j <= i]
         if exclude and head >= 2:
@@ -163,17 +167,24 @@ def test_laws_hold_for_every_form(law, name: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", OPERATORS)
-@pytest.mark.parametrize("exclude", [False, True])
-def test_streams_need_not_be_cut_at_blocks(impl: str, exclude: bool) -> None:
+@pytest.mark.parametrize(("exclude", "position"), [(False, "rope"), (True, "none")])
+def test_streams_need_not_be_cut_at_blocks(impl: str, exclude: bool, position: str) -> None:
+    """Nor is a gradient lost on the way through the state."""
     params = RoutingParams(num_clusters=3, local_block=5, exclude_self=exclude)
-    module = METHOD.make(Dims(seq_len=31, d_model=16, num_layers=2), params, impl, "cpu", torch.float64)
-    x = torch.randn(2, 31, 16, dtype=torch.float64)
+    dims = Dims(seq_len=31, d_model=16, num_layers=2, position=position)
+    module = METHOD.make(dims, params, impl, "cpu", torch.float64)
+    x = torch.randn(2, 31, 16, dtype=torch.float64, requires_grad=True)
+    whole = module(x).y
+    (expected,) = torch.autograd.grad(whole.square().sum(), x)
     for sizes in ([1] * 31, [7, 1, 12, 4, 7], [3, 28]):
         pieces, state = [], module.init_state(2)
         for chunk in x.split(sizes, dim=1):
             y, state = module(chunk, state)
             pieces.append(y)
-        torch.testing.assert_close(torch.cat(pieces, dim=1), module(x).y, rtol=0, atol=1e-13)
+        y = torch.cat(pieces, dim=1)
+        torch.testing.assert_close(y, whole, rtol=0, atol=1e-13)
+        (seen,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-11)
     assert state[0].local_k.shape[2] == 6  # 31 tokens: block 5 and the one token of block 6
 
 
@@ -220,6 +231,15 @@ def test_load_tells_what_the_nominal_count_does_not() -> None:
     assert cluster_sizes(one, 4).tolist() == [[[0, 0, 64, 0]] * 2]
     assert visited_pairs(cluster_sizes(one, 4), causal=True).tolist() == [[64 * 65 // 2] * 2]
     assert visited_pairs(cluster_sizes(even, 4), causal=True).tolist() == [[balanced_pairs(64, 4, True)] * 2]
+
+
+def test_cells_of_the_suite_are_nearly_balanced() -> None:
+    torch.manual_seed(0)
+    module = METHOD.make(Dims(seq_len=2048), RoutingParams(), "blocked", "cpu", torch.float32)
+    (vectors,) = routed_vectors(module, torch.randn(1, 2048, 256))
+    sizes = cluster_sizes(assigned(vectors, module.layers[0].mixer.means), 16)
+    assert sizes.sum(dim=2).eq(2048).all()
+    assert (visited_pairs(sizes, causal=True) / balanced_pairs(2048, 16, causal=True)).max() < 1.2
 
 
 def test_moving_averages_equal_a_loop() -> None:
