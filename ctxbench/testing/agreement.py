@@ -54,10 +54,10 @@ def _shared_positions(case: Case, other: Method) -> list[str]:
 
 def _compare_declared(case: Case, declared: Equivalence, other: Method) -> None:
     here, there = equivalent(case, declared, other)
-    answer = here.supports() and there.supports(dtype=case.dtype)
+    answer = here.supports() and there.supports(dtype=here.dtype)
     if not answer:
         not_applicable(f"{declared.when}: {answer.reason}")
-    source, target = there.build(dtype=case.dtype), here.build()
+    source, target = there.build(dtype=here.dtype), here.build()
     known = target.state_dict()
     lacking = sorted(set(source.state_dict()) - set(known))
     require(
@@ -65,12 +65,12 @@ def _compare_declared(case: Case, declared: Equivalence, other: Method) -> None:
         seen=f"without {', '.join(lacking)}", at=here.where(), look=f"METHOD.equals, {declared.when!r}",
     )  # fmt: skip
     target.load_state_dict({**known, **source.state_dict()})
-    x, grad = case.tokens(batch=2), case.tokens(batch=2, seed=3)
+    x, grad = here.tokens(batch=2), here.tokens(batch=2, seed=3)
     mine, theirs = run(target, x, grad), run(source, x, grad)
     for name, value in theirs.items():
         gap, scale = distance(mine[name], value), max(1.0, float(value.abs().max()))
         require(
-            gap <= case.tolerance * scale, expected=f"{name} of {declared.other} where {declared.when}",
+            gap <= here.tolerance * scale, expected=f"{name} of {declared.other} where {declared.when}",
             seen=f"largest difference {gap:.3g}", at=here.where(), look="the edge case of the mask or the memory",
         )  # fmt: skip
 

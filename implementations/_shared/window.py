@@ -42,6 +42,10 @@ class Pattern:
         """The position after the last global token."""
         return self.scattered[-1] + 1 if self.scattered else self.num_global
 
+    def steps(self, keys: int) -> int:
+        """How many different distances there are in the band over so many keys."""
+        return min(self.left, keys - 1) + min(self.right, keys - 1) + 1
+
     def keeps(self, tokens: int) -> int:
         """How many of ``tokens`` tokens the band of a causal layer must remember: the prefix and the last ``reach``."""
         return min(tokens, self.num_global + self.reach)

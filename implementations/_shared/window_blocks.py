@@ -24,10 +24,14 @@ SPAN = 16  # blocks a copy
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: GlobalRows, scattered: Scattered, pattern: Pattern
-) -> torch.Tensor:
-    """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``, stored as ``[B, T, H, D]``."""
-    return _Band.apply(q, k, v, everywhere(rows, pattern), *scattered, pattern)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: GlobalRows, scattered: Scattered, pattern: Pattern,
+    line: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``, stored as ``[B, T, H, D]``.
+
+    ``line: [H, Pattern.steps(S)]``, where there are no globals: what is added to the scores, by steps of the band.
+    """
+    return _Band.apply(q, k, v, everywhere(rows, pattern), *scattered, pattern, line)
 
 
 def everywhere(rows: GlobalRows, pattern: Pattern) -> torch.Tensor:
@@ -102,6 +106,7 @@ class Operands(NamedTuple):
     keys_t: torch.Tensor  # [B * H, D, m]
     values: torch.Tensor
     scores: torch.Tensor  # [B * H, n, m]
+    tile: tuple[int, int, int] | None  # which of the tiles of biases is its own
     hidden: list[tuple[torch.Tensor, torch.Tensor]]  # corners of the scores, and where they are masked
     front: list[tuple[torch.Tensor, torch.Tensor]]  # where the globals of keys and of values go, and those
 
@@ -110,9 +115,11 @@ class _Scratch:
     """Buffers that every span uses again. Spans of one form, all but the first and last few, share their operands."""
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int, pattern: Pattern, scattered: Scattered
-    ):
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, G: int, pattern: Pattern, scattered: Scattered,
+        line: torch.Tensor | None,
+    ):  # fmt: skip
         B, H, T, D = q.shape
+        self.line = line
         self.q, self.k, self.v, self.pattern, self.at = q, k, v, pattern, scattered.at
         self.before = k.shape[2] - T
         self.spans = list(plan(T, k.shape[2], G, pattern))
@@ -129,6 +136,7 @@ class _Scratch:
         self.scores = q.new_empty(B * H * rows * (g + max(block.run for blocks in forms for block in blocks)))
         self.corner = torch.ones(rows, rows, dtype=torch.bool, device=q.device).tril(-1)
         self._operands: dict[tuple[Block, ...], list[Operands]] = {}
+        self.tiles: dict[tuple[int, int, int], torch.Tensor] = {}  # biases of blocks of one form, [H, n, m]
 
     def load(self, span: Span) -> list[Operands]:
         """Copy the queries, keys and values of a span; returns the operands of its blocks, to be used in order."""
@@ -160,16 +168,33 @@ class _Scratch:
             keys_t=keys.transpose(1, 2),
             values=self.values[:, :, start:end].flatten(0, 1),
             scores=scores,
+            tile=None if self.line is None else self._tile(block),
             hidden=hidden,
             front=[(buffer[:, :, start : start + g], source) for buffer, source in pairs],
         )
+
+    def _tile(self, block: Block) -> tuple[int, int, int]:
+        key = (block.rows, block.run, block.missing)
+        if self.line is not None and key not in self.tiles:
+            self.tiles[key] = self.line[:, self.steps(*key)]
+        return key
+
+    def steps(self, rows: int, run: int, missing: int) -> torch.Tensor:
+        """Which column of the line each pair of a block takes, ``[n, m]``; hidden pairs take any."""
+        device, far = self.q.device, self.pattern.left - missing
+        back = far + torch.arange(rows, device=device)[:, None] - torch.arange(run, device=device)
+        S = self.k.shape[2]
+        return (back + min(self.pattern.right, S - 1)).clamp(0, self.pattern.steps(S) - 1)
 
     def probabilities(self, span: Span, i: int, block: Operands) -> torch.Tensor:
         """Put the globals in place, then softmax over the visible keys: ``[B * H, n, m]``, in the scores' buffer."""
         for place, source in block.front:
             place.copy_(source)
         scores, scale = block.scores, block.query.shape[2] ** -0.5
-        scores.baddbmm_(block.query, block.keys_t, beta=0, alpha=scale)
+        if block.tile is not None:
+            tile = self.tiles[block.tile]
+            scores.view(-1, *tile.shape).copy_(tile)
+        scores.baddbmm_(block.query, block.keys_t, beta=0 if block.tile is None else 1, alpha=scale)
         for corner, mask in block.hidden:
             corner.masked_fill_(mask, float("-inf"))
         if self.at:
@@ -217,18 +242,19 @@ class _Band(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: torch.Tensor,
         scattered_k: torch.Tensor, scattered_v: torch.Tensor, at: tuple[int, ...], pattern: Pattern,
+        line: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         B, H, T, D = q.shape
         scattered = Scattered(scattered_k, scattered_v, at)
         own = scattered.rows(T, k.shape[2])
         G = head.shape[2] - len(own)
-        ctx.save_for_backward(q, k, v, scattered_k, scattered_v)
+        ctx.save_for_backward(q, k, v, scattered_k, scattered_v, line)
         ctx.pattern, ctx.num_head, ctx.at = pattern, G, at
         out = q.new_empty(B, T, H, D).transpose(1, 2)
         out[:, :, :G] = head[:, :, :G]
         if G == T:
             return out
-        scratch = _Scratch(q, k, v, G, pattern, scattered)
+        scratch = _Scratch(q, k, v, G, pattern, scattered, line)
         for span in scratch.spans:
             for i, block in enumerate(scratch.load(span)):
                 block.query.baddbmm_(scratch.probabilities(span, i, block), block.values, beta=0)
@@ -240,7 +266,7 @@ class _Band(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = gradients
-        q, k, v, scattered_k, scattered_v = ctx.saved_tensors
+        q, k, v, scattered_k, scattered_v, line = ctx.saved_tensors
         scattered, pattern, G = Scattered(scattered_k, scattered_v, ctx.at), ctx.pattern, ctx.num_head
         own = scattered.rows(q.shape[2], k.shape[2])
         dhead = grad[:, :, :G]
@@ -250,8 +276,9 @@ class _Band(torch.autograd.Function):
         scale, g = q.shape[3] ** -0.5, pattern.num_global
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         if q.shape[2] == G:
-            return dq, dk, dv, dhead, torch.zeros_like(scattered_k), torch.zeros_like(scattered_v), None, None
-        scratch = _Scratch(q, k, v, G, pattern, scattered)
+            return dq, dk, dv, dhead, torch.zeros_like(scattered_k), torch.zeros_like(scattered_v), None, None, None
+        scratch = _Scratch(q, k, v, G, pattern, scattered, line)
+        dtiles: dict[tuple[int, int, int], torch.Tensor] = {}
         front = scratch.width
         drows, dscores, product = (torch.empty_like(a) for a in (scratch.queries, scratch.scores, scratch.keys))
         # Every block adds to the globals, and several to each key: sum in at least single precision.
@@ -271,6 +298,9 @@ class _Band(torch.autograd.Function):
                 dvalues[:, :, run] += by_head[:, :, front:]
                 ds = _like(p, dscores).baddbmm_(dout, block.values.transpose(1, 2), beta=0)
                 torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
+                if block.tile is not None and ctx.needs_input_grad[8]:
+                    above = ds.view(*q.shape[:2], *ds.shape[1:]).sum(dim=0, dtype=wide)
+                    dtiles[block.tile] = dtiles[block.tile] + above if block.tile in dtiles else above
                 columns.baddbmm_(ds.transpose(1, 2), block.query, beta=0, alpha=scale)
                 front_dk += by_head[:, :, :front]
                 dkeys[:, :, run] += by_head[:, :, front:]
@@ -281,7 +311,13 @@ class _Band(torch.autograd.Function):
             dv[:, :, span.keys] += dvalues[:, :, :length]
         dk[:, :, :g] += front_dk[:, :, :g]
         dv[:, :, :g] += front_dv[:, :, :g]
-        return dq, dk, dv, dhead, front_dk[:, :, g:].to(k.dtype), front_dv[:, :, g:].to(v.dtype), None, None
+        dline = None
+        if line is not None and ctx.needs_input_grad[8]:
+            dline = torch.zeros_like(line, dtype=wide)
+            for form, above in dtiles.items():
+                dline.index_add_(1, scratch.steps(*form).flatten(), above.flatten(1))
+            dline = dline.to(line.dtype)
+        return dq, dk, dv, dhead, front_dk[:, :, g:].to(k.dtype), front_dv[:, :, g:].to(v.dtype), None, None, dline
 
 
 def _like(shaped: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,11 @@ METHOD = Method(
     memory_parameter="window",
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("t5", "alibi", "transformer_xl"),
-        "a term by distance has no agreed meaning for global tokens, which every token sees however far away they are; "
-        "rotations are taken before the window is cut",
-    ),
+    positions=("none", *ROPE, "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "its term is a part of its layer, with weights and a product a pair of its own; dense and "
+        "transformer_xl have it",
+    },
     support=f"{__name__}.params:support",
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores and masks most of them"),

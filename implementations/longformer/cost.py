@@ -19,7 +19,7 @@ from ctxbench.cost.terms import (
     tensor,
     triangle,
 )  # fmt: skip
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters
 from ctxbench.implementations._shared.window_pairs import run_pairs
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.implementations.longformer.peaks import peak
@@ -54,7 +54,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=block_parameters((7 if form.separate else 4) * linear_parameters(d, d)),
+        num_parameters=block_parameters((7 if form.separate else 4) * linear_parameters(d, d))
+        + position_parameters(position),
         state_bytes=L * (kept + form.beside_the_band()) if causal else Integer(0),
         peak_bytes=peak(impl, mode, causal, params) if known else None,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Bias, Position, positions_for
 from ctxbench.implementations._shared.window import GlobalRows, Pattern, Scattered
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.method import Dims, Output, load
@@ -35,7 +35,7 @@ class State(NamedTuple):
 
 
 class LongformerAttention(nn.Module):
-    """Projections and state around ``operator(q, k, v, rows, scattered, pattern) -> [B, H, T, D]``."""
+    """Projections and state around ``operator(q, k, v, rows, scattered, pattern, line) -> [B, H, T, D]``."""
 
     def __init__(self, dims: Dims, params: LongformerParams, operator: Any = None, position: Position | None = None):
         super().__init__()
@@ -63,11 +63,21 @@ class LongformerAttention(nn.Module):
             dropped = before + T - key.shape[2]
             places = tuple(position - dropped for position in scattered.at)
             theirs = Scattered(scattered.k[:, heads], scattered.v[:, heads], places)
-            mixed.append(self.operator(q[:, heads], key, value, own, theirs, pattern))
+            line = self._line(key, heads, pattern)
+            mixed.append(self.operator(q[:, heads], key, value, own, theirs, pattern, line))
         if state is not None:
             state = self._after(keys, values, scattered, rows, before + T)
-        del q, keys, values, rows, scattered, key, value, own, theirs  # else they live through the output projection
+        # Else they would live through the output projection.
+        del q, keys, values, rows, scattered, key, value, own, theirs, line
         return Output(self.o(merge_heads(mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1))), state)
+
+    def _line(self, key: torch.Tensor, heads: slice, pattern: Pattern) -> torch.Tensor | None:
+        """Biases of one group of heads for the band's distances: keys ahead, the own one, then further back."""
+        if not isinstance(self.position, Bias):
+            return None
+        S = key.shape[2]
+        back = torch.arange(-min(pattern.right, S - 1), min(pattern.left, S - 1) + 1, device=key.device)
+        return self.position.bias(-back * pattern.dilation, key.dtype)[heads]
 
     def _join(self, new: torch.Tensor, state: State | None, name: str) -> tuple[torch.Tensor, ...]:
         """Keys or values of each group of heads, those of the state first."""

@@ -60,6 +60,11 @@ def support(dims: Dims, params: LongformerParams, mode: str) -> Support:
     """State is of use only when later tokens cannot change earlier outputs."""
     if params.dilated_heads > dims.num_heads:
         return no(f"dilated_heads must be at most num_heads = {dims.num_heads}, received {params.dilated_heads}")
+    if dims.position in ("t5", "alibi") and (params.num_global or params.positions):
+        return no(
+            f"{dims.position} is for the window alone, since what global tokens add at any distance is not defined: "
+            "choose num_global=0"
+        )
     if mode in ("stream", "decode") and not dims.causal:
         return no("a bidirectional layer cannot be continued: a token sees window // 2 later tokens, a global one all")
     return YES

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ctxbench.cost import evaluate, total
+from ctxbench.cost.symbols import bindings
+from ctxbench.cost.trace import trace
 from ctxbench.implementations._shared import window_blocks as blocked
 from ctxbench.implementations._shared.window import GlobalRows, Scattered
 from ctxbench.implementations.longformer import METHOD, reference
@@ -270,3 +273,70 @@ def test_rotated_global_projections_equal_shared_ones_of_equal_weights(impl, nam
     plain = METHOD.make(dims.replace(position="none"), params, impl, "cpu", torch.float64)
     plain.load_state_dict(weights)
     assert not torch.allclose(plain(x).y, whole, rtol=0, atol=1e-3)
+
+
+BANDS = {
+    "window": LongformerParams(window=9, num_global=0),
+    "wide": LongformerParams(window=400, num_global=0),
+    "dilated": LongformerParams(window=4, num_global=0, dilation=3),
+    "mixed_heads": LongformerParams(window=5, num_global=0, dilation=2, dilated_heads=1),
+    "itself": LongformerParams(window=1, num_global=0),
+}
+
+
+@directions
+@pytest.mark.parametrize("position", ["t5", "alibi"])
+@pytest.mark.parametrize("name", BANDS)
+def test_biases_by_distance_equal_a_full_masked_softmax(name, position, causal):
+    """Outputs and gradients of both impls, T5's table included, against scores of all pairs with all biases."""
+    params, length = BANDS[name], 150
+    dims = Dims(seq_len=length, batch_size=2, d_model=8, num_heads=2, d_ff=0, causal=causal, position=position)
+    x, results = torch.randn(2, length, 8, dtype=torch.float64), []
+    for impl in ("full", "reference", "blocked"):
+        torch.manual_seed(0)
+        module = METHOD.make(dims, params, impl.replace("full", "reference"), "cpu", torch.float64)
+        own = x.clone().requires_grad_()
+        mixer = module.layers[0].mixer
+        y = full(mixer, params, own, causal) if impl == "full" else mixer(own).y
+        y.backward(x.flip(1))
+        results.append([y.detach(), own.grad, *(p.grad for p in mixer.parameters())])
+    assert len(results[0]) == 2 + 8 + (position == "t5")
+    for found in results[1:]:
+        for expected, seen in zip(results[0], found, strict=True):
+            torch.testing.assert_close(seen, expected, rtol=0, atol=1e-11)
+    if causal:
+        state, pieces = mixer.init_state(2), []
+        with torch.no_grad():
+            for chunk in x.split([3, 80, 1, 66], dim=1):
+                y, state = mixer(chunk, state)
+                pieces.append(y)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), results[0][0], rtol=0, atol=1e-12)
+
+
+def full(mixer, params, x, causal):
+    """All scores, biases and masks of a layer without globals, head by head."""
+    length, heads = x.shape[1], mixer.num_heads
+    distance = torch.arange(length) - torch.arange(length)[:, None]
+    q, k, v = (project(x).unflatten(2, (heads, -1)).transpose(1, 2) for project in (mixer.q, mixer.k, mixer.v))
+    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5 + mixer.position.bias(distance, x.dtype)
+    for group, pattern in params.groups(Dims(seq_len=length, d_model=8, num_heads=heads, causal=causal)):
+        seen = [[j in pattern.sees(i, length) for j in range(length)] for i in range(length)]
+        scores[:, group] = scores[:, group].masked_fill(~torch.tensor(seen), -torch.inf)
+    return mixer.o((scores.softmax(3) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("mode", METHOD.modes)
+def test_biases_cost_no_products_and_one_table(mode):
+    params = BANDS["dilated"]
+    dims = Dims(seq_len=531, batch_size=2, d_model=16, num_heads=2, num_layers=2, d_ff=24, position="t5")
+    for impl in ("reference", "blocked"):
+        cost, values = METHOD.cost_of(impl, mode, True, "t5", params), bindings(dims, params, 4, 512)
+        seen = trace(METHOD, dims, params, impl, mode)
+        assert evaluate(total(cost.flops), values) == seen.flops
+        assert evaluate(cost.num_parameters, values) == seen.num_parameters
+
+
+def test_biases_are_refused_where_there_are_global_tokens():
+    for params in (LongformerParams(), LongformerParams(num_global=0, scattered="3")):
+        answer = METHOD.mode_support("forward", Dims(seq_len=8, position="t5"), params)
+        assert "choose num_global=0" in answer.reason
