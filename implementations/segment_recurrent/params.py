@@ -1,0 +1,41 @@
+"""Hyper-parameters of the segment-recurrent transformer, and who may influence whom. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ctxbench.method import Dims, Params, param
+
+
+@dataclass(frozen=True)
+class SegmentRecurrentParams(Params):
+    """The memory's size, how long a segment is, and how far a gradient goes."""
+
+    memory_len: int = param(
+        256,
+        "items a layer remembers; a segment adds a quarter of that many, made of its last outputs",
+        unit="tokens",
+        low=1,
+        source="source document, 256",
+    )
+    segment_len: int = param(512, "tokens of a segment", unit="tokens", low=1, source="source document, 512")
+    bptt_depth: int = param(
+        -1,
+        "segment boundaries that a gradient passes at most; -1 is all of them, 0 leaves the gate untrained",
+        unit="segments",
+        low=-1,
+        source="project; the source document never cuts, and its second training step fails",
+    )
+
+    @property
+    def added(self) -> int:
+        """Items that a whole segment adds: a quarter of the memory, rounded up, as far as the segment has them."""
+        return min(-(-self.memory_len // 4), self.segment_len)
+
+
+def reach(dims: Dims, params: SegmentRecurrentParams, i: int) -> range | frozenset[int]:
+    """Input positions that may influence output ``i``: its segment up to itself, all earlier ones through the memory.
+
+    A range would promise gradients at its ends, which a cut does not let through: then it is a set.
+    """
+    return range(i + 1) if params.bptt_depth < 0 else frozenset(range(i + 1))
