@@ -33,14 +33,20 @@ METHOD = Method(
     ),
     claims=(
         Claim(
-            "constant memory growth",
-            "true of inference only",
-            "m d elements between segments; training keeps the activations of every segment of a chain",
+            "a few tokens persist, are updated each segment and carry a global summary forward",
+            "true",
+            "m d elements are all that crosses a boundary; what they hold is trained over bptt_depth boundaries",
         ),
         Claim(
-            "linear in the length",
-            "true, one segment after the other",
-            "N (S / 2 + 2 m) d pairs at most, in a chain of L N / S layer evaluations that nothing shortens",
+            "constant memory usage of recurrent transformers",
+            "true of inference only",
+            "training keeps the activations of every segment, since one loss needs the graph of all of them",
+        ),
+        Claim(
+            "compute N d^2 of recurrent transformers",
+            "incomplete",
+            "N (24 d^2 + 2 S d) and (S + 2 m) / S times that for the memory tokens, in a chain of L N / S layer "
+            "evaluations",
         ),
     ),
 )
