@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sympy import Expr, Integer, Min, Piecewise, floor, sympify
 
 from ctxbench.cost.symbols import B, L, d, f, h
-from ctxbench.cost.terms import ffn, largest, linear_parameters, tensor, when_ffn
+from ctxbench.cost.terms import (
+    FUSED_BACKWARD,
+    attention,
+    ffn,
+    largest,
+    linear_parameters,
+    projections,
+    tensor,
+    when_ffn,
+)
 from ctxbench.implementations._shared.staircase import BLOCK
 
 
@@ -28,6 +39,17 @@ def slab_pairs(queries: Expr | int) -> Expr:
     """Pairs of causal attention by slabs, see ``slabs``: each slab of BLOCK queries ends at its last one."""
     whole = floor(sympify(queries) / BLOCK)
     return BLOCK**2 * whole * (whole + 1) / 2 + (queries - whole * BLOCK) * queries
+
+
+def block_terms(tokens: Expr | int, pairs: Expr | int) -> dict[str, Expr]:
+    """Forward FLOPs of the whole stack: four projections, attention over ``pairs``, the feed-forward networks."""
+    return {"projections": L * projections(tokens), "attention": L * attention(pairs), "ffn": block_ffn(tokens)}
+
+
+def trained(forward: Mapping[str, Expr], impl: str = "reference") -> dict[str, Expr]:
+    """FLOPs of forward and backward: three times the maps; attention too, unless ``blocked`` computes it again."""
+    core = FUSED_BACKWARD if impl == "blocked" else 2
+    return {term: cost * (1 + core if term == "attention" else 3) for term, cost in forward.items()}
 
 
 def block_ffn(tokens: Expr | int) -> Expr:

@@ -6,8 +6,8 @@ from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear_parameters, projections, tensor, when_ffn
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, stack_peak
+from ctxbench.cost.terms import linear_parameters, tensor, when_ffn
+from ctxbench.implementations._shared.forms import block_parameters, block_terms, stack_peak, trained
 from ctxbench.implementations.bigbird.etc_cost import etc_cost
 from ctxbench.implementations.bigbird.params import BigBirdParams
 
@@ -30,16 +30,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
     if params.form == "etc":
         return etc_cost(impl, mode)
     visible = visible_pairs()
-    algorithmic = {
-        "projections": L * projections(T),
-        "attention": L * attention(visible),
-        "ffn": block_ffn(T),
-    }
-    flops = {**algorithmic, "attention": L * attention(visible if impl == "blocked" else T * T)}
+    algorithmic, flops = block_terms(T, visible), block_terms(T, visible if impl == "blocked" else T * T)
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
-        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
-        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+        algorithmic, flops = trained(algorithmic), trained(flops, impl)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,

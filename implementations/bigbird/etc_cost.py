@@ -5,9 +5,9 @@ from __future__ import annotations
 from sympy import Expr, Integer
 
 from ctxbench.cost import Cost
-from ctxbench.cost.symbols import L, T, d, param
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, band_pairs, linear_parameters, projections
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.cost.symbols import T, d, param
+from ctxbench.cost.terms import band_pairs, linear_parameters
+from ctxbench.implementations._shared.forms import block_parameters, block_terms, trained
 from ctxbench.implementations._shared.window_pairs import run_pairs
 
 g, radius = param("num_global"), param("local_radius")
@@ -23,12 +23,9 @@ def etc_cost(impl: str, mode: str) -> Cost:
     """One impl in one mode."""
     visible = etc_visible_pairs()
     in_blocks = run_pairs(Integer(0), T, radius, radius, 1, Integer(1)) + T * g + g * n
-    algorithmic = {"projections": L * projections(n), "attention": L * attention(visible), "ffn": block_ffn(n)}
-    flops = {**algorithmic, "attention": L * attention(in_blocks if impl == "blocked" else n * n)}
+    algorithmic, flops = block_terms(n, visible), block_terms(n, in_blocks if impl == "blocked" else n * n)
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
-        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
-        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+        algorithmic, flops = trained(algorithmic), trained(flops, impl)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,

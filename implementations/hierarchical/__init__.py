@@ -19,12 +19,11 @@ METHOD = Method(
     memory_parameter="window",
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("t5", "alibi", "transformer_xl"),
-        "a cell stands for many distances at once, and none of these says what a mean of tokens gets; a rotation is by "
-        "the last token of a cell",
-    ),
+    positions=("none", *ROPE, "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "its term is a part of its layer, with weights and a product a pair of its own; dense and "
+        "transformer_xl have it",
+    },
     support=f"{__name__}.params:support",
     impls=(
         Impl("reference", run=f"{__name__}.reference:OPERATORS", note="materialises all scores, masks most of them"),

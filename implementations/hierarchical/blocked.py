@@ -20,9 +20,12 @@ from ctxbench.implementations.hierarchical.layer import Operators
 from ctxbench.implementations.hierarchical.params import Scale, slab_rows
 
 
-def attend(q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Scale], start: int) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Scale], start: int,
+    line: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """As in the reference; the result is stored as ``[B, T, H, D]``."""
-    return _MultiScale.apply(q, scales, start, *levels)
+    return _MultiScale.apply(q, scales, start, line, *levels)
 
 
 class Corner(NamedTuple):
@@ -39,11 +42,15 @@ class Corner(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One scale of a slab: where its scores lie, which of the remembered cells they are of, and what is hidden."""
+    """One scale of a slab: where its scores lie, which of the remembered cells they are of, and what is hidden.
+
+    ``back``: tokens from the last one of the first cell to the slab's first query.
+    """
 
     level: int
     columns: slice
     cells: slice
+    back: int
     corners: tuple[Corner, ...]
 
 
@@ -82,16 +89,20 @@ def plan(T: int, start: int, held: Sequence[int], scales: Sequence[Scale]) -> It
                 appears = scale.behind + (fresh + 1) * scale.span - 1 - start - begin
                 corners.append(Corner(slice(columns.start + fresh - low, columns.stop), appears, False))
             missing = (start + T) // scale.span - count
-            parts.append(Part(level, columns, slice(low - missing, high - missing), tuple(corners)))
+            back = start + begin - ((low + 1) * scale.span - 1)
+            parts.append(Part(level, columns, slice(low - missing, high - missing), back, tuple(corners)))
         yield Slab(slice(begin, end), tuple(parts), width)
 
 
 class _Work:
     """Operands of one pass: keys and values by head, the plan, and the masks, which slabs share."""
 
-    def __init__(self, q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Scale], start: int):
+    def __init__(
+        self, q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Scale], start: int,
+        line: torch.Tensor | None,
+    ):  # fmt: skip
         B, H, T, self.D = q.shape
-        self.q, self.batch, self.scales = q, B * H, scales
+        self.q, self.batch, self.scales, self.line = q, B * H, scales, line
         self.levels = [level.flatten(1, 2) for level in levels]  # [2, B * H, n, D]
         self.slabs = list(plan(T, start, [level.shape[3] for level in levels], scales))
         self.largest = max((slab.rows.stop - slab.rows.start) * slab.width for slab in self.slabs)
@@ -114,10 +125,20 @@ class _Work:
         """Softmax over the visible tokens and cells, in the place of the scores."""
         for part in slab.parts:
             columns, span = scores[:, :, part.columns], self.scales[part.level].span
-            columns.fill_(math.log(span)).baddbmm_(query, self.levels[part.level][0][:, part.cells].transpose(1, 2))
+            columns.fill_(math.log(span))
+            if self.line is not None:
+                tile = self.line[:, self.steps(part, scores.shape[1])]
+                columns.unflatten(0, (-1, len(tile))).add_(tile)
+            columns.baddbmm_(query, self.levels[part.level][0][:, part.cells].transpose(1, 2))
             for corner in part.corners:
                 scores[:, :, corner.columns].masked_fill_(self._mask(corner, scores.shape[1], span), float("-inf"))
         return torch.softmax(scores, dim=2, out=scores)
+
+    def steps(self, part: Part, rows: int) -> torch.Tensor:
+        """Tokens from the last one of each cell to each query, ``[rows, n]``; hidden pairs have any."""
+        row = torch.arange(rows, device=self.q.device)[:, None]
+        cell = torch.arange(part.cells.stop - part.cells.start, device=self.q.device)
+        return (part.back + row - cell * self.scales[part.level].span).clamp(min=0)
 
     def _mask(self, corner: Corner, rows: int, span: int) -> torch.Tensor:
         count = corner.columns.stop - corner.columns.start
@@ -134,12 +155,14 @@ class _MultiScale(torch.autograd.Function):
     """One softmax over all scales, slab by slab."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, scales: Sequence[Scale], start: int, *levels: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(q, *levels)
+    def forward(
+        ctx: Any, q: torch.Tensor, scales: Sequence[Scale], start: int, line: torch.Tensor | None, *levels: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, line, *levels)
         ctx.scales, ctx.start = scales, start
         B, H, T, D = q.shape
         out = q.new_empty(B, T, H, D).transpose(1, 2)
-        work = _Work(q, levels, scales, start)
+        work = _Work(q, levels, scales, start, line)
         buffer = work.buffer()
         for slab in work.slabs:
             query = work.by_head(q, slab) * D**-0.5
@@ -153,11 +176,12 @@ class _MultiScale(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        q, *levels = ctx.saved_tensors
+        q, line, *levels = ctx.saved_tensors
         B, H, _, D = q.shape
         scale = D**-0.5
-        work = _Work(q, levels, ctx.scales, ctx.start)
+        work = _Work(q, levels, ctx.scales, ctx.start, line)
         wide = torch.promote_types(q.dtype, torch.float32)
+        dline = torch.zeros_like(line, dtype=wide) if ctx.needs_input_grad[3] else None
         sums = [torch.zeros_like(level, dtype=wide) for level in work.levels]
         dq = torch.empty_like(q)
         scores, dscores = work.buffer(), work.buffer()
@@ -173,11 +197,14 @@ class _MultiScale(torch.autograd.Function):
             dquery = torch.zeros_like(query)
             for part in slab.parts:
                 columns = ds[:, :, part.columns]
+                if dline is not None:
+                    above = columns.unflatten(0, (B, H)).sum(dim=0, dtype=wide)
+                    dline.index_add_(1, work.steps(part, above.shape[1]).flatten(), above.flatten(1))
                 _add(sums[part.level][0][:, part.cells], columns.transpose(1, 2), query)
                 dquery.baddbmm_(columns, work.levels[part.level][0][:, part.cells], alpha=scale)
             dq[:, :, slab.rows] = dquery.view(B, H, -1, D)
         grads = [total.to(q.dtype).view(level.shape) for total, level in zip(sums, levels, strict=True)]
-        return dq, None, None, *grads
+        return dq, None, None, None if dline is None else dline.to(q.dtype), *grads
 
 
 def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

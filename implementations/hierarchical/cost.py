@@ -11,8 +11,8 @@ from sympy import Expr, Integer, Max, Min, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters, trained
 from ctxbench.implementations.hierarchical.params import HierarchicalParams, Scale, slab_rows
 from ctxbench.implementations.hierarchical.peaks import peak
 from ctxbench.implementations.hierarchical.sizes import first, keeps, most, shown
@@ -33,15 +33,14 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
     if impl == "as_written" and params.form != "seed":
         flops = {term: flops[term] for term in ("projections", "attention", "upsampling", "fusion", "ffn")}
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
-        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
-        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+        algorithmic, flops = trained(algorithmic), trained(flops, impl)
     branched = params.form == "seed" or impl == "as_written"
     known = position == "none" and not params.disjoint and not (branched and mode in ("stream", "decode"))
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=block_parameters(_branch_parameters(params) if branched else 4 * linear_parameters(d, d)),
+        num_parameters=block_parameters(_branch_parameters(params) if branched else 4 * linear_parameters(d, d))
+        + position_parameters(position),
         state_bytes=Integer(0) if branched else _state_bytes(params),
         peak_bytes=peak(impl, mode, params) if known else None,
     )

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Position, Rotary, positions_for
+from ctxbench.implementations._shared.positions import Bias, Position, Rotary, positions_for
 from ctxbench.implementations.hierarchical.params import HierarchicalParams
 from ctxbench.method import Dims, Output, load
 
@@ -45,21 +45,22 @@ class State(NamedTuple):
 
 
 class MultiScaleAttention(nn.Module):
-    """Projections, cells and state around ``attend(q, levels, scales, start) -> [B, H, T, D]``."""
+    """Projections, cells and state around ``attend(q, levels, scales, start, line) -> [B, H, T, D]``."""
 
     def __init__(self, dims: Dims, params: HierarchicalParams, operators: Operators, position: Position):
         super().__init__()
         self.num_heads, self.head_dim, self.position = dims.num_heads, dims.head_dim, position
         self.pool, self.scales = params.pool, params.scales
         self.q, self.k, self.v, self.o = (nn.Linear(dims.d_model, dims.d_model) for _ in range(4))
-        self.attend = operators.attend
+        self.attend, self.biased = operators.attend, isinstance(position, Bias)
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
         q = self.position.rotate(split_heads(self.q(x), self.num_heads), 0 if state is None else state.tokens)
         kv = torch.stack([split_heads(project(x), self.num_heads) for project in (self.k, self.v)])
         levels, rests = self._levels(kv, state)
         del kv
-        mixed = self.attend(q, levels, self.scales, 0 if state is None else state.tokens)
+        start = 0 if state is None else state.tokens
+        mixed = self.attend(q, levels, self.scales, start, self._line(start + x.shape[1], x))
         if state is not None:
             state = self._after(levels, rests, state.tokens + x.shape[1])
         del q, levels, rests  # else they would live through the output projection
@@ -80,6 +81,10 @@ class MultiScaleAttention(nn.Module):
                 old = state.levels[level]
                 levels.append(torch.cat((old, placed), dim=3) if new.shape[3] else old)
         return levels, rests
+
+    def _line(self, tokens: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Biases by tokens from a cell's last one to a query, ``[H, tokens]``."""
+        return self.position.bias(-torch.arange(tokens, device=like.device), like.dtype) if self.biased else None
 
     def _placed(self, cells: torch.Tensor, level: int, state: State | None) -> torch.Tensor:
         """Keys of new cells rotated by their last tokens; means of rotated keys would mix phases."""

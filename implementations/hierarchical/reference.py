@@ -15,14 +15,18 @@ from ctxbench.implementations.hierarchical.layer import Operators
 from ctxbench.implementations.hierarchical.params import Scale
 
 
-def attend(q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Scale], start: int) -> torch.Tensor:
-    """``softmax(q k^T / sqrt(D) + log s) v`` over the tokens and cells that each query sees.
+def attend(
+    q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Scale], start: int,
+    line: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """``softmax(q k^T / sqrt(D) + log s + bias) v`` over the tokens and cells that each query sees.
 
     Args:
         q: queries ``[B, H, T, D]`` of tokens ``start .. start + T - 1``.
         levels: of each scale the keys and values ``[2, B, H, n, D]`` of its last n complete cells.
         scales: tokens of a cell of each scale, and how many cells of it a token sees.
         start: tokens before the first query.
+        line: biases ``[H, start + T]``, by tokens from a cell's last one to the query.
 
     Returns:
         ``[B, H, T, D]``.
@@ -32,8 +36,18 @@ def attend(q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Sca
     weight = [q.new_full((n,), math.log(scale.span)) for n, scale in zip(lengths, scales, strict=True)]
     seen = [visible(start, q.shape[2], n, scale, q.device) for n, scale in zip(lengths, scales, strict=True)]
     scores = (q * q.shape[3] ** -0.5) @ keys.transpose(2, 3) + torch.cat(weight)  # [B, H, T, sum of n]
+    if line is not None:
+        back = [distance(start, q.shape[2], n, scale, q.device) for n, scale in zip(lengths, scales, strict=True)]
+        scores = scores + line[:, torch.cat(back, dim=1).clamp(min=0)]
     scores = scores.masked_fill(~torch.cat(seen, dim=1), float("-inf"))
     return scores.softmax(dim=3) @ values
+
+
+def distance(start: int, T: int, n: int, scale: Scale, device: torch.device) -> torch.Tensor:
+    """Tokens from the last one of each of n cells to each of T tokens, ``[T, n]``."""
+    total = (start + T) // scale.span
+    last = torch.arange(total - n + 1, total + 1, device=device) * scale.span - 1
+    return torch.arange(start, start + T, device=device)[:, None] - last
 
 
 def visible(start: int, T: int, n: int, scale: Scale, device: torch.device) -> torch.Tensor:

@@ -10,7 +10,6 @@ from sympy import Expr, Integer, ceiling, floor
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d
 from ctxbench.cost.terms import (
-    FUSED_BACKWARD,
     attention,
     causal_pairs,
     ffn,
@@ -19,6 +18,7 @@ from ctxbench.cost.terms import (
     projections,
     tensor,
 )
+from ctxbench.implementations._shared.forms import trained
 from ctxbench.implementations.pyramid.memory import cells_at, layer_parameters, layers_at, peak_bytes, width
 from ctxbench.implementations.pyramid.params import PyramidParams
 from ctxbench.implementations.pyramid.pooled_pairs import pairs_below
@@ -33,9 +33,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         _pool_queries(algorithmic, None, mode, causal, params)
         _pool_queries(flops, impl, mode, causal, params)
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
-        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
-        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+        algorithmic, flops = trained(algorithmic), trained(flops, impl)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
