@@ -1,0 +1,49 @@
+"""LongLoRA's shifted sparse attention: causal groups, and half of the heads see groups shifted by half."""
+
+from ctxbench.implementations.longlora.params import LongLoRAParams
+from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+
+DENSE = "shifted groups are for training; inference is dense attention with the same weights, see the method dense"
+
+METHOD = Method(
+    name="longlora",
+    title="LongLoRA (S2-Attn)",
+    family="sparse",
+    idea="Tokens attend inside groups; half of the heads shift theirs by half, so that neighbours are connected.",
+    paper=Paper(
+        "Chen et al. 2024, LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models",
+        "arXiv:2309.12307",
+        "3.2",
+    ),
+    build=f"{__name__}.layer:build",
+    params=LongLoRAParams,
+    memory_parameter="group",
+    modes=("forward", "train"),
+    without={"stream": DENSE, "decode": DENSE},
+    causal=(True, False),
+    positions=("none", "rope", "rope_linear", "rope_ntk", "rope_yarn"),
+    without_positions=dict.fromkeys(
+        ("transformer_xl", "t5", "alibi"), "made for models with RoPE; a term by distance is not built for it"
+    ),
+    support=f"{__name__}.params:support",
+    impls=(
+        Impl("reference", run=f"{__name__}.reference:attend", note="rolls, as the pseudo-code; keeps scores of groups"),
+        Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention on slices, nothing rolled"),
+    ),
+    cost=f"{__name__}.cost:cost",
+    reach=f"{__name__}.params:reach",
+    equals=(Equivalence("a group is at least twice the sequence", other="dense", params={"group": 256}),),
+    deviations=(
+        "any length: the last groups may be shorter (published code: the group divides the sequence)",
+        "of an odd number of heads the larger half is not shifted (published code: an even number)",
+        "no low-rank adapters: all weights train; adapters change weights, not attention",
+    ),
+    claims=(
+        Claim(
+            "sparse attention during training reduces compute",
+            "right, by a constant",
+            "at the default quarter 0.117 N^2 pairs in place of 0.5 N^2, and still quadratic; only a fixed group makes "
+            "it linear. The linear maps, 24 N d^2, stay, and inference is dense",
+        ),
+    ),
+)

@@ -1,0 +1,66 @@
+"""Closed forms of shifted sparse attention. Derivation in README.md."""
+
+from __future__ import annotations
+
+from sympy import Expr, Min, Rational, ceiling, floor, sympify
+
+from ctxbench.cost import Cost
+from ctxbench.cost.symbols import B, L, T, d, h, param
+from ctxbench.cost.terms import FUSED_BACKWARD, largest, linear_parameters, projections, triangle
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.implementations.longlora.params import LongLoRAParams, exact_fraction
+from ctxbench.implementations.longlora.peaks import peak
+
+
+def cost(impl: str, mode: str, causal: bool, position: str, params: LongLoRAParams) -> Cost:
+    """One impl in one mode."""
+    group = group_expression(params)
+    algorithmic = {
+        "projections": L * projections(T),
+        "attention": L * _over_heads(triangles(0, group), _shifted(group, params.wrap)),
+        "ffn": block_ffn(T),
+    }
+    flops = dict(algorithmic)
+    if impl == "reference":  # whole squares of whole groups
+        square = group**2 * ceiling(T / group)
+        flops["attention"] = L * _over_heads(square, square)
+    if mode == "train":
+        core = FUSED_BACKWARD if impl == "blocked" else 2
+        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
+        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+    return Cost(
+        algorithmic=algorithmic,
+        flops=flops,
+        num_parameters=block_parameters(4 * linear_parameters(d, d)),
+        peak_bytes=peak(impl, mode, group) if position == "none" else None,
+        depth=L,
+    )
+
+
+def group_expression(params: LongLoRAParams) -> Expr:
+    """Tokens of a group."""
+    if params.group:
+        return param("group")
+    fraction = exact_fraction(params)
+    return 2 * ceiling(T * Rational(fraction.numerator, 2 * fraction.denominator))
+
+
+def triangles(head: Expr | int, group: Expr) -> Expr:
+    """Pairs of causal groups after a first one of ``head`` tokens."""
+    rest = T - sympify(head)
+    whole = floor(rest / group)
+    return triangle(head) + whole * triangle(group) + triangle(rest - whole * group)
+
+
+def _shifted(group: Expr, wrap: bool) -> Expr:
+    """Pairs of a shifted head; in a circle the first tokens also see the last, shorter group."""
+    head = Min(T, group / 2)
+    pairs = triangles(head, group)
+    if wrap:
+        pairs += head * largest(0, T + group / 2 - group * ceiling(T / group))
+    return pairs
+
+
+def _over_heads(plain: Expr, shifted: Expr) -> Expr:
+    """FLOPs of scores and values; the larger half of the heads is plain."""
+    return 4 * B * d / h * (ceiling(h / 2) * plain + floor(h / 2) * shifted)
