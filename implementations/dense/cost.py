@@ -8,18 +8,16 @@ from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h
 from ctxbench.cost.terms import (
     FUSED_BACKWARD,
-    attention,
     causal_pairs,
     largest,
     linear,
     linear_parameters,
-    projections,
     tensor,
     when_ffn,
 )
 from ctxbench.implementations._shared.forms import (
-    block_ffn,
     block_parameters,
+    block_terms,
     position_parameters,
     slab_pairs,
     stack_peak,
@@ -50,12 +48,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         executed = slab_pairs(T)
     else:
         executed = visible if impl == "blocked" else T * T
-    algorithmic = {
-        "projections": L * projections(tokens),
-        "attention": L * attention(visible),
-        "ffn": block_ffn(tokens),
-    }
-    flops = {**algorithmic, "attention": L * attention(executed)}
+    algorithmic, flops = block_terms(tokens, visible), block_terms(tokens, executed)
     if relative:
         needed, projected, by_distance = _relative(mode, causal, slabs, executed)
         algorithmic |= {"distances": L * linear(needed, d, d), "positions": L * 2 * B * d * visible}

@@ -10,16 +10,13 @@ from sympy import And, Eq, Expr, Integer, Max, Min, Mod, Or, Piecewise, ceiling,
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
 from ctxbench.cost.terms import (
-    FUSED_BACKWARD,
-    attention,
     band_pairs,
     linear,
     linear_parameters,
-    projections,
     tensor,
     triangle,
 )  # fmt: skip
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters
+from ctxbench.implementations._shared.forms import block_parameters, block_terms, position_parameters, trained
 from ctxbench.implementations._shared.window_pairs import run_pairs
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.implementations.longformer.peaks import peak
@@ -38,17 +35,13 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
         executed = over_heads(lambda f: f.executed_for_one(impl), causal, params)
     elif mode == "stream":
         executed = over_heads(lambda f: f.streamed(impl), causal, params, numbers=True)
-    algorithmic = {"projections": L * projections(tokens), "attention": L * attention(visible)}
+    algorithmic, flops = block_terms(tokens, visible), block_terms(tokens, executed)
     if form.separate:
         algorithmic["global_projections"] = L * own
-    algorithmic["ffn"] = block_ffn(tokens)
-    flops = {**algorithmic, "attention": L * attention(executed)}
-    if impl == "as_written":
-        flops.pop("global_projections", None)
+        if impl != "as_written":
+            flops["global_projections"] = L * own
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
-        algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
-        flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+        algorithmic, flops = trained(algorithmic), trained(flops, impl)
     kept = 2 * tensor(B, over_heads(lambda f: f.kept(T), causal, params), d)
     known = position == "none" and not params.positions and not dilates_some(params)
     return Cost(
