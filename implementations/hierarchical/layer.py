@@ -52,7 +52,7 @@ class MultiScaleAttention(nn.Module):
         self.num_heads, self.head_dim, self.position = dims.num_heads, dims.head_dim, position
         self.pool, self.scales = params.pool, params.scales
         self.q, self.k, self.v, self.o = (nn.Linear(dims.d_model, dims.d_model) for _ in range(4))
-        self.attend, self.biased = operators.attend, isinstance(position, Bias)
+        self.attend = operators.attend
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
         q = self.position.rotate(split_heads(self.q(x), self.num_heads), 0 if state is None else state.tokens)
@@ -84,7 +84,9 @@ class MultiScaleAttention(nn.Module):
 
     def _line(self, tokens: int, like: torch.Tensor) -> torch.Tensor | None:
         """Biases by tokens from a cell's last one to a query, ``[H, tokens]``."""
-        return self.position.bias(-torch.arange(tokens, device=like.device), like.dtype) if self.biased else None
+        if not isinstance(self.position, Bias):
+            return None
+        return self.position.bias(-torch.arange(tokens, device=like.device), like.dtype)
 
     def _placed(self, cells: torch.Tensor, level: int, state: State | None) -> torch.Tensor:
         """Keys of new cells rotated by their last tokens; means of rotated keys would mix phases."""
