@@ -18,8 +18,6 @@ from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations._shared.positions import Position
 from ctxbench.method import Dims, Output
 
-SCALE = 20.0  # initial scale of the cosines
-
 
 class Recent(NamedTuple):
     """Keys and values of the last ``min(t, W - 1)`` tokens, each ``[B, H, R, D]``, detached."""
@@ -29,13 +27,13 @@ class Recent(NamedTuple):
 
 
 class WindowAttention(nn.Module):
-    """Projections and state around ``operator(q, k, v, bias) -> [B, H, T, D]``."""
+    """Projections and state around ``operator(q, k, v, bias) -> [B, H, T, D]``; ``scale`` is where s_h begins."""
 
-    def __init__(self, dims: Dims, window: int, position: Position, operator: Any):
+    def __init__(self, dims: Dims, window: int, position: Position, operator: Any, scale: float):
         super().__init__()
         self.num_heads, self.head_dim, self.window = dims.num_heads, dims.head_dim, window
         self.q, self.k, self.v, self.o = (nn.Linear(dims.d_model, dims.d_model, bias=False) for _ in range(4))
-        self.scale = nn.Parameter(torch.full((dims.num_heads,), SCALE))
+        self.scale = nn.Parameter(torch.full((dims.num_heads,), scale))
         self.position, self.operator = position, operator
 
     def forward(self, x: torch.Tensor, state: Recent | None = None) -> Output:
@@ -81,17 +79,21 @@ def last(k: torch.Tensor, v: torch.Tensor, rows: int) -> tuple[torch.Tensor, tor
 
 def attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Pieces of W queries, each against the keys it may see, all scores kept; ``[B, H, T, D]``."""
-    T, S, W = q.shape[2], k.shape[2], bias.shape[1]
+    past, W = k.shape[2] - q.shape[2], bias.shape[1]
     outputs = []
-    for first in range(0, T, W):
-        end, oldest = min(first + W, T), max(S - T + first - W + 1, 0)
-        keys = slice(oldest, S - T + end)
-        row = torch.arange(S - T + first, S - T + end, device=q.device)[:, None]
-        distance = row - torch.arange(keys.start, keys.stop, device=q.device)
-        scores = q[:, :, first:end] @ k[:, :, keys].transpose(2, 3) + bias[:, distance.clamp(0, W - 1)]
-        scores = scores.masked_fill((distance < 0) | (distance >= W), float("-inf"))
-        outputs.append(scores.softmax(dim=3) @ v[:, :, keys])
+    for first, piece in enumerate(q.split(W, dim=2)):
+        oldest, end = max(past + first * W - W + 1, 0), past + first * W + piece.shape[2]
+        outputs.append(_piece(piece, k[:, :, oldest:end], v[:, :, oldest:end], bias))
     return torch.cat(outputs, dim=2)
+
+
+def _piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The same for T <= W; a function, so that nothing of one piece lives through the next."""
+    T, S, W = q.shape[2], k.shape[2], bias.shape[1]
+    distance = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
+    scores = q @ k.transpose(2, 3) + bias[:, distance.clamp(0, W - 1)]
+    scores = scores.masked_fill((distance < 0) | (distance >= W), float("-inf"))
+    return scores.softmax(dim=3) @ v
 
 
 def attend_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.memorizing.params import MemorizingParams, memory_layer
 from ctxbench.method import Dims, Output, load
 
+SCALE = 20.0  # initial scale of the cosines, as in the public package of the method
+
 
 class State(NamedTuple):
     """What the next token needs, detached; all but ``tokens``, their number so far, is ``[B, H, rows, D]``.
@@ -36,7 +38,7 @@ class MemoryAttention(WindowAttention):
     """Local attention and ``lookup(q, memory_k, memory_v, top_k) -> [B, H, T, D]``, mixed by a gate a head."""
 
     def __init__(self, dims: Dims, params: MemorizingParams, position: Position, operator: Any, lookup: Any):
-        super().__init__(dims, params.window, position, operator)
+        super().__init__(dims, params.window, position, operator, SCALE)
         self.params, self.lookup = params, lookup
         self.gate = nn.Parameter(torch.zeros(dims.num_heads))
 
@@ -114,5 +116,5 @@ def build(dims: Dims, params: MemorizingParams, impl: str, device: str, dtype: t
         if index == memory_layer(dims.num_layers):
             layers.append(PreNormBlock(MemoryAttention(dims, params, position, operator, lookup), dims))
         else:
-            layers.append(PreNormBlock(WindowAttention(dims, params.window, position, operator), dims))
+            layers.append(PreNormBlock(WindowAttention(dims, params.window, position, operator, SCALE), dims))
     return Stack(layers).to(device, dtype)

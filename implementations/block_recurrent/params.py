@@ -1,0 +1,38 @@
+"""Hyper-parameters of the Block-Recurrent Transformer, and who may influence whom. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ctxbench.method import Dims, Params, param
+
+FROM_TOP = 3  # the recurrent layer, counted from the top; in shallower stacks the lowest layer
+
+
+@dataclass(frozen=True)
+class BlockRecurrentParams(Params):
+    """The window, which is also the block of the recurrence, and the states."""
+
+    window: int = param(
+        512, "keys a token sees, itself included, and tokens between two updates of the states", unit="tokens", low=1,
+        source="Hutchins et al. 2022, 4",
+    )  # fmt: skip
+    num_states: int = param(
+        512, "state vectors of the recurrent layer", unit="vectors", low=1, source="Hutchins et al. 2022, 4"
+    )
+    gate: str = param(
+        "fixed",
+        "how a state takes up what it read: by a learned constant, or by gates that depend on what was read",
+        choices=("fixed", "lstm"),
+        source="Hutchins et al. 2022, 3.2: fixed did best, with skip",
+    )
+
+
+def recurrent_layer(num_layers: int) -> int:
+    """Index of the layer with the states."""
+    return max(0, num_layers - FROM_TOP)
+
+
+def reach(dims: Dims, params: BlockRecurrentParams, i: int) -> range:
+    """Input positions that may influence output ``i``: windows, and everything earlier through the states."""
+    return range(i + 1)
