@@ -1,0 +1,59 @@
+"""Compressive memory: segments that retrieve items from a memory of recent tokens and learned compressions."""
+
+from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
+from ctxbench.method import Claim, Impl, Method, Paper
+
+METHOD = Method(
+    name="compressive_memory",
+    title="Compressive memory with retrieval",
+    family="memory",
+    idea="A segment also sees the top_k items, of recent tokens or of learned compressions, most like the one before.",
+    paper=Paper("Source document, CompressiveMemory; compression as in Rae et al. 2019", "arXiv:1911.05507"),
+    build=f"{__name__}.layer:build",
+    params=CompressiveMemoryParams,
+    memory_parameter="compressed_len",
+    segment="segment_len",
+    modes=("forward", "train", "stream", "decode"),
+    causal=(True,),
+    impls=(
+        Impl("reference", run=f"{__name__}.reference:attend", note="segment after segment, keeps all scores"),
+        Impl(
+            "blocked",
+            run=f"{__name__}.blocked:attend",
+            note="all segments choose at once and are stacked into the batch of one fused attention",
+        ),
+        Impl(
+            "as_written",
+            run=f"{__name__}.as_written:SketchTransformer",
+            modes=("forward",),
+            defects={
+                "agreement": "another function: the whole input asks once, it has no attention of its own, and tokens "
+                "far apart are merged",
+                "causality": "the question is the mean of the whole input, whose blocks are all in memory already",
+                "batch_independence": "one choice for the whole batch, by similarities averaged over its rows",
+                "receptive_field": "every output depends on every token of the blocks that were retrieved",
+                "state": "lists on the module keep the blocks of earlier calls: the same input gives another output",
+            },
+            note="the source document's sketch, connected as simply as it can be",
+        ),
+    ),
+    cost=f"{__name__}.cost:cost",
+    reach=f"{__name__}.params:reach",
+    deviations=(
+        "capacity is recent tokens and entries (source document: blocks of any length, a 1 / rate part of them recent)",
+        "an entry is made of neighbouring tokens (source document: of tokens a block apart)",
+        "one question a segment, by the segment before and through a learned map (source document: the whole input)",
+        "each batch row chooses for itself",
+        "values of what is retrieved are weighted by its similarity, which trains the map and the compression",
+        "rows in memory carry no gradient (source document: their graphs)",
+        "the layer around it, causal attention inside segments and a network, is ours: the sketch has none",
+    ),
+    claims=(
+        Claim(
+            "summarises old information",
+            "not as sketched",
+            "nothing is compressed before capacity // rate blocks exist, and entries mix tokens a block apart; no loss "
+            "reaches the compressor unless one of its blocks happens to be retrieved",
+        ),
+    ),
+)

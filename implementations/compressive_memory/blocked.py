@@ -1,0 +1,142 @@
+"""All segments at once: memory, questions and choice depend on the layer's input alone, not on what it computes.
+
+Compressions of the whole call are one product. Then every segment chooses among the items that it has in memory, and
+segments that read equally many are stacked into the batch of one fused attention.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ctxbench.implementations._shared.blocks import merge_heads, split_heads
+from ctxbench.implementations.compressive_memory.layer import State, kept
+
+
+def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch.Tensor, State | None]:
+    """Heads merged, before the output projection: ``[B, T, d_model]``; arguments as in the reference."""
+    S, T = layer.params.segment_len, x.shape[1]
+    outputs = []
+    opening = min(T, -state.tokens % S)
+    if opening:  # the rest of the segment under way
+        out, state = _attend_piece(layer, x[:, :opening], state)
+        outputs.append(out)
+        if state.tokens % S == 0 and (keep or opening < T):
+            state = layer.turn(state)
+    whole = (T - opening) // S
+    end = opening + whole * S
+    if whole:
+        out, state = _attend_segments(layer, x[:, opening:end], state, turn=keep or end < T)
+        outputs.append(out)
+    if end < T:
+        out, state = _attend_piece(layer, x[:, end:], state)
+        outputs.append(out)
+    mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return mixed, kept(state) if keep else None
+
+
+def _attend_piece(layer: Any, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+    """Consecutive tokens of one segment, and the state with them."""
+    q, own_k, own_v = (split_heads(project(x), layer.num_heads) for project in (layer.q, layer.k, layer.v))
+    k, v = torch.cat((state.k, own_k), dim=2), torch.cat((state.v, own_v), dim=2)
+    recent = torch.cat((state.recent, x.detach()), dim=1)
+    return merge_heads(_fused(q, k, v)), State(state.compressed, recent, k, v, state.tokens + x.shape[1])
+
+
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The last key is the last query's own; what is retrieved stands in front and is seen by all."""
+    m, K = q.shape[2], k.shape[2]
+    visible = torch.ones(m, K, dtype=torch.bool, device=q.device).tril(K - m) if m > 1 else None
+    return scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
+def _attend_segments(layer: Any, x: torch.Tensor, state: State, turn: bool) -> tuple[torch.Tensor, State]:
+    """Whole segments ``[B, w S, d_model]``; ``turn``: whether the state must be that of the segment after them."""
+    params, n = layer.params, layer.params.item_len
+    S, begin = params.segment_len, state.tokens
+    count = x.shape[1] // S
+    recent = torch.cat((state.recent, x.detach()), dim=1)
+    last = begin + (count if turn else count - 1) * S  # the last moment at which items are retrieved
+    old = (params.compressions(last) - params.compressions(begin)) * n * params.rate
+    compressed = state.compressed
+    if old and params.compressed_len:
+        compressed = torch.cat((compressed, layer.entries(recent[:, :old])), dim=1)
+    memory = _Memory(layer, compressed, recent, begin)
+
+    segments = x.unflatten(1, (count, S))  # [B, w, S, d_model]
+    outputs, k, v = [], state.k, state.v
+    # The state has already read for the first segment.
+    for (first, _, _), run in groupby(range(count), key=lambda s: (s == 0, *memory.form(begin + s * S))):
+        numbers = list(run)
+        if not first:
+            k, v = memory.read([begin + s * S for s in numbers])
+        out = _attend_stacked(layer, segments[:, numbers[0] : numbers[-1] + 1].flatten(0, 1), k, v)
+        outputs.append(out.unflatten(0, (len(x), -1)).flatten(1, 2))
+    mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    end = begin + count * S
+    if not turn:
+        return mixed, State(compressed, recent, k, v, end)
+    k, v = memory.read([end])
+    surplus = compressed.shape[1] - params.compressed(end) * n
+    return mixed, State(compressed[:, surplus:], recent[:, recent.shape[1] - params.recent(end) * n :], k, v, end)
+
+
+def _attend_stacked(layer: Any, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Segments as batch rows, ``[B w, S, d_model]``, with what each retrieved."""
+    q, own_k, own_v = (split_heads(project(x), layer.num_heads) for project in (layer.q, layer.k, layer.v))
+    return merge_heads(_fused(q, torch.cat((k, own_k), dim=2), torch.cat((v, own_v), dim=2)))
+
+
+class _Memory:
+    """Items of a whole call, and what each of its segments finds in them."""
+
+    def __init__(self, layer: Any, compressed: torch.Tensor, recent: torch.Tensor, begin: int):
+        self.layer, self.params = layer, layer.params
+        n = self.params.item_len
+        self.compressed, self.recent = (rows.unflatten(1, (-1, n)) for rows in (compressed, recent))
+        # Numbers, counted from the first of the sequence, of the first items at hand.
+        self.first_compressed = self.params.compressions(begin) - self.params.compressed(begin)
+        self.first_recent = begin // n - self.params.recent(begin)
+        self.recent_rows = recent
+
+    def form(self, tokens: int) -> tuple[int, bool]:
+        """How many items the segment that begins there reads, and whether compressed ones are among its choices."""
+        return self.params.retrieved(tokens), self.params.compressed(tokens) > 0
+
+    def read(self, begins: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[B w, H, k n, D]`` that segments of one form retrieve."""
+        layer, params = self.layer, self.params
+        with_compressed = self.form(begins[0])[1]
+        items = torch.cat((self.compressed, self.recent), dim=1) if with_compressed else self.recent
+        offset = self.compressed.shape[1] if with_compressed else 0
+        known, among = self._choices(begins, offset)
+        B = len(items)
+        means = layer.mean(items, dim=2)  # [B, all, d_model]
+        ends = torch.tensor(begins) - self.first_recent * params.item_len  # rows of ``recent`` at which they begin
+        windows = self.recent_rows.unfold(1, params.segment_len, params.item_len)  # [B, places, d_model, S]
+        asked = windows[:, (ends - params.segment_len) // params.item_len]  # [B, w, d_model, S]
+        question = layer.mean(asked, dim=3)
+        choice = layer.similarity(question, means[:, among.to(means.device)])  # [B, w, widest]
+        choice = choice.masked_fill(~known.to(choice.device), float("-inf"))
+        place = choice.topk(params.retrieved(begins[0]), dim=2).indices.sort(dim=2).values
+        gate = layer.weight(choice.gather(2, place)).to(items.dtype)
+        number = among.to(place.device).expand(B, -1, -1).gather(2, place)  # [B, w, k]
+        found = items[torch.arange(B, device=place.device)[:, None, None], number]
+        return layer.read(found.flatten(0, 1), gate.flatten(0, 1))
+
+    def _choices(self, begins: list[int], offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Items at hand for each segment, by their place among all: which entries count, and the places."""
+        lists = []
+        for tokens in begins:
+            made, kept_items = self.params.compressions(tokens), self.params.compressed(tokens)
+            end = tokens // self.params.item_len
+            compressed = range(made - kept_items - self.first_compressed, made - self.first_compressed)
+            first = end - self.params.recent(tokens) - self.first_recent
+            recent = range(offset + first, offset + end - self.first_recent)
+            lists.append([*compressed, *recent])
+        widest = max(map(len, lists))
+        known = torch.tensor([[True] * len(each) + [False] * (widest - len(each)) for each in lists])
+        return known, torch.tensor([each + [0] * (widest - len(each)) for each in lists])
