@@ -47,8 +47,11 @@ def long_layer(dims: Dims, params: MelodiParams) -> int | None:
     return dims.num_layers // 2 if params.long_slots else None
 
 
-def reach(dims: Dims, params: MelodiParams, i: int) -> range:
-    """Input positions that may influence output ``i``: its window up to itself, all earlier ones through memories."""
-    if params.short_slots or params.long_slots:
-        return range(i + 1)
-    return range(i - i % params.window, i + 1)
+def reach(dims: Dims, params: MelodiParams, i: int) -> frozenset[int]:
+    """Input positions that may influence output ``i``: its window up to itself, all earlier ones through memories.
+
+    A set and not a range, which would promise that its ends matter: what 576 rows leave in a slot, and a slot among 640
+    keys, may round to nothing in low precision.
+    """
+    first = 0 if params.short_slots or params.long_slots else i - i % params.window
+    return frozenset(range(first, i + 1))
