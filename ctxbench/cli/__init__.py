@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "What would run, how much it costs, why the rest would not.",
     "run": "Measure a plan; write rows and a report.",
     "show": "One run, or one cell with all samples and warnings.",
+    "compare": "Two runs or impls, cell by cell: faster, slower, same, unclear.",
     "report": "Write the HTML report of one or more runs.",
     "export": "Rows as CSV, Parquet, Markdown, LaTeX, pytest-benchmark JSON; figures.",
     "check": "Run the conformance kit on a method.",
