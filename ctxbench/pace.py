@@ -16,8 +16,9 @@ TRACE_S = 0.3
 MEMORY_CALLS, ONE_MEMORY_CALL_S = 2, 2.0  # one call a meter; above this many seconds both meters share one
 LEARNING_RATE = 0.2
 LONG_CALL_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # cells are taken class by class, by the length of a call
+LEAD = 2  # classes by which a method's fastest sound impl goes ahead of its other ones
 REPLICATE_S = (2.0, 5.0)  # a call above the first is worth two processes, above the second one
-SHORT_SHARE = 0.7  # of the budget that a second process of all short cells may take
+SHORT_SHARE = 0.85  # of the time left that short cells may plan with; forecasts are sometimes low
 
 
 @dataclass
@@ -65,16 +66,19 @@ class Pace:
     def affordable(self, group: list[Planned], remaining: list[Planned], left_s: float) -> int:
         """Timing processes a cell of ``group`` gets, so that all of ``remaining`` fits into the seconds left.
 
-        Where even one process each does not fit, the long cells at the end will not run, and short cells still get a
-        second process as long as the budget bears it.
+        Where even one process each does not fit, the long cells at the end will not run. A group of short cells still
+        gets a second process as long as all other short cells keep time for one.
         """
         wanted = self.config.protocol.processes
         for count in range(wanted, 1, -1):
             if self.total(remaining, count) <= left_s:
                 return count
-        short = [planned for planned in remaining if effort(planned) == 0]
-        affordable = self.total(short, 2) <= SHORT_SHARE * left_s
-        return min(wanted, 2) if affordable and all(effort(planned) == 0 for planned in group) else 1
+        if any(effort(planned) for planned in group):
+            return 1
+        own = {planned.cell.key for planned in group}
+        others = [planned for planned in remaining if effort(planned) == 0 and planned.cell.key not in own]
+        fits = self.total(group, 2) + self.total(others, 1) <= SHORT_SHARE * left_s
+        return min(wanted, 2) if fits else 1
 
 
 def processes_for(latency_s: float | None, wanted: int) -> int:
@@ -89,26 +93,47 @@ def effort(planned: Planned) -> int:
 
     A fast impl at 128k is taken before a slow one at 16k.
     """
-    return sum((planned.forecast.latency_s or 0.0) > bound for bound in LONG_CALL_S)
+    return sum(_latency(planned) > bound for bound in LONG_CALL_S)
 
 
 def groups(cells: Iterable[Planned], config: Config) -> list[list[Planned]]:
     """Cells that are measured side by side, cheapest group first.
 
     A group holds all methods and impls at one length, mode and setting whose calls are of one class of duration: a
-    reference of many seconds does not keep its length's other impls waiting.
+    reference of many seconds does not keep its length's other impls waiting. Each method's fastest impl goes ahead by
+    LEAD classes, so that every method has its curve before any slow impl has its tail.
     """
+    cells = list(cells)
+    fastest = _fastest(cells)
     found: dict[Any, list[Planned]] = defaultdict(list)
     for planned in cells:
         cell = planned.cell
+        ahead = LEAD if cell.key in fastest else 0
         memory = cell.memory if len(config.memory) > 1 and cell.memory is not None else 0
         setting = (
             cell.mode, cell.device, cell.dtype, cell.batch_size, cell.d_model, cell.num_heads, cell.d_ff, memory
         )  # fmt: skip
-        found[(effort(planned), cell.seq_len, setting)].append(planned)
+        found[(max(0, effort(planned) - ahead), cell.seq_len, setting)].append(planned)
     for group in found.values():
-        group.sort(key=lambda planned: planned.forecast.latency_s or 0.0)
+        group.sort(key=_latency)
     return [group for _, group in sorted(found.items(), key=lambda item: item[0])]
+
+
+def _fastest(cells: Iterable[Planned]) -> set[str]:
+    """Keys of the cells whose impl is forecast to be the fastest of its method there; sketches with defects aside."""
+    best: dict[Any, Planned] = {}
+    for planned in cells:
+        cell = planned.cell
+        if planned.method.impl(cell.impl).defects:
+            continue
+        rivals = (cell.method, cell.seq_len, cell.mode, cell.device, cell.dtype, cell.batch_size, cell.memory)
+        if rivals not in best or _latency(planned) < _latency(best[rivals]):
+            best[rivals] = planned
+    return {planned.cell.key for planned in best.values()}
+
+
+def _latency(planned: Planned) -> float:
+    return planned.forecast.latency_s or 0.0
 
 
 def within_budget(plan: Plan) -> list[Planned]:
@@ -133,4 +158,4 @@ def _warm_up(latency: float) -> float:
         return 0.0
     if latency > 5.0:
         return latency
-    return 3 * latency if latency > 0.01 else 0.2
+    return 2 * latency if latency > 0.1 else 3 * latency if latency > 0.01 else 0.2

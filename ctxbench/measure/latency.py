@@ -25,7 +25,7 @@ Stopwatch = Callable[[Call], tuple[float, float, Any]]
 Sample = tuple[float, float, int]  # wall seconds, process CPU seconds, page faults
 
 WARM_UP = ((1e-3, 0.025), (1e-2, 1.0), (math.inf, 3.0))  # a call of at most .. seconds is warmed up for .. seconds
-LONG_CALL_S = 0.01  # above this, three warm-up calls are enough
+ENOUGH_CALLS = ((0.1, 2), (0.01, 3))  # calls longer than .. seconds are warm after .. of them
 ONE_SAMPLE_S = 5.0  # above this, one sample is allowed
 NO_WARM_UP_S = 20.0  # above this, the first call is the sample
 WARM_UP_AGREES = 0.05  # two successive medians of three warm-up calls
@@ -152,7 +152,7 @@ def _warm_up(once: Callable[[], Sample], times: list[float]) -> None:
         if len(times) >= 2:
             if spent >= next(seconds for length, seconds in WARM_UP if typical <= length):
                 return
-            if typical > LONG_CALL_S and len(times) >= 3:
+            if any(typical > length and len(times) >= count for length, count in ENOUGH_CALLS):
                 return
             if len(times) >= 6 and spent >= WARM_UP[0][1]:
                 early, late = float(np.median(times[-6:-3])), float(np.median(times[-3:]))

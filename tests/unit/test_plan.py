@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections import Counter
@@ -163,11 +164,33 @@ def test_groups_hold_all_impls_of_a_length_and_long_calls_come_last(lab: Any) ->
     ordered = groups(waiting, config)
     assert sorted(p.cell.key for group in ordered for p in group) == sorted(p.cell.key for p in waiting)
     assert {p.cell.label() for p in ordered[0]} == {"square / reference", "square / fast", "window / reference"}
-    classes = [effort(group[0]) for group in ordered]
-    assert classes == sorted(classes)
-    assert classes[-1] > 0
+    assert max(effort(planned) for planned in ordered[0]) == 0
+    assert min(effort(planned) for planned in ordered[-1]) > 0
     for group in ordered:
-        assert len({(p.cell.seq_len, effort(p)) for p in group}) == 1
+        assert len({p.cell.seq_len for p in group}) == 1
+
+
+def test_the_fastest_impl_of_a_method_goes_ahead_of_slow_ones_at_shorter_lengths(lab: Any) -> None:
+    config = lab.config(methods="square", impls="reference,fast", seq_len="1k,8k,16k")
+    waiting = [planned for planned in lab.plan(config).cells if planned.status == "planned"]
+    for planned in waiting:
+        slow = 1.2 if planned.cell.impl == "reference" else 0.3
+        planned.forecast.latency_s = slow * planned.cell.seq_len / 8192
+    order = [[(p.cell.impl, p.cell.seq_len) for p in group] for group in groups(waiting, config)]
+    assert order == [
+        [("fast", 1024), ("reference", 1024)],
+        [("fast", 8192)],
+        [("fast", 16384)],
+        [("reference", 8192)],
+        [("reference", 16384)],
+    ]
+    sketch = waiting[0].method.impl("fast")
+    with_defects = dataclasses.replace(sketch, defects={"agreement": "planted"})
+    method = dataclasses.replace(waiting[0].method, impls=(waiting[0].method.impl("reference"), with_defects))
+    for planned in waiting:
+        planned.method = method
+    order = [[(p.cell.impl, p.cell.seq_len) for p in group] for group in groups(waiting, config)]
+    assert [("fast", 16384), ("reference", 16384)] in order  # a sketch leads nobody
 
 
 def test_the_budget_takes_the_cheapest_cells(lab: Any) -> None:
