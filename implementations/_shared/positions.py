@@ -57,11 +57,11 @@ class Position(nn.Module):
         """What is added to the scores of keys ``distance = j - i`` away: ``[H, *distance.shape]``, or None."""
         return None
 
-    def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor) -> torch.Tensor | None:
+    def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor, step: int = 1) -> torch.Tensor | None:
         """The bias of ``queries`` consecutive rows against ``keys`` consecutive columns: ``[H, queries, keys]``.
 
-        ``offset`` is the position of the first query minus that of the first key; dtype and device are those of
-        ``like``.
+        ``offset`` is the position of the first query minus that of the first key, in steps of ``step`` tokens as all
+        distances here are; dtype and device are those of ``like``.
         """
         return None
 
@@ -72,9 +72,10 @@ class Bias(Position):
     def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         raise NotImplementedError
 
-    def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor) -> torch.Tensor:
+    def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor, step: int = 1) -> torch.Tensor:
         """Evaluated once a diagonal, not once a pair."""
-        line = self.bias(torch.arange(1 - queries - offset, keys - offset, device=like.device), like.dtype)
+        steps = torch.arange(1 - queries - offset, keys - offset, device=like.device)
+        line = self.bias(steps * step, like.dtype)
         return line.unfold(1, keys, 1).flip(1)
 
 

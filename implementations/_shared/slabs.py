@@ -16,8 +16,10 @@ from ctxbench.implementations._shared.positions import Position, RelativeTerm
 from ctxbench.implementations._shared.staircase import BLOCK
 
 
-def attend_slabs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position) -> torch.Tensor:
-    """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``."""
+def attend_slabs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position, step: int = 1
+) -> torch.Tensor:
+    """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``; keys are ``step`` tokens apart."""
     T, S = q.shape[2], k.shape[2]
     r = position.keys(S - 1, 0 if causal else 1 - T) if isinstance(position, RelativeTerm) else None
     outputs = []
@@ -26,7 +28,7 @@ def attend_slabs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
         first = S - T + begin  # position of the first query
         keys = S - T + end if causal else S
         near = None if r is None else r[:, T - end : T - end + (end - begin) + keys - 1]
-        operands = (q[:, :, begin:end], k[:, :, :keys], v[:, :, :keys], near, first, causal, position)
+        operands = (q[:, :, begin:end], k[:, :, :keys], v[:, :, :keys], near, first, causal, position, step)
         if torch.is_grad_enabled():
             outputs.append(checkpoint(_attend_slab, *operands, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -36,13 +38,13 @@ def attend_slabs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 
 def _attend_slab(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, r: torch.Tensor | None, first: int, causal: bool,
-    position: Position,
+    position: Position, step: int,
 ) -> torch.Tensor:  # fmt: skip
     """``q: [B, H, n, D]`` from position ``first`` on, ``k, v: [B, H, K, D]``, ``r: [H, c, D]`` or None."""
     n, K, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
     if r is None:
         scores = (q * scale) @ k.transpose(2, 3)
-        bias = position.rectangle(n, K, first, like=q)
+        bias = position.rectangle(n, K, first, like=q, step=step)
         if bias is not None:
             scores = scores + bias
     else:

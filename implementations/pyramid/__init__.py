@@ -17,12 +17,11 @@ METHOD = Method(
     params=PyramidParams,
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("t5", "alibi", "transformer_xl"),
-        "each level attends among cells of another size with heads of its own, and none of these says what a distance "
-        "between means of tokens is; a rotation is by the last token of a cell",
-    ),
+    positions=("none", *ROPE, "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "its term is a part of its layer, with weights and a product a pair of its own; dense and "
+        "transformer_xl have it",
+    },
     support=f"{__name__}.params:support",
     layers=fewest_layers,
     impls=(

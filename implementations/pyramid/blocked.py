@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from ctxbench.implementations._shared.positions import Bias, Position
+from ctxbench.implementations._shared.slabs import attend_slabs
 from ctxbench.implementations.pyramid.layer import Operators
 
 SLAB = 128  # cells whose scores over the level below are alive together
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """``q: [B, H, N, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, N, D]``; keeps no score matrix."""
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position, span: int
+) -> torch.Tensor:
+    """As in the reference; keeps no score matrix."""
+    if isinstance(position, Bias):
+        return attend_slabs(q, k, v, causal, position, span)
     N, S = q.shape[2], k.shape[2]
     if causal and 1 < N < S:  # is_causal aligns at the top left, a continued cache needs the bottom right
         visible = torch.ones(N, S, dtype=torch.bool, device=q.device).tril(S - N)

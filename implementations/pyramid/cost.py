@@ -5,10 +5,12 @@ Level l has width ``d / 2^l``, FFN width ``f / 2^l``, ``cells_at(l)`` cells and 
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, ceiling, floor
+from collections.abc import Callable
+
+from sympy import Expr, Integer, Max, ceiling, floor
 
 from ctxbench.cost import Cost
-from ctxbench.cost.symbols import B, C, L, T, d
+from ctxbench.cost.symbols import B, C, L, T, d, h
 from ctxbench.cost.terms import (
     attention,
     causal_pairs,
@@ -18,7 +20,7 @@ from ctxbench.cost.terms import (
     projections,
     tensor,
 )
-from ctxbench.implementations._shared.forms import trained
+from ctxbench.implementations._shared.forms import slab_pairs, trained
 from ctxbench.implementations.pyramid.memory import cells_at, layer_parameters, layers_at, peak_bytes, width
 from ctxbench.implementations.pyramid.params import PyramidParams
 from ctxbench.implementations.pyramid.pooled_pairs import pairs_below
@@ -28,7 +30,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
     """One impl in one mode. Rounding is exact, so the forms hold at every length, layer count and pool factor."""
     levels = params.levels
     algorithmic = _algorithmic(mode, causal, levels)
-    flops = _as_written(levels) if impl == "as_written" else _executed(impl, mode, causal, levels)
+    flops = _as_written(levels) if impl == "as_written" else _executed(impl, mode, causal, levels, position)
     if params.pooled_queries:
         _pool_queries(algorithmic, None, mode, causal, params)
         _pool_queries(flops, impl, mode, causal, params)
@@ -37,7 +39,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=_parameters(levels, sketch=impl == "as_written"),
+        num_parameters=_parameters(levels, sketch=impl == "as_written") + _tables(levels, position),
         state_bytes=_state(levels, params.pooled_queries) if causal and impl != "as_written" else Integer(0),
         peak_bytes=peak_bytes(impl, mode, causal, levels) if position == "none" and not params.pooled_queries else None,
     )
@@ -49,10 +51,13 @@ def _algorithmic(mode: str, causal: bool, levels: int) -> dict[str, Expr]:
     return _terms([layers_at(level, levels) for level in range(levels)], cells, pairs, [Integer(0), *cells[1:]])
 
 
-def _executed(impl: str, mode: str, causal: bool, levels: int) -> dict[str, Expr]:
+def _executed(impl: str, mode: str, causal: bool, levels: int, position: str) -> dict[str, Expr]:
+    slabs = impl == "blocked" and causal and mode != "decode" and position in ("t5", "alibi")
     layers = [layers_at(level, levels) for level in range(levels)]
     cells = [_new_cells(level, mode, causal) for level in range(levels)]
-    pairs = [_executed_pairs(level, impl, mode, causal) for level in range(levels)]
+    pairs = [
+        _pairs_by_slabs(level, mode) if slabs else _executed_pairs(level, impl, mode, causal) for level in range(levels)
+    ]
     read = [_read_rows(level, impl, mode, causal) for level in range(levels)]
     return _terms(layers, cells, pairs, read)
 
@@ -124,10 +129,22 @@ def _streamed_rectangles(level: int) -> Expr:
     With n_k cells after call k, ``n_k (n_k - n_(k-1)) = (n_k^2 - n_(k-1)^2 + (n_k - n_(k-1))^2) / 2`` telescopes.
     Whole calls add a = floor(C / s) cells or one more, and the latter as often as the total demands.
     """
+    return (cells_at(level, T, True) ** 2 + _over_calls(level, lambda new: new**2)) / 2
+
+
+def _pairs_by_slabs(level: int, mode: str) -> Expr:
+    """As rectangles with what came before the call, and by slabs among the new cells."""
+    cells = cells_at(level, T, True)
+    if mode != "stream":
+        return slab_pairs(cells)
+    return (cells**2 - _over_calls(level, lambda new: new**2)) / 2 + _over_calls(level, slab_pairs)
+
+
+def _over_calls(level: int, of: Callable[[Expr], Expr]) -> Expr:
+    """Sum over all calls of a function of the new cells."""
     calls = floor(T / C)
     cells, streamed, a = (cells_at(level, tokens, True) for tokens in (T, calls * C, C))
-    squares = calls * a**2 + (2 * a + 1) * (streamed - calls * a) + (cells - streamed) ** 2
-    return (cells**2 + squares) / 2
+    return calls * of(a) + (of(a + 1) - of(a)) * (streamed - calls * a) + of(cells - streamed)
 
 
 def _read_rows(level: int, impl: str, mode: str, causal: bool) -> Expr:
@@ -148,6 +165,12 @@ def _parameters(levels: int, sketch: bool) -> Expr:
         total += linear_parameters(width(level - 1), width(level)) if level else 0
     fused = [width(level) for level in range(0 if sketch else 1, levels)]
     return total + (linear_parameters(sum(fused), d) if fused else 0)
+
+
+def _tables(levels: int, position: str) -> Expr:
+    """T5's tables: level l has ``h / 2^l`` heads, and one at least."""
+    heads = [Max(1, floor(h / Integer(2**level))) for level in range(levels)]
+    return 32 * sum(heads, Integer(0)) if position == "t5" else Integer(0)
 
 
 def _state(levels: int, pooled_queries: bool) -> Expr:

@@ -54,7 +54,7 @@ class LevelState(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Projections and cache around ``attend(q, k, v, causal) -> [B, H, N, D]``, among cells of ``span`` tokens."""
+    """Projections and cache around ``attend(q, k, v, causal, position, span) -> [B, H, N, D]``, cells of ``span``."""
 
     def __init__(self, dims: Dims, attend: Callable[..., torch.Tensor], position: Position, span: int):
         super().__init__()
@@ -74,7 +74,8 @@ class Attention(nn.Module):
         if state is not None:
             state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
             k, v = state
-        return Output(self.o(merge_heads(self.attend(q, k, v, self.causal))), state)
+        mixed = self.attend(q, k, v, self.causal, self.position, self.span) if x.shape[1] else q
+        return Output(self.o(merge_heads(mixed)), state)
 
 
 class PooledAttention(Attention):

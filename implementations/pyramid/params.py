@@ -60,6 +60,8 @@ def support(dims: Dims, params: PyramidParams, mode: str) -> Support:
             return no(f"level {level} would split a width of {width} into {heads} heads; choose d_model or num_heads")
         if dims.position in ROPE and width // heads % 2:
             return no(f"level {level} has an odd head width of {width // heads}, and {dims.position} turns pairs")
+    if dims.position in ("t5", "alibi") and params.pooled_queries:
+        return no(f"{dims.position} is not built for pooled_queries, whose keys are finer cells than their queries")
     if mode in ("stream", "decode") and not dims.causal:
         return no("a bidirectional pyramid cannot be continued: every output depends on later tokens")
     return YES

@@ -9,13 +9,22 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.pyramid.layer import Operators
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """``softmax(q k^T / sqrt(D)) v``; ``q: [B, H, N, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, N, D]``."""
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position, span: int
+) -> torch.Tensor:
+    """``softmax(q k^T / sqrt(D) + bias) v``, distances in tokens, of which a cell has ``span``.
+
+    ``q: [B, H, N, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, N, D]``.
+    """
     N, S = q.shape[2], k.shape[2]
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, H, N, S]
+    bias = position.rectangle(N, S, S - N, like=q, step=span)
+    if bias is not None:
+        scores = scores + bias
     if causal:
         visible = torch.ones(N, S, dtype=torch.bool, device=q.device).tril(S - N)
         scores = scores.masked_fill(~visible, float("-inf"))

@@ -385,32 +385,3 @@ def test_sketch_refuses_fewer_tokens_than_a_coarsest_cell() -> None:
     )
     assert not answer
     assert "at least 4 tokens, received 3" in answer.reason
-
-
-@DIRECTIONS
-@pytest.mark.parametrize("operators", [REFERENCE, BLOCKED], ids=["reference", "blocked"])
-def test_a_step_between_cells_turns_by_as_many_tokens_as_a_cell_has(operators: Any, causal: bool) -> None:
-    dims, params = TINY.replace(causal=causal, position="rope"), PyramidParams(levels=3, pool=3)
-    torch.manual_seed(0)
-    module = Pyramid(dims, params, operators).double()
-    cells = torch.randn(1, 5, 4, dtype=torch.float64)
-    mixer = module.layers[2].mixer  # the coarsest level: one head, cells of nine tokens
-    q, k, v = (project(cells)[0] for project in (mixer.q, mixer.k, mixer.v))
-    frequency = 10_000.0 ** -(torch.arange(2, dtype=torch.float64) / 2)
-    expected = torch.zeros(5, 4, dtype=torch.float64)
-    for i in range(5):
-        seen, scores = range(i + 1) if causal else range(5), []
-        for j in seen:
-            a, b = (torch.complex(row[:2], row[2:]) for row in (q[i], k[j]))
-            turn = torch.polar(torch.ones(2, dtype=torch.float64), (i - j) * 9 * frequency)
-            scores.append((a * turn * b.conj()).real.sum() / 2)
-        expected[i] = torch.stack(scores).softmax(0) @ v[seen.start : seen.stop]
-    torch.testing.assert_close(mixer(cells).y[0], mixer.o(expected), rtol=0, atol=1e-12)
-
-
-def test_a_rotation_needs_pairs_at_every_level() -> None:
-    dims = Dims(seq_len=8, d_model=24, d_ff=0, num_heads=2, num_layers=3, position="rope")
-    assert METHOD.mode_support("forward", dims.replace(position="none"), PyramidParams(levels=3))
-    assert METHOD.mode_support("forward", dims, PyramidParams(levels=3))
-    odd = METHOD.mode_support("forward", dims.replace(d_model=8, num_heads=1, num_layers=4), PyramidParams(levels=4))
-    assert "level 3 has an odd head width of 1" in odd.reason
