@@ -44,7 +44,7 @@ def test_golden_pair_counts_at_4096(pattern, pairs):
     st.integers(1, 40), st.integers(1, 50), st.integers(0, 12), st.integers(1, 4), st.booleans(),
     st.lists(st.integers(0, 45), max_size=5),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_visible_pairs_equal_brute_force(length, window, num_global, dilation, causal, scattered):
     params = LongformerParams(
         window=window, num_global=num_global, dilation=dilation, scattered="+".join(map(str, scattered))
@@ -84,12 +84,12 @@ def test_executed_pairs_equal_the_plan(length, window, num_global, dilation, cau
     [
         ("reference", "forward", (1, 131)),
         ("reference", "train", (67,)),
-        ("reference", "stream", (131, 1301)),
+        ("reference", "stream", (131, 1100)),
         ("reference", "decode", (1, 131)),
-        ("blocked", "forward", (1, 131, 641)),
+        ("blocked", "forward", (1, 131, 389)),
         ("blocked", "train", (131,)),
-        ("blocked", "stream", (131, 1301)),
-        ("blocked", "decode", (1, 131, 641)),
+        ("blocked", "stream", (1100,)),
+        ("blocked", "decode", (1, 131)),
     ],
 )
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ def test_executed_pairs_equal_the_plan(length, window, num_global, dilation, cau
     ids=["dilated", "long_prefix", "scattered", "mixed_heads"],
 )
 def test_formulas_equal_the_counts_where_blocks_and_classes_are_ragged(impl, mode, lengths, params):
-    for length in lengths:
-        for causal in (True, False) if mode in ("forward", "train") else (True,):
+    for causal in (True, False) if mode in ("forward", "train") else (True,):
+        cost = METHOD.cost_of(impl, mode, causal, "none", params)
+        for length in lengths:
             dims = Dims(seq_len=length, batch_size=2, causal=causal, d_model=16, num_heads=2, d_ff=24)
-            counted, cost = trace(METHOD, dims, params, impl, mode), METHOD.cost_of(impl, mode, causal, "none", params)
-            values = bindings(dims, params, 4, METHOD.segment_len(params))
+            counted, values = trace(METHOD, dims, params, impl, mode), bindings(dims, params, 4, 512)
             assert evaluate(total(cost.flops), values) == counted.flops
             assert evaluate(cost.num_parameters, values) == counted.num_parameters
             if counted.state_bytes is not None:
@@ -121,21 +121,21 @@ def test_formulas_equal_the_counts_where_blocks_and_classes_are_ragged(impl, mod
 @impls
 def test_peak_formulas_hold_with_several_layers_batches_and_bf16(impl, mode, causal):
     params = LongformerParams(window=256, num_global=100)
-    dims = Dims(seq_len=4500, batch_size=2, num_layers=2, causal=causal, d_model=128, d_ff=256)
+    dims = Dims(seq_len=2300, batch_size=2, num_layers=2, causal=causal, d_model=128, d_ff=256)
     formula = METHOD.cost_of(impl, mode, causal, "none", params).peak_bytes
     found = trace(METHOD, dims, params, impl, mode, "bf16").peak_bytes
     assert evaluate(formula, bindings(dims, params, 2, METHOD.segment_len(params))) == pytest.approx(found, rel=0.03)
 
 
 @directions
-@pytest.mark.parametrize(("mode", "longest"), [("forward", 16384), ("train", 4096)])
+@pytest.mark.parametrize(("mode", "longest"), [("forward", 8192), ("train", 3072)])
 def test_blocked_memory_grows_linearly(mode, longest, causal):
     params = METHOD.params()
     peaks = [
         trace(METHOD, Dims(seq_len=length, causal=causal, d_ff=0), params, "blocked", mode).peak_bytes
-        for length in (2048, longest)
+        for length in (1024, longest)
     ]
-    assert np.log(peaks[1] / peaks[0]) / np.log(longest / 2048) < 1.1
+    assert np.log(peaks[1] / peaks[0]) / np.log(longest / 1024) < 1.1
 
 
 def test_stream_memory_does_not_grow_with_the_length():
