@@ -36,9 +36,9 @@ class RMTParams(Params):
     )
 
 
-def reach(dims: Dims, params: RMTParams, i: int) -> range | frozenset[int]:
+def reach(dims: Dims, params: RMTParams, i: int) -> frozenset[int]:
     """Input positions that may influence output ``i``: its segment up to itself, all earlier ones through the memory.
 
-    A range would promise gradients at its ends, which a cut does not let through: then it is a set.
+    A set and not a range, which would promise gradients at its ends: a call, or a cut, passes values alone.
     """
-    return range(i + 1) if params.bptt_depth < 0 else frozenset(range(i + 1))
+    return frozenset(range(i + 1))

@@ -56,6 +56,8 @@ class SketchStack(nn.Module):
     A call without state stands for ``reset_memory=True``; one with state goes on from what the module holds.
     """
 
+    layers: Any
+
     def __init__(self, dims: Dims, params: SegmentRecurrentParams, batch_first: bool = True):
         super().__init__()
         self.segment_len = params.segment_len
@@ -77,3 +79,15 @@ class SketchStack(nn.Module):
         """Forget the memory; the returned value is only a label, the module keeps the state itself."""
         self.memory_states = [None] * len(self.layers)
         return ()
+
+    def state_at(self, batch_size: int, context: int) -> tuple[Any, ...]:
+        """Fill the module with memories as long as after ``context`` tokens, contents random."""
+        whole, rest = divmod(context, self.segment_len)
+        quarter = -(-self.layers[0].memory_len // 4)
+        items = whole * min(quarter, self.segment_len) + min(quarter, rest)
+        weight = self.layers[0].memory_gate.weight
+        shape = (batch_size, min(items, self.layers[0].memory_len), weight.shape[0])
+        self.memory_states = [
+            torch.randn(shape, device=weight.device, dtype=weight.dtype) if items else None for _ in self.layers
+        ]
+        return tuple(self.memory_states)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ctxbench.cell import Cell
 from ctxbench.cost import big_o, evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
@@ -17,6 +18,7 @@ from ctxbench.implementations.rmt import METHOD
 from ctxbench.implementations.rmt.layer import Rows
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.implementations.rmt.reference import visible
+from ctxbench.measure.gate import run_gate
 from ctxbench.method import Dims
 from ctxbench.testing import HELD, laws_for
 from ctxbench.workload import state_bytes
@@ -206,6 +208,17 @@ def test_a_repeated_row_of_memory_parts_under_a_causal_mask_alone(variant):
         module.memory.copy_(module.memory[:1].expand_as(module.memory))
         spread = stream(module, tokens(12), [4, 4, 4])[1].memory.std(dim=1).max()
     assert spread < 1e-12 if variant == "xl" else spread > 1e-3
+
+
+@pytest.mark.parametrize("mode", METHOD.modes)
+@impls
+def test_the_gate_before_every_timing_lets_it_pass(impl, mode):
+    cell = Cell(
+        method=METHOD.name, impl=impl, mode=mode, seq_len=101, d_model=16, num_heads=2, d_ff=16, num_layers=2,
+        params={"segment_len": 16, "num_memory": 4},
+    )  # fmt: skip
+    gate = run_gate(METHOD, cell)
+    assert gate.ok, gate.message
 
 
 # Gradients through memory.

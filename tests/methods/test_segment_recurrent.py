@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ctxbench.cell import Cell
 from ctxbench.cost import big_o, evaluate, total
 from ctxbench.cost.symbols import bindings
-from ctxbench.cost.trace import trace
+from ctxbench.cost.trace import Meter, trace
 from ctxbench.implementations.segment_recurrent import METHOD
 from ctxbench.implementations.segment_recurrent.as_written import SketchLayer, SketchStack
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
+from ctxbench.measure.gate import run_gate
 from ctxbench.method import Dims
 from ctxbench.testing import HELD, laws_for
-from ctxbench.workload import state_bytes, tensors
+from ctxbench.workload import prepare, state_bytes, tensors
 
 IMPLS = ("reference", "blocked", "diagonal")
 FORMS = {
@@ -186,6 +188,19 @@ def test_an_item_lies_between_its_output_and_the_mean_of_the_memory():
     torch.testing.assert_close(state[0].memory, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("mode", METHOD.modes)
+@pytest.mark.parametrize("impl", [*IMPLS, "as_written"])
+def test_the_gate_before_every_timing_lets_it_pass(impl, mode):
+    if METHOD.impl(impl).modes and mode not in METHOD.impl(impl).modes:
+        pytest.skip("the sketch would take a token for a segment")
+    cell = Cell(
+        method=METHOD.name, impl=impl, mode=mode, seq_len=101, d_model=16, num_heads=2, d_ff=16, num_layers=2,
+        params={"segment_len": 16, "memory_len": 8},
+    )  # fmt: skip
+    gate = run_gate(METHOD, cell)
+    assert gate.ok, gate.message
+
+
 # Gradients through memory.
 
 
@@ -250,8 +265,6 @@ def test_the_diagonal_computes_cells_of_equal_shape_together():
 # Laws and formulas of other forms.
 
 LAWS = {
-    "long_memory": {"flops_equal_formula": ("blocked",)},
-    "one_token_segments": {"flops_equal_formula": ("blocked",)},
     "cut": {"flops_equal_formula": IMPLS, "receptive_field": IMPLS, "state_shapes": ("diagonal",)},
 }
 
@@ -269,6 +282,20 @@ LAWS = {
 )
 def test_laws_of_forms(law, case):
     assert law(case).status == HELD
+
+
+@pytest.mark.parametrize("mode", METHOD.modes)
+@pytest.mark.parametrize("name", ["long_memory", "one_token_segments"])
+def test_counts_hold_for_other_ratios_of_memory_and_segment(name, mode):
+    for length in (2, 23):
+        dims, params = SIZES.replace(seq_len=length), FORMS[name]
+        for impl in ("reference", "blocked"):
+            work = prepare(METHOD, dims, params, impl, mode, "fp32")
+            with Meter() as meter:
+                work.call()
+            cost = METHOD.cost_of(impl, mode, True, "none", params)
+            values = bindings(dims, params, 4, params.segment_len)
+            assert evaluate(total(cost.flops), values) == meter.result().flops
 
 
 @pytest.mark.parametrize("mode", METHOD.modes)
@@ -352,3 +379,10 @@ def test_the_sketch_uses_its_second_norm_and_cross_attention_only_where_there_is
 def test_a_quarter_of_the_memory_is_rounded_up():
     layer = SketchLayer(SIZES, SegmentRecurrentParams(memory_len=10), batch_first=True).double()
     assert layer.update_memory(tokens(8), None).shape[1] == SegmentRecurrentParams(memory_len=10).added == 3
+
+
+def test_the_sketch_states_are_as_long_as_streamed_ones():
+    for context in (3, 4, 9, 17):
+        streamed = stream(sketch(), tokens(context), [4] * (context // 4) + [context % 4] * (context % 4 > 0))[1]
+        declared = sketch().state_at(2, context)
+        assert [one.shape for one in streamed] == [one.shape for one in declared]
