@@ -19,12 +19,11 @@ METHOD = Method(
         "BigBird cannot be continued: its first block sees all later tokens, and all tokens see its last block",
     ),
     causal=(False,),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("t5", "alibi", "transformer_xl"),
-        "gathered blocks stand at distances of their own in every row and head: a term by distance would be gathered "
-        "pair by pair, while a rotation travels with its key",
-    ),
+    positions=("none", *ROPE, "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "its term is a part of its layer, with weights and a product a pair of its own; dense and "
+        "transformer_xl have it",
+    },
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores and masks most of them"),
         Impl(

@@ -17,17 +17,24 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ctxbench.implementations._shared.positions import Bias, Position
+from ctxbench.implementations._shared.slabs import attend_slabs
 from ctxbench.implementations.bigbird.layer import Plan
 
 SLAB = 256  # queries whose scores are alive together
 END = 64  # queries of a global row whose scores are alive together
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, position: Position | None = None
+) -> torch.Tensor:
     """``q, k, v: [B, H, T, D]``, result of that shape."""
+    if not isinstance(position, Bias):
+        return scaled_dot_product_attention(q, k, v) if plan.num_blocks <= 2 else _Blocks.apply(q, k, v, plan, None)
     if plan.num_blocks <= 2:
-        return scaled_dot_product_attention(q, k, v)
-    return _Blocks.apply(q, k, v, plan)
+        return attend_slabs(q, k, v, causal=False, position=position)
+    T = q.shape[2]
+    return _Blocks.apply(q, k, v, plan, position.bias(torch.arange(1 - T, T, device=q.device), q.dtype))
 
 
 class Slab(NamedTuple):
@@ -52,6 +59,24 @@ def ends(plan: Plan, T: int) -> Iterator[slice]:
             yield slice(piece, min(piece + END, stop))
 
 
+class Biases(NamedTuple):
+    """What is added to the scores of one slab: ``line: [H, 2 T - 1]`` by distance, and where keys and queries are.
+
+    ``keys: [H or 1, rows, m]`` are positions, ``queries: [rows]`` those of each row's first query.
+    """
+
+    line: torch.Tensor
+    keys: torch.Tensor
+    queries: torch.Tensor
+
+    def places(self, skipped: int, count: int) -> torch.Tensor:
+        """Where in the flat line the biases of ``count`` queries of each row lie: ``[H, rows, count, m]``."""
+        heads, length = self.line.shape
+        query = self.queries[:, None] + skipped + torch.arange(count, device=self.line.device)
+        begin = torch.arange(heads, device=self.line.device).view(-1, 1, 1, 1) * length
+        return begin + self.keys[:, :, None, :] - query[:, :, None] + length // 2
+
+
 class Operands(NamedTuple):
     """One slab's part of the buffers: n = B * H * rows items, b queries and m keys each."""
 
@@ -59,13 +84,15 @@ class Operands(NamedTuple):
     keys: torch.Tensor  # [n, m, D], as values
     values: torch.Tensor
     scores: torch.Tensor  # flat
+    bias: Biases | None
 
 
 class _Scratch:
     """Buffers that every slab uses again."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan):
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, line: torch.Tensor | None):
         self.plan, (self.B, self.H, self.T, self.D) = plan, q.shape
+        self.line = line
         self.q, self.keys, self.values = q, self.by_block(k), self.by_block(v)
         self.slabs = list(slabs(plan))
         rows = max(slab.columns.shape[1] for slab in self.slabs)
@@ -94,12 +121,21 @@ class _Scratch:
         for blocks, buffer in ((self.keys, self.seen_keys), (self.values, self.seen_values)):
             gathered = torch.index_select(blocks, 0, index, out=buffer[: index.numel()])
             seen.append(gathered.view(n, columns * b, D)[:, :m])
-        return Operands(queries, seen[0], seen[1], self.scores), index
+        bias = None
+        if self.line is not None:
+            tokens = slab.columns[:, :, :, None] * b + torch.arange(b, device=index.device)
+            rows = torch.arange(self.plan.num_blocks, device=index.device)[slab.rows]
+            bias = Biases(self.line, tokens.flatten(2)[:, :, :m], rows * b)
+        return Operands(queries, seen[0], seen[1], self.scores, bias), index
 
     def load_end(self, tokens: slice) -> Operands:
         """Copy some queries of a global row; their keys are all keys."""
         keys, values = (self.by_token(blocks) for blocks in (self.keys, self.values))
-        return Operands(_copy(self.q, tokens), keys, values, self.scores)
+        bias = None
+        if self.line is not None:
+            everywhere = torch.arange(self.T, device=self.q.device)
+            bias = Biases(self.line, everywhere.view(1, 1, -1), everywhere[tokens.start : tokens.start + 1])
+        return Operands(_copy(self.q, tokens), keys, values, self.scores, bias)
 
     def by_token(self, blocks: torch.Tensor) -> torch.Tensor:
         """The matrix of all blocks as ``[B * H, T, D]``, a view."""
@@ -117,12 +153,18 @@ class _Scratch:
         return place.view(-1, b, self.D)
 
 
-def probabilities(query: torch.Tensor, slab: Operands) -> torch.Tensor:
-    """Softmax of some queries ``[n, c, D]`` over their keys: ``[n, c, m]``, in the scores' buffer."""
+def probabilities(query: torch.Tensor, slab: Operands, skipped: int = 0) -> torch.Tensor:
+    """Softmax of some queries ``[n, c, D]`` over their keys: ``[n, c, m]``, in the scores' buffer.
+
+    ``skipped`` queries of each row come before them.
+    """
     n, c, D = query.shape
     m = slab.keys.shape[1]
     scores = slab.scores[: n * c * m].view(n, c, m)
-    scores.baddbmm_(query, slab.keys.transpose(1, 2), beta=0, alpha=D**-0.5)
+    if slab.bias is not None:
+        places = slab.bias.places(skipped, c)
+        scores.view(-1, *places.shape).copy_(slab.bias.line.take(places))
+    scores.baddbmm_(query, slab.keys.transpose(1, 2), beta=0 if slab.bias is None else 1, alpha=D**-0.5)
     return torch.softmax(scores, dim=2, out=scores)
 
 
@@ -135,20 +177,22 @@ class _Blocks(torch.autograd.Function):
     """All rows, where there are any between the first and the last."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, line: torch.Tensor | None
+    ) -> torch.Tensor:
         B, H, T, D = q.shape
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(q, k, v, line)
         ctx.plan = plan
         out = q.new_empty(B, T, H, D).transpose(1, 2)
-        scratch = _Scratch(q, k, v, plan)
+        scratch = _Scratch(q, k, v, plan, line)
         for tokens in ends(plan, T):
             part = scratch.load_end(tokens)
             rows = part.queries.baddbmm_(probabilities(part.queries, part), part.values, beta=0)
             out[:, :, tokens] = rows.view(B, H, -1, D)
         for slab in scratch.slabs:
             part, _ = scratch.load(slab)
-            for query in part.queries.split(SLAB, dim=1):
-                query.baddbmm_(probabilities(query, part), part.values, beta=0)
+            for piece, query in enumerate(part.queries.split(SLAB, dim=1)):
+                query.baddbmm_(probabilities(query, part, piece * SLAB), part.values, beta=0)
             scratch.rows(out, scratch.queries, slab, write=True)
         return out
 
@@ -156,25 +200,30 @@ class _Blocks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = gradients
-        (q, k, v), plan = ctx.saved_tensors, ctx.plan
-        dq, sums = torch.empty_like(q), _Sums(_Scratch(q, k, v, plan))
+        (q, k, v, line), plan = ctx.saved_tensors, ctx.plan
+        dq, sums = torch.empty_like(q), _Sums(_Scratch(q, k, v, plan, line), ctx.needs_input_grad[4])
         sums.add_ends(grad, dq)
         sums.add_slabs(grad, dq)
-        dkeys, dvalues = sums.dkeys, sums.dvalues
+        dkeys, dvalues, dline = sums.dkeys, sums.dvalues, sums.dline
         del sums
         dk = _by_token(dkeys, k)
         del dkeys
-        return dq, dk, _by_token(dvalues, v), None
+        return dq, dk, _by_token(dvalues, v), None, None if dline is None else dline.to(q.dtype)
 
 
 class _Sums:
     """Gradients of keys and values, summed in at least single precision: every row adds to the global blocks."""
 
-    def __init__(self, scratch: _Scratch):
+    def __init__(self, scratch: _Scratch, of_line: bool):
         self.scratch = scratch
         self.wide = torch.promote_types(scratch.keys.dtype, torch.float32)
         self.dkeys, self.dvalues = (torch.zeros_like(scratch.keys, dtype=self.wide) for _ in range(2))
         self.dscores = torch.empty_like(scratch.scores)
+        self.dline = (
+            scratch.line.new_zeros(scratch.line.shape, dtype=self.wide)
+            if of_line and scratch.line is not None
+            else None
+        )
 
     def add_ends(self, grad: torch.Tensor, dq: torch.Tensor) -> None:
         """The global rows; their part of ``dq`` is written."""
@@ -199,8 +248,9 @@ class _Sums:
             n, m, D = part.keys.shape
             columns = blocks.view(n, -1, D)[:, :m]
             add = functools.partial(self._add_blocks, index, blocks)
-            for query, dout in zip(part.queries.split(SLAB, dim=1), drow.split(SLAB, dim=1), strict=True):
-                self._add(part, query, dout, columns, add)
+            pieces = zip(part.queries.split(SLAB, dim=1), drow.split(SLAB, dim=1), strict=True)
+            for piece, (query, dout) in enumerate(pieces):
+                self._add(part, query, dout, columns, add, piece * SLAB)
             scratch.rows(dq, drows, slab, write=True)
 
     def _add_blocks(self, index: torch.Tensor, blocks: torch.Tensor, total: torch.Tensor) -> None:
@@ -208,14 +258,18 @@ class _Sums:
 
     def _add(
         self, part: Operands, query: torch.Tensor, dout: torch.Tensor, columns: torch.Tensor,
-        add: Callable[[torch.Tensor], None],
+        add: Callable[[torch.Tensor], None], skipped: int = 0,
     ) -> None:  # fmt: skip
         """Add what some queries give keys and values, by way of ``columns``; ``dout`` becomes the queries' own."""
-        p, scale = probabilities(query, part), query.shape[2] ** -0.5
+        p, scale = probabilities(query, part, skipped), query.shape[2] ** -0.5
         columns.baddbmm_(p.transpose(1, 2), dout, beta=0)
         add(self.dvalues)
         ds = self.dscores[: p.numel()].view(p.shape).baddbmm_(dout, part.values.transpose(1, 2), beta=0)
         torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
+        if self.dline is not None and part.bias is not None:
+            places = part.bias.places(skipped, query.shape[1])
+            above = ds.view(-1, *places.shape).sum(dim=0, dtype=self.wide)
+            self.dline.view(-1).index_add_(0, places.flatten(), above.flatten())
         columns.baddbmm_(ds.transpose(1, 2), query, beta=0, alpha=scale)
         add(self.dkeys)
         dout.baddbmm_(ds, part.keys, beta=0, alpha=scale)

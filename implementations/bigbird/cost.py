@@ -7,7 +7,13 @@ from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import linear_parameters, tensor, when_ffn
-from ctxbench.implementations._shared.forms import block_parameters, block_terms, stack_peak, trained
+from ctxbench.implementations._shared.forms import (
+    block_parameters,
+    block_terms,
+    position_parameters,
+    stack_peak,
+    trained,
+)
 from ctxbench.implementations.bigbird.etc_cost import etc_cost
 from ctxbench.implementations.bigbird.params import BigBirdParams
 
@@ -36,7 +42,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=block_parameters(4 * linear_parameters(d, d)),
+        num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
         peak_bytes=_peak(impl, mode) if position == "none" else None,
     )
 

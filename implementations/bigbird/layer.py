@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
 
 class BigBirdAttention(nn.Module):
-    """Projections around ``operator(q, k, v, plan) -> [B, H, T, D]``; the plan is made here, for one length."""
+    """Projections around ``operator(q, k, v, plan, position) -> [B, H, T, D]``; the plan is made here."""
 
     def __init__(self, dims: Dims, params: BigBirdParams, layer: int, operator: Any, position: Position):
         super().__init__()
@@ -53,7 +53,7 @@ class BigBirdAttention(nn.Module):
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         q, k = self.position.rotate(q, 0), self.position.rotate(k, 0)
         plan = Plan(self.pattern.block_size, self.pattern.num_blocks, self.edges, self.inner)  # type: ignore[arg-type]
-        mixed = self.operator(q, k, v, plan)
+        mixed = self.operator(q, k, v, plan, self.position)
         del q, k, v  # else they would live through the output projection
         return Output(self.o(merge_heads(mixed)))
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from ctxbench.implementations._shared.positions import Bias, Position
 from ctxbench.implementations.bigbird.layer import Plan
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, position: Position | None = None
+) -> torch.Tensor:
     """``q, k, v: [B, H, T, D]``, result of that shape; all scores are materialised."""
     hidden = ~visible(plan, q.shape[2])
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    if isinstance(position, Bias):
+        scores = scores + position.rectangle(q.shape[2], q.shape[2], 0, like=q)
     scores = scores.masked_fill(hidden, float("-inf"))
     return scores.softmax(dim=3) @ v
 
