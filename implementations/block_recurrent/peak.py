@@ -5,13 +5,13 @@ A row is one ``[B, T, d]`` tensor, a slab one ``[B, R, d]`` tensor of the states
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, floor, sympify
+from sympy import Expr, Integer, Max, Min, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
 from ctxbench.implementations._shared.biased_window_forms import BLOCK, block_pairs
 from ctxbench.implementations._shared.forms import stack_peak
-from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
+from ctxbench.implementations.block_recurrent.params import FROM_TOP, BlockRecurrentParams
 
 W, R = param("window"), param("num_states")
 WHOLE = floor(T / W)
@@ -59,26 +59,35 @@ def _blocked_forward() -> Expr:
 
 
 def _stream() -> Expr:
-    """A call with the state before it and the output of the call before."""
+    """A call with the state before it and the output of the call before, in the recurrent layer or in the last one."""
 
-    def call(begin: Expr, n: Expr) -> Expr:
-        known = Min(W, begin)
-        held = 3 * SLAB + 2 * row(known) + 2 * row(known + n) + 2 * row(n) + Min(begin, 1) * row(W)
-        after = 3 * row(n) + largest(_write(Min(2 * W, known + n)), 2 * row(known + n))
-        old = (L - 1) * 2 * row(Min(begin, W - 1))
-        feed = when_ffn(2 * row(n) + 2 * tensor(B, n, f) + 3 * SLAB + 2 * row(Min(2 * W, known + n)))
-        return old + held + largest(_window(n, Min(known, W - 1) + n), after, feed)
+    def call(begin: Expr, n: Expr, kept: Expr, ends: int) -> Expr:
+        known, near = Min(W, begin), Min(W - 1, begin)
+        old = 3 * SLAB + 2 * row(known) + (L - 1) * 2 * row(near) + Min(begin, 1) * row(W)
+        held = 2 * row(known + n) + 2 * row(n)
+        after = held + 3 * row(n) + largest(_write(Min(2 * W, known + n)), 2 * row(kept))
+        new = 3 * ends * SLAB + 2 * row(kept)
+        above = new + Max(L - 2, 0) * 2 * row(Min(W - 1, begin + n)) + 3 * row(n) + 2 * row(near + n)
+        feed = when_ffn(2 * row(n) + 2 * tensor(B, n, f) + new)
+        window = _window(n, near + n)
+        return old + largest(held + window, after, feed, Min(L - 1, 1) * (above + window))
 
-    return largest(Min(WHOLE, 1) * call(WHOLE * W - W, W), Min(REST, 1) * call(WHOLE * W, REST))
+    whole = Min(WHOLE, 1) * call(WHOLE * W - W, W, W, ends=1)
+    return largest(whole, Min(REST, 1) * call(WHOLE * W, REST, Min(W, WHOLE * W) + REST, ends=0))
 
 
 def _decode() -> Expr:
-    """Joined keys and values and their copies; a token that completes a window pays for an update."""
+    """Joined keys and values and their copies; a token that completes a window pays for an update.
+
+    In a stack of several layers the last one has no states: what those below it keep is then held beside its own.
+    """
     ends = floor((T + 1) / W) - WHOLE
     joined = 2 * row(Min(T, W + REST) + 1)
-    kept = 2 * row(Min(T + 1, W + (1 - ends) * (REST + 1)))
-    below = (L - 1) * 2 * row(Min(T + 1, W - 1))
-    return below + joined + largest(kept + ends * 3 * SLAB, ends * _write(Min(2 * W, T + 1))) + 3 * row(1)
+    kept = 2 * row(Min(T + 1, W + (1 - ends) * (REST + 1))) + ends * 3 * SLAB
+    local = 2 * row(Min(T + 1, W - 1))
+    recurrent = Max(L - FROM_TOP, 0) * local + joined + largest(kept, ends * _write(Min(2 * W, T + 1)))
+    above = Min(L - 1, 1) * (kept + (L - 1) * local + 2 * row(Min(T, W - 1) + 1))
+    return largest(recurrent, above) + 3 * row(1)
 
 
 def _train() -> Expr:

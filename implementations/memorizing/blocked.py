@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctxbench.implementations._shared.biased_window import attend_blocks
 
 SLAB = 1 << 20  # scores at once: with float32 they stay in a last-level cache
-ROWS = 32  # fewest queries of a slab, so that its product is worth one
+ROWS = 128  # fewest queries of a slab, so that its product runs at full speed
 
 
 def lookup(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None) -> torch.Tensor:

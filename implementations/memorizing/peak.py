@@ -6,13 +6,13 @@ two.
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, Piecewise, floor, sympify
+from sympy import Expr, Integer, Max, Min, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
 from ctxbench.implementations._shared.biased_window_forms import BLOCK, block_pairs
 from ctxbench.implementations._shared.forms import stack_peak
-from ctxbench.implementations.memorizing.params import MemorizingParams
+from ctxbench.implementations.memorizing.params import FROM_TOP, MemorizingParams
 
 M, S, W, K = (param(name) for name in ("memory_len", "segment_len", "window", "top_k"))
 WHOLE = floor(T / S)
@@ -86,19 +86,26 @@ def _stream(selects: bool) -> Expr:
 
 
 def _decode() -> Expr:
-    """Joined keys and values of the recent tokens, and their copies or the scores of the memory."""
+    """Joined keys and values of the recent tokens, and their copies or the scores of the memory.
+
+    In a stack of several layers the last one has no memory: the states of all below it are then held beside its own.
+    """
     recent = Min(T, largest(REST, W - 1))
     ends = floor((T + 1) / S) - WHOLE
-    joined, kept = 2 * row(recent + 1), 2 * row(Min(T + 1, W - 1))
-    written = ends * 2 * row(Min(M, WHOLE * S + S))
+    joined, kept = 2 * row(recent + 1), 2 * row(Min(T + 1, largest((1 - ends) * (REST + 1), W - 1)))
+    kept += ends * 2 * row(Min(M, WHOLE * S + S))
+    local = 2 * row(Min(T + 1, W - 1))
     scores = _lookup(1, Min(M, WHOLE * S), selects=True)
-    return (L - 1) * kept + largest(joined + largest(scores + 3 * row(1), kept + written + 3 * row(1)))
+    memory = Max(L - FROM_TOP, 0) * local + joined + largest(scores, kept)
+    above = Min(L - 1, 1) * (kept + (L - 1) * local + 2 * row(Min(T, W - 1) + 1))
+    return largest(memory, above) + 3 * row(1)
 
 
 def _train() -> Expr:
-    """The lookup of the last segment, after all others have saved what they need."""
-    pieces = block_pairs(T, W, W)
-    saved = (tensor(B, h) + 9) * pieces + (e + 8) * B * h * T * K + 9 * row(T)
+    """The lookup of the last segment, in the forward pass; or the top layer's network when all layers have saved."""
+    local = (tensor(B, h) + 9) * block_pairs(T, W, W)
+    chosen = (e + 8) * B * h * T * K
+    layer = local + 9 * row(T) + when_ffn(2 * row(T) + 2 * tensor(B, T, f))
     lookup = _segments(lambda begin, n, m: row(begin) + _lookup(n, m, selects=True))
-    network = Piecewise((4 * row(T) + 3 * tensor(B, T, f), f > 0), (Integer(0), True))
-    return L * saved + largest(lookup, network)
+    memory = Max(L - FROM_TOP, 0) * layer + local + chosen + 9 * row(T) + lookup
+    return largest(memory, L * layer + chosen + when_ffn(2 * row(T) + tensor(B, T, f)))

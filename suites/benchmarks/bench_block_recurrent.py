@@ -1,12 +1,16 @@
-"""Block-Recurrent Transformer: the recurrent layer's attention over a sequence, against the public package.
+"""Block-Recurrent Transformer, against the public package ``block-recurrent-transformer-pytorch``.
 
-The package ``block-recurrent-transformer-pytorch`` has one key-value head for all query heads, its states read the
-current window and not the one before, and tokens see both windows whole: less projection, half the keys for states,
-a wider view. Both have windows of 512 tokens and 512 states.
+Operator level, equal work: unit queries and keys, then all four attentions of every window, from projected rows to
+mixed ones. The package's ``Attention`` gets the heads as a batch, since it has one key-value head for all query heads,
+a band as mask, and the keys of two windows for the states.
+
+Layer level, unequal work: the package's layer as its transformer calls it. It projects one key-value head, and its
+states read one window; most of both is the same matrix products.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -15,8 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
-from ctxbench.implementations.block_recurrent import METHOD
+from ctxbench.implementations.block_recurrent import METHOD, blocked, reference
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
 from ctxbench.method import Dims
 from ctxbench.suites.benchmarks.ratios import Comparison
@@ -59,29 +64,96 @@ def published() -> Callable[..., Any] | None:
     return call
 
 
+def operands(length: int) -> dict[str, torch.Tensor]:
+    """Projected rows ``[H, T or R, D]``; those of the states serve every window."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, states = ("q", "k", "v", "read_q"), ("state_k", "state_v", "state_q", "write_q")
+    sizes = dict.fromkeys(tokens, length) | dict.fromkeys(states, STATES)
+    width = D_MODEL // HEADS
+    return {name: torch.randn(HEADS, rows, width, generator=generator) for name, rows in sizes.items()}
+
+
+def ours(operands: dict[str, torch.Tensor], impl: tuple[Any, Any]) -> torch.Tensor:
+    """All four attentions over the sequence, ``[1, H, rows, D]`` joined by rows."""
+    local, attend = impl
+    rows = {name: a[None] for name, a in operands.items()}
+    bias, scale = torch.zeros(HEADS, WINDOW), (D_MODEL // HEADS) ** 0.5
+    unit = {name: a if name in ("v", "state_v") else normalize(a, dim=3) for name, a in rows.items()}
+    unit |= {name: unit[name] * scale for name in ("q", "read_q", "state_q", "write_q")}
+    outputs = [local(unit["q"], unit["k"], unit["v"], bias)]
+    for first in range(0, outputs[0].shape[2], WINDOW):
+        keys = slice(max(first - WINDOW, 0), first + WINDOW)
+        outputs.append(attend(unit["read_q"][:, :, first : first + WINDOW], unit["state_k"], unit["state_v"]))
+        outputs.append(attend(unit["state_q"], unit["state_k"], unit["state_v"]))
+        outputs.append(attend(unit["write_q"], unit["k"][:, :, keys], unit["v"][:, :, keys]))
+    return torch.cat(outputs, dim=2)
+
+
+def theirs(rows: dict[str, torch.Tensor], attention: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """The same by the package's module, window by window."""
+    local, others = [], []
+    for first in range(0, rows["q"].shape[1], WINDOW):
+        own, keys = slice(first, first + WINDOW), slice(max(first - WINDOW, 0), first + WINDOW)
+        K = keys.stop - keys.start
+        distance = torch.arange(K - WINDOW, K)[:, None] - torch.arange(K)
+        band = (distance >= 0) & (distance < WINDOW)
+        local.append(attention(rows["q"][:, None, own], rows["k"][:, keys], rows["v"][:, keys], mask=band))
+        for name, pair in (("read_q", slice(None)), ("state_q", slice(None)), ("write_q", keys)):
+            k, v = (rows["k"], rows["v"]) if name == "write_q" else (rows["state_k"], rows["state_v"])
+            query = rows[name][:, None, own] if name == "read_q" else rows[name][:, None]
+            others.append(attention(query, k[:, pair], v[:, pair]))
+    return torch.cat(local + others, dim=2).transpose(0, 1)
+
+
+def published_attention() -> Callable[..., torch.Tensor] | None:
+    """The package's attention with the scale that ours begins with; None where it is not installed."""
+    if any(importlib.util.find_spec(name) is None for name in PACKAGES):
+        return None
+    package = importlib.import_module("block_recurrent_transformer_pytorch.block_recurrent_transformer_pytorch")
+    attention = package.Attention(D_MODEL // HEADS, qk_rmsnorm=True).eval()
+    with torch.no_grad():
+        attention.q_scale.fill_(D_MODEL // HEADS)  # it multiplies by D^-1/2 once more
+    return attention  # type: ignore[no-any-return]
+
+
 def comparisons() -> list[Comparison]:
-    """Both impls at two lengths, against the package where it is installed, else against our reference."""
+    """Operator and layer at two lengths, against the package where it is installed, else against our reference."""
     found = []
     for length in (4096, 8192):
         x = torch.randn(1, length, D_MODEL, generator=torch.Generator().manual_seed(0))
-        modules: dict[str, Callable[..., Any]] = {}
-        package = published()
-        if package is not None:
-            modules["block-recurrent-transformer-pytorch"] = package
-        modules |= {f"block_recurrent/{impl}": layer(impl, length) for impl in ("reference", "blocked")}
-        goals = ["block_recurrent/blocked"] if package is not None else []
+        rows = operands(length)
+        package, attention = published(), published_attention()
+        operators: dict[str, Callable[[], Any]] = {}
+        modules: dict[str, Callable[[], Any]] = {}
+        if package is not None and attention is not None:
+            operators["package's Attention"] = torch.no_grad()(functools.partial(theirs, rows, attention))
+            modules["package's AttentionBlock"] = _inference(package, x)
+        for name, impl in (("reference", reference.OPERATORS), ("blocked", blocked.OPERATORS)):
+            operators[f"block_recurrent/{name}"] = torch.no_grad()(functools.partial(ours, rows, impl))
+            modules[f"block_recurrent/{name}"] = _inference(layer(name, length), x)
+        goals = [] if package is None else ["block_recurrent/blocked"]
+        sizes = f"{length} tokens, windows of {WINDOW}, {STATES} states, fp32"
         found.append(
             Comparison(
-                f"block_recurrent, one layer, {length} tokens, windows of {WINDOW}, {STATES} states, fp32",
-                next(iter(modules)), {name: _inference(module, x) for name, module in modules.items()},
+                f"block_recurrent, operator, equal work, {sizes}", next(iter(operators)), operators,
                 floor=dict.fromkeys(goals, 1.5), aim=dict.fromkeys(goals, 2.5),
             )
         )  # fmt: skip
+        found.append(Comparison(f"block_recurrent, layer, {sizes}", next(iter(modules)), modules))
     return found
 
 
 def _inference(module: Callable[..., Any], x: torch.Tensor) -> Callable[[], Any]:
     return torch.no_grad()(lambda: module(x))
+
+
+def test_operators_compute_the_same(benchmark: Any) -> None:
+    rows = operands(2 * WINDOW)
+    expected = benchmark.pedantic(ours, (rows, reference.OPERATORS), rounds=1)
+    torch.testing.assert_close(ours(rows, blocked.OPERATORS), expected, rtol=1e-4, atol=1e-4)
+    attention = published_attention()
+    if attention is not None:
+        torch.testing.assert_close(theirs(rows, attention), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("impl", ["reference", "blocked"])

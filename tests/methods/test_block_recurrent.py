@@ -11,7 +11,7 @@ import torch
 
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
-from ctxbench.cost.trace import Meter
+from ctxbench.cost.trace import Meter, trace
 from ctxbench.implementations.block_recurrent import METHOD
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams, recurrent_layer
 from ctxbench.method import Dims
@@ -288,3 +288,12 @@ def test_formulas_equal_what_is_counted(name, impl, mode):
         assert evaluate(total(formula.flops), values) == meter.result().flops
         assert evaluate(formula.num_parameters, values) == num_parameters(work.module)
         assert not meter.result().uncounted
+
+
+@pytest.mark.parametrize("mode", METHOD.modes)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_peak_formula_is_within_three_percent_in_any_depth(mode, layers):
+    dims = Dims(seq_len=4133, d_model=128, num_layers=layers, d_ff=512, position="t5")
+    values = bindings(dims, BlockRecurrentParams(), 4, 512)
+    formula = evaluate(METHOD.cost_of("reference", mode, True, "t5", BlockRecurrentParams()).peak_bytes, values)
+    assert formula == pytest.approx(trace(METHOD, dims, BlockRecurrentParams(), "reference", mode).peak_bytes, rel=0.03)

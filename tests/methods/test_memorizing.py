@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
-from ctxbench.cost.trace import Meter
+from ctxbench.cost.trace import Meter, trace
 from ctxbench.implementations.memorizing import METHOD, blocked, reference
 from ctxbench.implementations.memorizing.params import MemorizingParams, memory_layer, reach
 from ctxbench.method import Dims
@@ -128,6 +128,7 @@ def test_blocked_equals_reference_with_all_gradients(params, length):
 @pytest.mark.parametrize("lookup", ["topk", "dense"])
 def test_blocked_equals_reference_over_several_blocks_and_slabs(lookup, position, monkeypatch):
     monkeypatch.setattr(blocked, "SLAB", 1 << 12)
+    monkeypatch.setattr(blocked, "ROWS", 16)
     params = MemorizingParams(memory_len=150, segment_len=70, window=140, top_k=5, lookup=lookup)
     compare(*(run(build(impl, params, position=position), tokens(300)) for impl in ("reference", "blocked")))
 
@@ -265,3 +266,12 @@ def test_exact_search_saves_the_values_half_alone():
     assert read < search / 200
     dense = METHOD.cost_of("blocked", "forward", True, "t5", MemorizingParams(lookup="dense")).flops
     assert evaluate(dense["read"], values) == evaluate(dense["search"], values) == search
+
+
+@pytest.mark.parametrize("mode", METHOD.modes)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_peak_formula_is_within_three_percent_in_any_depth(mode, layers):
+    dims = Dims(seq_len=4133, d_model=128, num_layers=layers, d_ff=512, position="t5")
+    values = bindings(dims, MemorizingParams(), 4, 512)
+    formula = evaluate(METHOD.cost_of("reference", mode, True, "t5", MemorizingParams()).peak_bytes, values)
+    assert formula == pytest.approx(trace(METHOD, dims, MemorizingParams(), "reference", mode).peak_bytes, rel=0.03)
