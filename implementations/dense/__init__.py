@@ -16,6 +16,14 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused scaled_dot_product_attention"),
+        Impl(
+            "slabs",
+            run=f"{__name__}.slabs:attend",
+            devices=("cpu",),
+            dtypes=("bf16", "fp64"),
+            support=f"{__name__}.params:slabs_support",
+            note="plain products by slabs of queries: bf16 at twice the fused kernel's speed",
+        ),
     ),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",

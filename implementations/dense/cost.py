@@ -32,7 +32,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
     Rotations and biases act element by element and count nothing; Transformer-XL's term has products of its own.
     """
     relative = position == "transformer_xl"
-    slabs = impl == "blocked" and position in ("t5", "alibi", "transformer_xl")
+    slabs = impl == "slabs" or (impl == "blocked" and position in ("t5", "alibi", "transformer_xl"))
     visible = causal_pairs(T) if causal else T * T
     tokens: Expr = T
     if mode == "decode":
@@ -54,7 +54,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         algorithmic |= {"distances": L * linear(needed, d, d), "positions": L * 2 * B * d * visible}
         flops |= {"distances": L * linear(projected, d, d), "positions": L * 2 * B * d * by_distance}
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
+        core = 2 if impl == "reference" else FUSED_BACKWARD
         factor = {"attention": 1 + core, "positions": 4 if slabs else 3, "distances": 2}  # the table is a constant
         algorithmic = {term: (2 if term == "distances" else 3) * forward for term, forward in algorithmic.items()}
         flops = {term: factor.get(term, 3) * forward for term, forward in flops.items()}
@@ -63,7 +63,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
         state_bytes=2 * L * tensor(B, T, d),
-        peak_bytes=_peak(impl, mode, causal) if position == "none" else None,
+        peak_bytes=_peak(impl, mode, causal) if position == "none" and impl != "slabs" else None,
     )
 
 

@@ -12,6 +12,13 @@ def support(dims: Dims, params: Params, mode: str) -> Support:
     return YES
 
 
+def slabs_support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
+    """Rotations happen before the operator; what is added to scores depends on the head, and heads are regrouped."""
+    if dims.position in ("t5", "alibi", "transformer_xl"):
+        return no(f"slabs adds nothing to scores, and {dims.position} does; blocked goes by slabs there too")
+    return YES
+
+
 def reach(dims: Dims, params: Params, i: int) -> range:
     """Input positions that may influence output ``i``."""
     return range(i + 1) if dims.causal else range(dims.seq_len)

@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctxbench.implementations._shared.positions import Position
-from ctxbench.implementations.dense import blocked, reference
+from ctxbench.implementations.dense import blocked, reference, slabs
 from ctxbench.suites.benchmarks.ratios import Comparison
 
 HEADS, WIDTH = 4, 64
-IMPLS = {"reference": reference.attend, "blocked": blocked.attend}
+IMPLS = {"reference": reference.attend, "blocked": blocked.attend, "slabs": slabs.attend}
 
 
 def operands(queries: int, keys: int | None = None) -> list[torch.Tensor]:
@@ -43,6 +43,14 @@ def comparisons() -> list[Comparison]:
     }
     title = "dense attention, streamed call, 512 queries, 8192 keys, fp32"
     found.append(Comparison(title, "plain SDPA, mask ready", candidates, floor={"dense/blocked": 0.95}))
+    for causal in (False, True):
+        q, k, v = (x.bfloat16() for x in operands(8192))
+        candidates = {
+            "plain SDPA": functools.partial(scaled_dot_product_attention, q, k, v, is_causal=causal),
+            "dense/slabs": functools.partial(slabs.attend, q, k, v, causal, Position()),
+        }
+        title = f"dense attention, {'causal' if causal else 'bidirectional'}, 8192 tokens, bf16"
+        found.append(Comparison(title, "plain SDPA", candidates, floor={"dense/slabs": 1.3}, aim={"dense/slabs": 2.0}))
     return found
 
 

@@ -16,7 +16,7 @@ from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
 from ctxbench.implementations._shared.positions import Position, Rotary, positions_for, sinusoids
 from ctxbench.implementations._shared.staircase import BLOCK
-from ctxbench.implementations.dense import METHOD, blocked, reference
+from ctxbench.implementations.dense import METHOD, blocked, reference, slabs
 from ctxbench.implementations.dense.layer import Attention
 from ctxbench.method import Dims
 from ctxbench.workload import as_output
@@ -116,7 +116,7 @@ def test_textbook_total_of_a_wide_layer() -> None:
 
 
 @pytest.mark.parametrize("mode", METHOD.modes)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", BOTH)
 @pytest.mark.parametrize(
     "changes",
     [{"d_ff": 0, "batch_size": 1}, {"num_layers": 3, "batch_size": 2}, {"d_ff": 2048, "batch_size": 8}],
@@ -244,3 +244,26 @@ def test_blocked_keeps_no_scores(position: str, mode: str) -> None:
     """Eight heads' scores of 4k tokens would be 512 MiB."""
     dims = Dims(seq_len=4096, d_model=64, num_heads=8, d_ff=0, position=position)
     assert trace(METHOD, dims, METHOD.params(), "blocked", mode).peak_bytes < 100 * 2**20
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("keys", [300, 421], ids=["whole", "after a cache"])
+def test_slabs_of_few_heads_equal_the_reference_with_gradients(keys: int, causal: bool, monkeypatch) -> None:
+    monkeypatch.setattr(slabs, "SCORES", 2 * slabs.BLOCK * keys)  # two of the six heads of the batch at a time
+    torch.manual_seed(3)
+    operands = [torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (300, keys, keys)]
+    mine, expected = (attend(*operands, causal, Position()) for attend in (slabs.attend, reference.attend))
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-13)
+    for ours, theirs in zip(
+        torch.autograd.grad(mine, operands, grad), torch.autograd.grad(expected, operands, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+def test_slabs_are_for_bf16_and_add_nothing_to_scores() -> None:
+    impl = METHOD.impl("slabs")
+    assert METHOD.impl_support(impl, "forward", DIMS, METHOD.params(), "cpu", "bf16")
+    assert "not in fp32" in METHOD.impl_support(impl, "forward", DIMS, METHOD.params(), "cpu", "fp32").reason
+    biased = METHOD.impl_support(impl, "forward", DIMS.replace(position="t5"), METHOD.params(), "cpu", "bf16")
+    assert "t5" in biased.reason
