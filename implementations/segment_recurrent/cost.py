@@ -18,7 +18,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: SegmentRecur
     if impl == "as_written":
         return _sketch(mode)
     forward = _terms(mode, "visible")
-    flops = _terms(mode, impl if impl == "reference" else _alignment(params))
+    how = impl if impl == "reference" else _alignment(params)
+    flops = _terms(mode, how)
     if mode == "train":
         core = 2 if impl == "reference" else FUSED_BACKWARD
         flops = _trained(flops, 1 + core, params)
@@ -28,7 +29,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: SegmentRecur
         flops=flops,
         num_parameters=_parameters(),
         state_bytes=_state_bytes(),
-        peak_bytes=peak(impl, mode),
+        peak_bytes=peak(how, mode) if impl != "diagonal" else None,
         depth=_depth(impl, mode),
     )
 

@@ -1,7 +1,7 @@
 """Allocator peaks of the segment-recurrent transformer: what is alive together at the worst moment.
 
-A row is ``B n d`` elements of n tokens or items. Known for ``reference`` and ``blocked`` with a memory no longer than a
-segment; the other impls leave it to the tracer.
+A row is ``B n d`` elements of n tokens or items. ``impl`` is ``reference``, or how ``blocked`` aligns its queries with
+the keys: ``padded`` with rows of zeros, ``masked``, or ``visible`` where a query comes alone.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from ctxbench.cost.terms import largest, tensor, when_ffn
 from ctxbench.implementations.segment_recurrent.sizes import ADDED, REST, WHOLE, S, items_after, sum_of_items
 
 
-def peak(impl: str, mode: str) -> Expr | None:
-    """Bytes of one impl in one mode, or None where it is not known."""
-    if impl not in ("reference", "blocked"):
-        return None
+def peak(impl: str, mode: str) -> Expr:
+    """Bytes in one mode of ``reference``, or of ``blocked`` as it aligns its queries: see ``cost``."""
     if mode == "train":
         return _train(impl)
     return {"forward": _forward, "stream": _stream, "decode": _decode}[mode](impl)
@@ -34,7 +32,9 @@ def some(count: Expr | int) -> Expr:
 
 def _mixing(impl: str, n: Expr | int, m: Expr) -> Expr:
     """Inside the first look, beside queries, keys and values: scores and mask, or the result behind padded queries."""
-    if impl == "blocked":
+    if impl in ("masked", "visible"):
+        return row(n) + 4 * B * h * n + some(n - 1) * some(m) * (e + 1) * n * (m + n)  # booleans, and in the dtype
+    if impl == "padded":
         return some(n - 1) * 2 * row(m + n) + (1 - some(n - 1)) * row(n) + 4 * B * h * (m + n)
     return 2 * tensor(B, h, n, m + n) + largest(row(n), n * (m + n))
 
@@ -97,18 +97,19 @@ def _train(impl: str) -> Expr:
     items, last = sum_of_items(written), items_after(written)
     squares = S * (S * written + items)
     scored = S * items
+    first = some(written) * S
     final = _saved(impl, rest, last, rest * (rest + last), rest * last, (1 - some(written)) * rest)
     saved = (
-        _saved(impl, S * written, items, squares, scored, Min(written, 1) * S)
+        _saved(impl, S * written, items, squares, scored, first)
         + final
         + written * row(2 * ADDED + 1)
         + row(sum_of_items(written + 1))
     )
     saved = saved + some(B - 1) * row(T)  # segments of several rows are copied
-    if impl == "blocked":
+    if impl == "padded":
         saved = saved + some(B - 1) * row(T - Min(T, S))  # and so are results behind padded queries
     joined = L * saved + (L - 1) * row(T) + (1 + some(written)) * row(T)
-    if impl == "blocked":
+    if impl != "reference":
         return joined
     earlier = row(rest) - final + _softmax(S, items_after(written - 1)) + 8 * e * d * d
     return largest(joined, L * saved + L * row(T) + largest(_softmax(rest, last), some(written) * earlier))
@@ -127,8 +128,12 @@ def _saved(impl: str, n: Expr, m: Expr, pairs: Expr, second: Expr, first: Expr) 
     Both looks: queries, keys, values, result, and scores with a mask or their log-sum; in and out of the norms.
     """
     later = n - first
-    if impl == "blocked":
-        looks = 4 * row(n + m) + 4 * B * h * (n + m) + 2 * row(later + m) + 4 * B * h * later
+    second_look = 2 * row(later + m) + 4 * B * h * later
+    if impl == "padded":
+        looks = 4 * row(n + m) + 4 * B * h * (n + m) + second_look
+    elif impl != "reference":
+        mask = e * (pairs - first**2) if impl == "masked" else 0
+        looks = 2 * row(n + m) + 2 * row(n) + 4 * B * h * n + mask + second_look
     else:
         looks = 2 * row(n + m) + 2 * row(n) + tensor(B, h, pairs) + pairs + 2 * row(later + m) + tensor(B, h, second)
     norms = 2 * row(n) + row(later) + 16 * B * n
