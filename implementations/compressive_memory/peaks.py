@@ -5,12 +5,15 @@ A row is ``B n d`` elements of ``n`` tokens or entries.
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, sympify
+from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, f, h
 from ctxbench.cost.terms import largest, tensor
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.implementations.compressive_memory.sizes import (
+    ARRIVING,
+    EXTRA,
+    PLAIN,
     RATE,
     REST,
     WHOLE,
@@ -26,16 +29,17 @@ from ctxbench.implementations.compressive_memory.sizes import (
 SEVERAL = Min(B - 1, 1)  # of a batch of several, strided parts are copied before they are multiplied
 
 
-def peak(impl: str, mode: str, params: CompressiveMemoryParams) -> Expr | None:
-    """Bytes of one impl in one mode; None where it is not known."""
+def peak(impl: str, mode: str, params: CompressiveMemoryParams) -> Expr:
+    """Bytes of one impl in one mode."""
     compresses = params.compressed_len > 0
+    if mode == "decode":
+        return _decode(compresses)
     if impl == "blocked":
-        return None
-    if mode == "forward":
-        return _forward(compresses)
+        stacked = {"forward": _stacked_forward, "stream": _stacked_stream, "train": _stacked_train}
+        return stacked[mode](compresses)
     if mode == "stream":
         return _stream()
-    return _train(compresses) if mode == "train" else _decode(compresses)
+    return _forward(compresses) if mode == "forward" else _train(compresses)
 
 
 def row(tokens: Expr | int) -> Expr:
@@ -84,6 +88,73 @@ def _stream() -> Expr:
         new = old if whole else row(Min(number * S, R) + 2 * found + 3 * tokens)
         fixed = L * old + row(Min(S, T)) + (L - 1) * new + Min(L - 1, 1) * row(tokens)
         return fixed + largest(row(tokens) + _piece(tokens, found + tokens), new + _feed(tokens))
+
+    return largest(Min(WHOLE, 1) * call(S, WHOLE - 1, True), Min(REST, 1) * call(REST, WHOLE, False))
+
+
+def _stacked(count: Expr | int, queries: Expr, found: Expr) -> Expr:
+    """``count`` segments in the batch of one fused attention: operands, output, and the mask twice."""
+    mask = queries * (found + queries)
+    operands = 3 * row(count * queries) + 2 * row(count * (found + queries)) + row(count * queries)
+    return operands + mask + tensor(queries, found + queries) + 4 * B * h * count * queries
+
+
+def _last_run(compresses: bool) -> Expr:
+    """Whole segments that read as many items as any will and choose among compressed ones, where these exist."""
+    first = Piecewise((ceiling((R + N * RATE * EXTRA) / S), EXTRA > 0), (ceiling(PLAIN / ARRIVING), True))
+    if compresses:
+        first = largest(first, floor(R / S) + 1)
+    return largest(WHOLE - first, 1)
+
+
+def _stacked_forward(compresses: bool) -> Expr:
+    """Normed input, its copy as memory, entries, outputs so far, and the last and largest run of equal segments."""
+    count = _last_run(compresses)
+    made = N * compressions((WHOLE - 1) * S) if compresses else Integer(0)
+    found = N * retrieved(WHOLE - 1)
+    run = _stacked(count, S, found) + 2 * row(count * found) + SEVERAL * row(count * S)
+    mixing = row(T) + row(WHOLE * S) + row(made) + row((WHOLE - count) * S) + run
+    return largest(Min(WHOLE, 1) * mixing, 3 * row(T), _feed(T)) + Min(L - 1, 1) * row(T)
+
+
+def _stacked_train(compresses: bool) -> Expr:
+    """As in the reference, but of the scores only a mask for each form of segment is kept."""
+    segments = ceiling(T / S)
+    found = N * retrieved_before(segments)
+    statistics = 8 * B * T  # of a norm, in float32
+    width = N * retrieved(WHOLE - 1) + S
+    masks = tensor(S, S) + Min(WHOLE - 1, 1 + compresses) * tensor(S, width)
+    run = S * _last_run(compresses)
+    saved = 4 * row(T) + 2 * row(T + found) + 2 * row(found) + masks + statistics + 4 * B * h * T
+    saved += SEVERAL * row(run)  # of a batch of several, stacking copies
+    if compresses:
+        made = N * compressions((segments - 1) * S)
+        saved += 2 * row(made) + Piecewise((row(WHOLE * S), sympify(B) <= 1), (row(RATE * made), True))
+    hidden = tensor(B, T, f)
+    layer = saved + Piecewise((2 * row(T) + 2 * hidden + statistics, f > 0), (Integer(0), True))
+    network = layer + row(T) + hidden + tensor(d, f)
+    residual = Min(f, 1) * row(T)  # where a network's gradient passed it
+    attention = saved + row(T) + residual + row(run) + 2 * row(run / S * width) + 2 * tensor(d, f)
+    attention += SEVERAL * row(run) + 2 * Min(REST, 1) * row(T)  # an unfinished segment's gradient is padded to all
+    return (L - 1) * (layer + row(T)) + largest(attention, Piecewise((network, f > 0), (Integer(0), True)))
+
+
+def _stacked_stream(compresses: bool) -> Expr:
+    """As in the reference, with old and new rows joined before the segment is computed."""
+
+    def call(tokens: Expr, number: Expr, whole: bool) -> Expr:
+        found, begin = N * retrieved(number), number * S
+        old = row(_memory(begin) + 2 * found)
+        new = old if whole else row(Min(begin, R) + 2 * found + 3 * tokens)
+        fixed = L * old + row(Min(S, T)) + (L - 1) * new + Min(L - 1, 1) * row(tokens)
+        joined = row(Min(begin, R) + tokens)
+        if compresses and whole:
+            joined += row(Min(C, N * compressions(begin)) + S / RATE)
+        stages = [row(tokens) + joined + _stacked(1, tokens, found), new + _feed(tokens)]
+        if whole:  # input, output, all items in one tensor, the question, then items with their keys and values
+            items = joined if compresses else Integer(0)
+            stages.append(2 * row(tokens) + joined + items + row(S) + 4 * row(N * retrieved(number + 1)))
+        return fixed + largest(*stages)
 
     return largest(Min(WHOLE, 1) * call(S, WHOLE - 1, True), Min(REST, 1) * call(REST, WHOLE, False))
 
