@@ -43,7 +43,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl)
     kept = 2 * tensor(B, over_heads(lambda f: f.kept(T), causal, params), d)
-    known = position == "none" and not params.positions and not dilates_some(params)
+    known = position == "none" and not dilates_some(params)
+    if params.positions:
+        known = known and (mode == "forward" or (mode == "train" and impl == "blocked"))
     return Cost(
         algorithmic=algorithmic,
         flops=flops,

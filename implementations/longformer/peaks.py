@@ -6,7 +6,7 @@ compares the top layer's two halves in the backward pass, when everything below 
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, Piecewise, ceiling, floor
+from sympy import Add, Expr, Integer, Max, Min, Piecewise, ceiling, floor
 
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
@@ -36,16 +36,22 @@ class Sizes:
         self.step = step if params.dilation > 1 else Integer(1)
         self.local = T - Min(g, T)
         self.row = tensor(B, T, d)
+        self.scattered = Add(*(Min(1, Max(0, T - position)) for position in params.positions))  # those there are
+        self.copied = self.row if params.positions else Integer(0)  # of the gradient, without the rows of those
+        self.sliced: Expr = Integer(0)
         self.own: Expr = Integer(0)  # global rows: queries and outputs, and the keys and values they see
-        if params.separate_global and params.num_global > 0 and impl != "as_written":
-            rows = tensor(B, Min(g, T), d)
-            self.own = 2 * rows + 2 * (rows if causal else self.row)
+        if params.separate_global and (params.num_global > 0 or params.positions) and impl != "as_written":
+            end = Integer(params.positions[-1] + 1) if params.positions else g
+            seen = tensor(B, Min(end, T), d) if causal else self.row
+            self.own = 2 * tensor(B, Min(g, T) + self.scattered, d) + 2 * seen
+            if causal and params.positions:  # what a linear map saves of a part of several sequences is a copy
+                self.sliced = 2 * Min(B - 1, 1) * Min(1, Max(0, T - end)) * seen
 
     def forward(self) -> Expr:
         """Norm, queries, keys, values; then scores twice with their masks, or the output and the buffers."""
         if self.impl == "blocked":
             return stack_peak(T, 5 * self.row + self.own + self._buffers(self.local, self.local))
-        return stack_peak(T, 4 * self.row + self.own + self._scores(self.local, T))
+        return stack_peak(T, 4 * self.row + self.own + self._scores(self.local, T + self.scattered))
 
     def _scores(self, queries: Expr, keys: Expr) -> Expr:
         """Scores twice, masked or as probabilities; their mask, then its inverse or the output."""
@@ -66,8 +72,9 @@ class Sizes:
         """Queries a block and a span; columns (prefix and run) of a span and of a block."""
         mine, all_keys = ceiling(queries / self.step), ceiling(keys / self.step)
         rows, span = Min(BLOCK, mine), Min(SPAN, mine)
-        columns = g + Min(all_keys, self.left + span + self.right)
-        return rows, span, columns, g + Min(all_keys, self.left + rows + self.right)
+        width = g + self.scattered
+        columns = width + Min(all_keys, self.left + span + self.right)
+        return rows, span, columns, width + Min(all_keys, self.left + rows + self.right)
 
     def train(self) -> Expr:
         """The top layer's feed-forward backward with everything saved, or its mixer's."""
@@ -77,7 +84,7 @@ class Sizes:
 
     def _saved(self) -> Expr:
         """A layer's activations: norm, q, k, v, mixed, the residuals; with an FFN its norm and hidden tensors."""
-        plain = 6 * self.row + self.own + 2 * e * B * T
+        plain = 6 * self.row + self.own + self.sliced + 2 * e * B * T
         if self.impl != "blocked":
             plain += self._probabilities()
         return plain + when_ffn(2 * self.row + 2 * tensor(B, T, f) + 2 * e * B * T)
@@ -97,7 +104,7 @@ class Sizes:
         rows, _, columns, scores = self._shape(self.local, self.local)
         wide = 2 * largest(e, 4) * B * (columns + g) * d
         buffers = self._copies(self.local, self.local, 2, 3) + 2 * tensor(B, h, rows, scores) + wide + 2 * rows * rows
-        return 9 * self.row + self.own + buffers + tensor(d, d)
+        return 9 * self.row + self.own + self.sliced + self.copied + buffers + tensor(d, d)
 
     def _kept(self, tokens: Expr) -> Expr:
         """Bytes of one layer's state."""

@@ -128,6 +128,17 @@ def test_peak_formulas_hold_with_several_layers_batches_and_bf16(impl, mode, cau
 
 
 @directions
+@pytest.mark.parametrize(("impl", "mode"), [("reference", "forward"), ("blocked", "forward"), ("blocked", "train")])
+def test_peak_formulas_hold_with_scattered_globals(impl, mode, causal):
+    params = LongformerParams(window=128, num_global=3, scattered="100+700+1500+9000")
+    dims = Dims(seq_len=2100, batch_size=2, num_layers=2, causal=causal, d_model=64, num_heads=2, d_ff=0)
+    for chosen in (params, params.replace(scattered="100+700+1500")):
+        formula = METHOD.cost_of(impl, mode, causal, "none", chosen).peak_bytes
+        found = trace(METHOD, dims, chosen, impl, mode).peak_bytes
+        assert evaluate(formula, bindings(dims, chosen, 4, 512)) == pytest.approx(found, rel=0.03)
+
+
+@directions
 @pytest.mark.parametrize(("mode", "longest"), [("forward", 8192), ("train", 3072)])
 def test_blocked_memory_grows_linearly(mode, longest, causal):
     params = METHOD.params()
