@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -14,6 +15,9 @@ from ctxbench.run.progress import describe
 from ctxbench.run.store import read_rows, read_run
 from ctxbench.text import explain
 from ctxbench.units import format_bytes, format_flops, format_seconds, format_tokens
+
+if TYPE_CHECKING:
+    from ctxbench.analysis.scaling import Scaling
 
 SHOWN_SAMPLES = 20
 
@@ -27,10 +31,14 @@ def command(run: Path, cell: str | None, ctx: Common) -> None:
     rows = read_rows(run)
     header = read_run(run)
     if cell is None:
+        from ctxbench.analysis.scaling import scalings
+
+        growth = scalings(rows)
         if ctx.json:
-            ctx.emit({"run": header, "rows": rows})
+            ctx.emit({"run": header, "rows": rows, "scaling": growth})
         else:
             _print_run(run, header, rows)
+            _print_growth(growth, ctx)
         return
     found = find(rows, cell)
     if ctx.json:
@@ -85,6 +93,34 @@ def _print_run(run: Path, header: dict[str, object], rows: list[Row]) -> None:
     if lines:
         headers = ["CELL", "METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "DTYPE", "STATUS", "TIME", "PEAK", "REASON"]
         click.echo(table(headers, lines))
+
+
+def _print_growth(growth: list[Scaling], ctx: Common) -> None:
+    """Exponents of time in the length; with -v also from each length to the next."""
+    from ctxbench.analysis.scaling import power
+
+    if not growth:
+        return
+    lines = []
+    for scaling in growth:
+        tail = scaling.tail
+        name = [f"{scaling.method} / {scaling.impl}", format_tokens(scaling.memory), scaling.mode, scaling.dtype]
+        lines.append(
+            [
+                *name,
+                f"{format_tokens(scaling.lengths[0])} to {format_tokens(scaling.lengths[-1])}",
+                scaling.text,
+                scaling.formula_text or "-",
+                f"{power(tail)} from {format_tokens(tail.first)}",
+            ]
+        )
+        for step in scaling.steps if ctx.verbose else []:
+            reach = f"  {format_tokens(step.first)} to {format_tokens(step.last)}"
+            formula = "-" if step.formula is None else f"T^{step.formula:.2f}"
+            lines.append(["", "", "", "", reach, power(step), formula, ""])
+    click.echo("\ngrowth of time with the length, with 95 % intervals")
+    headers = ["METHOD / IMPL", "MEMORY", "MODE", "DTYPE", "LENGTHS", "TIME", "FORMULA", "LAST LENGTHS"]
+    click.echo(table(headers, lines))
 
 
 def _print_cell(row: Row, ctx: Common) -> None:

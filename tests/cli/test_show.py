@@ -71,3 +71,22 @@ def test_an_unknown_cell_or_folder_is_a_usage_error(folder: Path, ctxbench: Call
     assert (missing.code, "no cell 'sparse/blocked'" in missing.err) == (2, True)
     nowhere = ctxbench("show", tmp_path / "nowhere")
     assert (nowhere.code, "is not a run folder" in nowhere.err) == (2, True)
+
+
+def test_growth_with_the_length_stands_below_the_cells(tmp_path: Path, ctxbench: Callable[..., Any]) -> None:
+    with Store.open(tmp_path / "run") as store:
+        store.write_header({"suite": "scaling"})
+        for length in (1024, 2048, 4096, 8192, 16384):
+            seconds = 1e-9 * length**2
+            samples = [[0.99 * seconds], [seconds], [1.01 * seconds]]
+            latency = Latency(median=seconds, low=seconds, high=seconds, samples=samples, n_processes=3)
+            cell = Cell(method="dense", impl="blocked", seq_len=length)
+            store.append_row(row_for(cell, "ok", latency_s=latency, flops=Flops(formula=length**2)))
+    out = ctxbench("show", tmp_path / "run").out
+    for part in ("1k to 16k", "T^2.00 (1.9", "  T^2.00  ", "from 4k"):
+        assert part in out
+    assert "8k to 16k" not in out
+    assert "8k to 16k" in ctxbench("show", tmp_path / "run", "-v").out
+    (growth,) = ctxbench("show", tmp_path / "run", "--json").json["scaling"]
+    assert growth["overall"]["value"] == pytest.approx(2)
+    assert (growth["changes"], growth["tail"]["first"], len(growth["steps"])) == ([], 4096, 4)
