@@ -18,7 +18,7 @@ IMPLS = ("reference", "blocked")
 def comparisons() -> list[Comparison]:
     """``blocked`` against ``reference``, the default layer: forward, and forward with backward."""
     found = []
-    for mode, length, floor, aim in (("forward", 8192, 1.1, 1.5), ("train", 4096, 1.1, 1.5)):
+    for mode, length, floor, aim in (("forward", 8192, 1.1, 1.3), ("train", 4096, 1.0, 1.2)):
         candidates = {
             f"compressive_memory/{impl}": prepare(
                 METHOD, Dims(seq_len=length), METHOD.params(), impl, mode, "fp32"
