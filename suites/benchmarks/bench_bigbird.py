@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.bigbird import blocked, reference
 from ctxbench.implementations.bigbird.layer import BigBirdAttention, Plan
 from ctxbench.implementations.bigbird.params import BigBirdParams
@@ -32,7 +33,7 @@ def operands(length: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
 def plan(length: int) -> Plan:
     """The plan of the first layer."""
     dims = Dims(seq_len=length, d_model=HEADS * WIDTH, num_heads=HEADS, causal=False)
-    mixer = BigBirdAttention(dims, PARAMS, 0, None)
+    mixer = BigBirdAttention(dims, PARAMS, 0, None, Position())
     return Plan(PARAMS.block_size, mixer.pattern.num_blocks, mixer.edges, mixer.inner)  # type: ignore[arg-type]
 
 
