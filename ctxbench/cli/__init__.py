@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "Measure a plan; write rows and a report.",
     "show": "One run, or one cell with all samples and warnings.",
     "compare": "Two runs or impls, cell by cell: faster, slower, same, unclear.",
+    "forecast": "Time and memory of cells nobody measured, with intervals.",
     "report": "Write the HTML report of one or more runs.",
     "export": "Rows as CSV, Parquet, Markdown, LaTeX, pytest-benchmark JSON; figures.",
     "check": "Run the conformance kit on a method.",

@@ -51,6 +51,11 @@ class Evaluator:
             **optional,
         )
 
+    def terms(self, method: Method, cell: Cell) -> dict[str, int]:
+        """FLOPs of one cell by term; empty where the method declares no formulas. Errors of a formula are raised."""
+        cost, values = self._bound(method, cell)
+        return {} if cost is None else {name: evaluate(term, values) for name, term in cost.flops.items()}
+
     def slope(self, method: Method, cell: Cell) -> float | None:
         """Slope of log FLOPs against log T at this cell, by formula."""
         cost, values = self._bound(method, cell)

@@ -66,11 +66,18 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 def call_model(cell: Cell, figures: Figures, ceilings: Ceilings) -> float:
     """Seconds of one call by the roofline with efficiency and unfused traffic."""
     kind = cell.device.partition(":")[0]
-    factor = TRAIN_FACTOR if cell.mode == "train" else 1.0
-    steps = max(figures.depth or 0, cell.num_layers)
-    traffic = max(_least_traffic(cell, figures), PASSES * factor * (figures.peak_bytes or 0))
     compute = figures.flops / (EFFICIENCY * ceilings.matmul(cell.dtype))
-    return factor * steps * STEP_S[kind] + compute + traffic / ceilings.bytes_per_s
+    return steps(cell, figures) * STEP_S[kind] + compute + traffic(cell, figures) / ceilings.bytes_per_s
+
+
+def steps(cell: Cell, figures: Figures) -> float:
+    """Layer evaluations that depend on one another; a backward pass counts as two more."""
+    return _train_factor(cell) * max(figures.depth or 0, cell.num_layers)
+
+
+def traffic(cell: Cell, figures: Figures) -> float:
+    """Bytes an unfused program moves."""
+    return max(_least_traffic(cell, figures), PASSES * _train_factor(cell) * (figures.peak_bytes or 0))
 
 
 def call_bound(cell: Cell, figures: Figures, ceilings: Ceilings) -> float:
@@ -152,6 +159,10 @@ def _peak(cell: Cell, figures: Figures | None, points: list[Point]) -> int | Non
         return None
     _, middle, _ = _powers(cell.seq_len, known, lambda point: float(point.peak_bytes or 1))
     return int(middle)
+
+
+def _train_factor(cell: Cell) -> float:
+    return TRAIN_FACTOR if cell.mode == "train" else 1.0
 
 
 def _least_traffic(cell: Cell, figures: Figures) -> float:

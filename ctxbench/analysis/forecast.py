@@ -1,0 +1,257 @@
+"""Forecasts from a run, or from nothing but a device: time with a 95 % interval, and a bound on memory.
+
+A cell that was measured is answered by its row. Else, two finished lengths of its series are enough for the fit of
+``analysis.fit``; with one, the plan's own forecast scales it; with none, the roofline of the device answers, and says
+so in ``basis``.
+
+The interval comes from leaving lengths out: every series is fitted again on its first two, three, ... lengths, and the
+relative errors of what follows, divided by the root of the octaves ahead, are its scatter. Few lengths know their own
+scatter badly, so it is drawn towards that of all series of the run and enlarged by the quantile of t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ctxbench.analysis.fit import LEAST_LENGTHS, Fit, Terms, cost_terms, fit, power_law
+from ctxbench.cell import Cell
+from ctxbench.cost import roofline
+from ctxbench.cost.figures import Evaluator, Figures
+from ctxbench.cost.roofline import Ceilings, Point
+from ctxbench.method import Method
+from ctxbench.registry import Registry
+from ctxbench.rows import Row, cell_of
+from ctxbench.units import format_tokens
+
+MEASURED, FITTED, SCALED, ROOFLINE, UNKNOWN = "measured", "fit", "scaled", "roofline", "unknown"
+SCATTER = 0.12  # relative, an octave ahead; where no series of the run can tell its own
+LEAST_SCATTER = 0.02
+PRIOR_DOF = 4  # weight of the common scatter against that of one series
+FAR = 8  # times the longest measured length, beyond which nobody has checked a fit
+PEAK_SHARE, PEAK_SLACK = 1.03, 2 << 20  # a peak within these of its formula counts as equal to it
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one cell. ``source`` says how: measured, fit, scaled, roofline, unknown.
+
+    ``low`` and ``high`` bound the time with 95 %; for a roofline they are the bound of the hardware and three times
+    the middle. ``power_law_s`` is what a power law through the same lengths says. ``peak_bytes`` is the likely peak,
+    ``peak_at_most`` what to reserve. ``evidence`` are the keys of the cells behind it.
+    """
+
+    cell: str
+    method: str
+    impl: str
+    mode: str
+    device: str
+    dtype: str
+    seq_len: int
+    memory: int | None
+    source: str
+    basis: str
+    latency_s: float | None = None
+    low: float | None = None
+    high: float | None = None
+    power_law_s: float | None = None
+    peak_bytes: int | None = None
+    peak_at_most: int | None = None
+    state_bytes: int | None = None
+    evidence: list[str] = []
+
+
+class _Series:
+    """The finished lengths of one series, with their terms and the fit through them."""
+
+    def __init__(self, rows: Sequence[Row], terms: Sequence[Terms | None]):
+        order = sorted(range(len(rows)), key=lambda index: rows[index].seq_len)
+        pairs = [(rows[index], terms[index]) for index in order]
+        quiet = [pair for pair in pairs if not disturbed(pair[0])]
+        pairs = quiet if len(quiet) >= LEAST_LENGTHS else pairs
+        self.rows = [row for row, _ in pairs]
+        self.seconds = [latency(row) for row in self.rows]
+        self.lengths = [row.seq_len for row in self.rows]
+        known = [term for _, term in pairs if term is not None]
+        self.terms = known if len(known) == len(pairs) else []
+        self.fit: Fit | None = fit(self.terms, self.seconds) if len(self.terms) >= LEAST_LENGTHS else None
+
+    def errors(self) -> list[float]:
+        """Log errors of every length from the shorter ones, divided by the root of the octaves ahead."""
+        found = []
+        for count in range(LEAST_LENGTHS, len(self.terms)):
+            earlier = fit(self.terms[:count], self.seconds[:count])
+            for index in range(count, len(self.terms)):
+                octaves = math.log2(self.lengths[index] / self.lengths[count - 1])
+                wrong = math.log(self.seconds[index] / earlier.predict(self.terms[index]))
+                found.append(wrong / math.sqrt(octaves))
+        return found
+
+
+class Forecaster:
+    """Answers for any cell, from the rows of runs of one machine and the ceilings of a device."""
+
+    def __init__(self, registry: Registry, ceilings: Ceilings, rows: Iterable[Row] = (), basis: str = ""):
+        self.registry, self.ceilings, self.basis = registry, ceilings, basis
+        self._evaluator = Evaluator()
+        self._rows: dict[Any, dict[int, Row]] = defaultdict(dict)
+        for row in rows:
+            if row.measured:
+                self._rows[self._key(cell_of(row))][row.seq_len] = row
+        self._series = {key: self._learn(list(found.values())) for key, found in self._rows.items()}
+        self._errors = {key: series.errors() for key, series in self._series.items()}
+        every = [abs(error) for errors in self._errors.values() for error in errors]
+        # The median: a series that ran beside other work must not widen all intervals.
+        self.scatter = max(1.4826 * float(np.median(every)), LEAST_SCATTER) if every else SCATTER
+
+    def estimate(self, cell: Cell) -> Estimate:
+        """What is known of one cell."""
+        key = self._key(cell)
+        rows, series = self._rows.get(key, {}), self._series.get(key)
+        figures = self.figures(cell)
+        common = {name: getattr(cell, name) for name in _NAMED} | {"cell": cell.key}
+        common["state_bytes"] = figures.state_bytes if figures else None
+        common["peak_bytes"], common["peak_at_most"] = self._peak(cell, figures, rows)
+        if cell.seq_len in rows:
+            return _measured(rows[cell.seq_len], common)
+        terms = self._terms(cell)
+        if series is not None and series.fit is not None and terms is not None:
+            return self._fitted(cell, series, self._errors[key], terms, common)
+        return self._planned(cell, figures, rows, common)
+
+    def figures(self, cell: Cell) -> Figures | None:
+        """What the formulas say; None where there are none, or they fail."""
+        method = self._method(cell)
+        try:
+            return None if method is None else self._evaluator.figures(method, cell)
+        except Exception:  # a plug-in's formula may raise anything
+            return None
+
+    def _key(self, cell: Cell) -> tuple[Any, ...]:
+        """The series of a cell, with parameters that its row does not name at their defaults.
+
+        A row of a version that had fewer parameters says of a new one what its default says.
+        """
+        method = self._method(cell)
+        try:
+            params = cell.params if method is None else cell.params_for(method).as_dict()
+        except ValueError:  # a parameter that is gone, or a value that is refused now
+            params = cell.params
+        return msgspec.structs.replace(cell, params=params).series
+
+    def _method(self, cell: Cell) -> Method | None:
+        entry = self.registry.entries.get(cell.method)
+        return None if entry is None else entry.method
+
+    def _terms(self, cell: Cell) -> dict[str, float] | None:
+        method = self._method(cell)
+        return None if method is None else cost_terms(method, cell, self._evaluator)
+
+    def _learn(self, rows: Sequence[Row]) -> _Series:
+        return _Series(rows, [self._terms(cell_of(row)) for row in rows])
+
+    def _fitted(
+        self, cell: Cell, series: _Series, errors: Sequence[float], terms: Terms, common: dict[str, Any]
+    ) -> Estimate:
+        from scipy.stats import t
+
+        assert series.fit is not None
+        middle = series.fit.predict(terms)
+        octaves = max(1.0, math.log2(cell.seq_len / series.lengths[-1]))
+        freedom = max(len(series.lengths) - LEAST_LENGTHS, 0)
+        own = float(np.mean(np.square(errors))) if errors else 0.0
+        variance = (freedom * own + PRIOR_DOF * self.scatter**2) / (freedom + PRIOR_DOF)
+        spread = math.exp(float(t.ppf(0.975, freedom + PRIOR_DOF)) * math.sqrt(variance * octaves))
+        times = cell.seq_len / series.lengths[-1]
+        beyond = f", {times:.3g} times the longest: unchecked beyond {FAR}" if times > FAR else ""
+        shown = f"{format_tokens(series.lengths[0])}..{format_tokens(series.lengths[-1])}"
+        return Estimate(
+            source=FITTED, basis=f"own cost terms fitted to {len(series.lengths)} lengths {shown}{beyond}",
+            latency_s=middle, low=middle / spread, high=middle * spread,
+            power_law_s=power_law(series.lengths, series.seconds).predict(cell.seq_len),
+            evidence=[row.cell for row in series.rows], **common,
+        )  # fmt: skip
+
+    def _planned(
+        self, cell: Cell, figures: Figures | None, rows: Mapping[int, Row], common: dict[str, Any]
+    ) -> Estimate:
+        """What the plan would expect: the roofline, or the scaling of what little was measured."""
+        points = [
+            Point(
+                seq_len=row.seq_len, latency_s=latency(row),
+                peak_bytes=row.peak_bytes.allocated if row.peak_bytes else None, figures=self.figures(cell_of(row)),
+            )
+            for row in rows.values()
+        ]  # fmt: skip
+        found = roofline.forecast(cell, figures, self.ceilings, points)
+        source = UNKNOWN if found.latency_s is None else SCALED if points else ROOFLINE
+        basis = f"roofline, {self.basis}" if source == ROOFLINE and self.basis else found.basis
+        return Estimate(
+            source=source, basis=basis, latency_s=found.latency_s, low=found.low, high=found.high,
+            evidence=[row.cell for row in rows.values()], **common,
+        )  # fmt: skip
+
+    def _peak(self, cell: Cell, figures: Figures | None, rows: Mapping[int, Row]) -> tuple[int | None, int | None]:
+        """The likely peak and one to reserve; both None where neither formula nor row knows it.
+
+        What to reserve is the formula, raised by the share by which any finished length exceeded it, and by what the
+        resident meter saw above the allocator's.
+        """
+        peaks = {length: row.peak_bytes for length, row in rows.items() if row.peak_bytes and row.peak_bytes.allocated}
+        here = peaks.get(cell.seq_len)
+        if here is not None:
+            assert here.allocated is not None
+            return here.allocated, max(here.allocated, here.resident or 0)
+        if figures is None or figures.peak_bytes is None:
+            return None, None
+        shares, above = [1.0], [0]
+        for length, peak in peaks.items():
+            assert peak.allocated is not None
+            expected = self.figures(msgspec.structs.replace(cell, seq_len=length))
+            if expected is not None and expected.peak_bytes:
+                shares.append(peak.allocated / expected.peak_bytes)
+                above.append((peak.resident or 0) - peak.allocated)
+        likely = figures.peak_bytes * max(shares)
+        longest = max(peaks, default=cell.seq_len)
+        return int(likely), int(likely * PEAK_SHARE + PEAK_SLACK + max(above) * max(1.0, cell.seq_len / longest))
+
+
+def fits(found: Estimate, beside: int, limit: int | None) -> str:
+    """Whether a cell stays below a memory limit: ``fits``, ``does not fit``, ``unclear`` or ``unknown``.
+
+    Args:
+        found: the cell's estimate.
+        beside: bytes that live beside the peak: runtime, parameters, inputs, incoming state.
+        limit: bytes of one process; None where there is no limit.
+    """
+    if limit is None or found.peak_bytes is None or found.peak_at_most is None:
+        return "unknown"
+    if found.peak_at_most + beside <= limit:
+        return "fits"
+    return "does not fit" if found.peak_bytes + beside > limit else "unclear"
+
+
+_NAMED = ("method", "impl", "mode", "device", "dtype", "seq_len", "memory")
+
+
+def latency(row: Row) -> float:
+    """Seconds of one call of a measured row."""
+    assert row.latency_s is not None
+    return row.latency_s.median
+
+
+def disturbed(row: Row) -> bool:
+    """Whether every process of the row ran beside other work, so that its time is not the program's."""
+    return bool(row.latency_s and row.latency_s.contended) and all(row.latency_s.contended)  # type: ignore[union-attr]
+
+
+def _measured(row: Row, common: dict[str, Any]) -> Estimate:
+    assert row.latency_s is not None
+    return Estimate(
+        source=MEASURED, basis=f"{row.latency_s.n_processes} processes", latency_s=row.latency_s.median,
+        low=row.latency_s.low, high=row.latency_s.high, evidence=[row.cell], **common,
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Forecasts from cost terms: planted laws come back, intervals hold what they promise, no peak is underestimated."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+from sympy import Integer
+
+from ctxbench.analysis.devices import DEVICES
+from ctxbench.analysis.fit import FLOPS, fit, power_law
+from ctxbench.analysis.forecast import FITTED, MEASURED, ROOFLINE, SCALED, UNKNOWN, Forecaster, fits
+from ctxbench.analysis.holdout import holdout
+from ctxbench.cell import Cell
+from ctxbench.cost import Cost
+from ctxbench.cost.roofline import Ceilings
+from ctxbench.cost.symbols import B, T, d
+from ctxbench.errors import UserError
+from ctxbench.method import Method, Params
+from ctxbench.registry import Entry, Registry
+from ctxbench.rows import Latency, PeakBytes, Row, row_for
+
+CEILINGS = Ceilings(flops_per_s={"fp32": 1e11}, bytes_per_s=1e10, calibrated=True)
+LENGTHS = tuple(1024 * 2**octave for octave in range(6))
+
+
+def mixed(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
+    flops = {"projections": 24 * B * T * d**2, "attention": 4 * B * d * T**2}
+    return Cost(flops, flops, Integer(1000), peak_bytes=20 * B * T * d)
+
+
+def make_registry(count: int = 1) -> Registry:
+    registry = Registry()
+    for index in range(count):
+        method = Method(name=f"mixed_{index}", build="nowhere:build", cost=mixed)
+        registry.entries[method.name] = Entry(method, "tests", "tests")
+    registry.entries["plain"] = Entry(Method(name="plain", build="nowhere:build"), "tests", "tests")
+    return registry
+
+
+def cell(seq_len: int, method: str = "mixed_0", **changes: Any) -> Cell:
+    return Cell(method=method, impl="reference", seq_len=seq_len, **changes)
+
+
+def seconds(seq_len: int, rate: float = 1.0, bend: float = 1.0) -> float:
+    """A dispatch, projections at one rate and attention at another."""
+    return rate * (3e-4 + 24 * seq_len * 256**2 / 6e10 + bend * 4 * 256 * seq_len**2 / 1.5e11)
+
+
+def row(seq_len: int, time: float, method: str = "mixed_0", peak: int | None = None, **changes: Any) -> Row:
+    peak = peak or 20 * seq_len * 256
+    latency = Latency(median=time, low=time, high=time, samples=[[time]] * 3, n_processes=3, **changes)
+    memory = PeakBytes(allocated=peak, resident=peak + 2**20, formula=20 * seq_len * 256)
+    return row_for(cell(seq_len, method), "ok", latency_s=latency, peak_bytes=memory)
+
+
+def noisy_rows(count: int, noise: float, seed: int) -> list[Row]:
+    """Methods that share a law up to their rates, with lognormal noise."""
+    generator = random.Random(seed)
+    rows = []
+    for index in range(count):
+        rate, bend = generator.uniform(0.5, 2.0), generator.uniform(0.4, 2.5)
+        for length in LENGTHS:
+            time = seconds(length, rate, bend) * generator.lognormvariate(0, noise)
+            rows.append(row(length, time, f"mixed_{index}"))
+    return rows
+
+
+def test_planted_weights_are_found_and_none_is_negative() -> None:
+    terms = [{"constant": 1.0, FLOPS + "a": 1e6 * n, FLOPS + "b": 1e3 * n * n} for n in (1000, 2000, 4000, 8000)]
+    found = fit(terms, [1e-3 + 2e-11 * each[FLOPS + "a"] + 2e-11 * each[FLOPS + "b"] for each in terms])
+    assert found.weights == pytest.approx({"constant": 1e-3, FLOPS + "a": 2e-11, FLOPS + "b": 2e-11}, rel=1e-6)
+    falling = fit(terms, [4e-2, 3e-2, 2e-2, 1e-2])
+    assert min(falling.weights.values()) >= 0
+
+
+def test_a_fit_forecasts_where_a_power_law_fails() -> None:
+    rows = [row(length, seconds(length)) for length in LENGTHS[:5]]
+    found = Forecaster(make_registry(), CEILINGS, rows).estimate(cell(65536))
+    truth = seconds(65536)
+    assert found.source == FITTED
+    assert found.latency_s == pytest.approx(truth, rel=0.03)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < truth < found.high
+    assert found.power_law_s is not None
+    assert found.power_law_s < 0.8 * truth
+    assert found.evidence == [each.cell for each in rows]
+
+
+def test_the_sources_of_an_estimate_in_the_order_of_what_is_known() -> None:
+    registry, rows = make_registry(), [row(length, seconds(length)) for length in LENGTHS[:3]]
+    learnt = Forecaster(registry, CEILINGS, rows)
+    assert learnt.estimate(cell(1024)).source == MEASURED
+    assert learnt.estimate(cell(8192)).source == FITTED
+    assert "unchecked beyond 8" in learnt.estimate(cell(131072)).basis
+    assert Forecaster(registry, CEILINGS, rows[:1]).estimate(cell(8192)).source == SCALED
+    alone = Forecaster(registry, DEVICES["h200"].ceilings, basis="datasheet peaks of it")
+    found = alone.estimate(cell(8192, device="cuda", dtype="bf16"))
+    assert (found.source, found.basis, found.evidence) == (ROOFLINE, "roofline, datasheet peaks of it", [])
+    assert learnt.estimate(cell(8192, "plain")).source == UNKNOWN
+    assert learnt.estimate(cell(8192, d_model=512)).source == ROOFLINE  # another series
+
+
+def test_a_row_that_ran_beside_other_work_is_not_learnt_from() -> None:
+    quiet = [row(length, seconds(length)) for length in LENGTHS[:4]]
+    noisy = row(LENGTHS[4], 10 * seconds(LENGTHS[4]), contended=[True, True, True])
+    found = Forecaster(make_registry(), CEILINGS, [*quiet, noisy]).estimate(cell(LENGTHS[5]))
+    assert found.latency_s == pytest.approx(seconds(LENGTHS[5]), rel=0.05)
+
+
+@pytest.mark.parametrize(("noise", "bound"), [(0.02, 0.06), (0.05, 0.10)])
+def test_held_out_lengths_lie_inside_their_intervals(noise: float, bound: float) -> None:
+    found = holdout(noisy_rows(40, noise, seed=5), make_registry(40), CEILINGS)
+    assert len(found.cells) == 40
+    assert found.median_error <= bound
+    assert found.median_error < found.power_law_median_error
+    assert found.coverage >= 0.9
+    widths = sorted(each.high / each.forecast_s for each in found.cells)
+    assert widths[20] < 1 + 12 * noise  # it covers without claiming nothing
+
+
+def test_too_short_a_run_says_what_it_takes() -> None:
+    with pytest.raises(UserError, match="at least four lengths"):
+        holdout([row(length, seconds(length)) for length in LENGTHS[:3]], make_registry(), CEILINGS)
+
+
+def test_no_peak_of_a_program_that_takes_more_than_its_formula_is_said_to_fit() -> None:
+    generator = random.Random(11)
+    for excess in (1.0, 1.02, 1.2, 2.0):
+        rows = [
+            row(length, seconds(length), peak=int(20 * length * 256 * excess * generator.uniform(0.99, 1)))
+            for length in LENGTHS
+        ]
+        found = holdout(rows, make_registry(), CEILINGS, held=2)
+        assert (found.peaks, found.false_fits) == (2, 0)
+        learnt = Forecaster(make_registry(), CEILINGS, rows[:4]).estimate(cell(LENGTHS[5]))
+        peak = rows[5].peak_bytes
+        assert peak is not None
+        assert peak.allocated is not None
+        assert fits(learnt, 1000, peak.allocated + 999) != "fits"
+        assert fits(learnt, 1000, 2 * peak.allocated) == "fits"
+        assert fits(learnt, 1000, peak.allocated // 2) == "does not fit"
+    assert fits(msgspec.structs.replace(learnt, peak_bytes=None), 0, 1) == "unknown"
+
+
+def test_a_power_law_is_recovered() -> None:
+    assert power_law(LENGTHS, [1e-6 * n**1.4 for n in LENGTHS]).exponent == pytest.approx(1.4)
+
+
+def test_a_newer_parameter_at_its_default_keeps_the_series(tmp_path: Any) -> None:
+    from ctxbench.registry import discover
+
+    registry = discover()
+    newest = registry["longformer"].params().as_dict()
+    name = next(iter(newest))
+    rows = [
+        row_for(
+            Cell(method="longformer", impl="blocked", seq_len=n, params={k: v for k, v in newest.items() if k != name},
+                 memory=newest["window"]), "ok",
+            latency_s=Latency(median=n * 1e-5, low=n * 1e-5, high=n * 1e-5, samples=[[n * 1e-5]], n_processes=1),
+        )
+        for n in LENGTHS[:4]
+    ]  # fmt: skip
+    asked = Cell(method="longformer", impl="blocked", seq_len=32768, params=newest, memory=newest["window"])
+    assert Forecaster(registry, CEILINGS, rows).estimate(asked).source == FITTED
