@@ -166,7 +166,7 @@ def compare(a: Side, b: Side, normalise: bool = False) -> Comparison:
         cells=[reading.cell for reading in found],
         only_a=[row.cell for key, row in left.items() if key not in right],
         only_b=[row.cell for key, row in right.items() if key not in left],
-        notes=notes + more + _software(a.run.info, b.run.info),
+        notes=notes + more + software_changes(a.run.info, b.run.info),
     )
 
 
@@ -339,7 +339,7 @@ def _floors(
     return floors, notes
 
 
-def _software(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def software_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Versions that are not the same."""
     one, other = _versions(a), _versions(b)
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,12 @@ def check_continues(folder: Path, config: Config) -> None:
 
 def execute(
     config: Config, registry: Registry, folder: Path, command: str, fresh: bool = False, rerun: str = "",
-    progress: Progress | None = None, make_executor: MakeExecutor | None = None,
+    progress: Progress | None = None, make_executor: MakeExecutor | None = None, only: Collection[str] | None = None,
 ) -> tuple[Summary, Plan]:  # fmt: skip
     """Run a configuration in a folder, or what is left of it there.
+
+    ``only`` takes the cells with these keys from the plan; a folder keeps rows of planned cells alone, so such a
+    session belongs in a folder of its own.
 
     Raises:
         RunFolderError: the folder is locked, damaged, of another schema or of another configuration.
@@ -73,6 +77,8 @@ def execute(
         check_continues(folder, config)
         ceilings = load_ceilings(config)
         plan = build(config, registry, ceilings, store.rows.values())
+        if only is not None:
+            plan.cells = [planned for planned in plan.cells if planned.cell.key in only]
         make = make_executor or servers(config.protocol.threads)
         supervisor = Supervisor(plan, store, ceilings, make, progress)
         session = {"started_at": now(), "command": command, "budget_s": config.budget_s, "rerun": rerun}
