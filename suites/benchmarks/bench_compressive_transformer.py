@@ -41,21 +41,43 @@ def package() -> Any:
     return run
 
 
-def layer(impl: str) -> Any:
-    dims = Dims(seq_len=LENGTH, d_model=WIDTH, num_heads=HEADS, d_ff=4 * WIDTH, position="transformer_xl")
+def package_attention() -> Any:
+    """Its attention alone, memories and compression included, without embedding, network and logits."""
+    from compressive_transformer_pytorch.compressive_transformer_pytorch import SelfAttention  # type: ignore[import-not-found]
+
+    sizes = (PARAMS.segment_len, PARAMS.mem_len, PARAMS.compressed_len)
+    attention = SelfAttention(WIDTH, *sizes, PARAMS.rate, HEADS).eval()
+    positions = torch.randn(HEADS, sum(sizes), WIDTH // HEADS)
+    x = torch.randn(1, LENGTH, WIDTH)
+
+    @torch.no_grad()
+    def run() -> list[torch.Tensor]:
+        outputs, memories = [], None
+        for segment in x.split(PARAMS.segment_len, dim=1):
+            y, memories, _ = attention(segment, memories=memories, pos_emb=positions)
+            outputs.append(y)
+        return outputs
+
+    return run
+
+
+def layer(impl: str, d_ff: int = 4 * WIDTH) -> Any:
+    dims = Dims(seq_len=LENGTH, d_model=WIDTH, num_heads=HEADS, d_ff=d_ff, position="transformer_xl")
     return prepare(METHOD, dims, PARAMS, impl, "forward", "fp32").call
 
 
 def comparisons() -> list[Comparison]:
-    """``blocked`` against the package where it is installed, and against ``reference``."""
-    name = "compressive_transformer/blocked"
-    candidates = {"compressive_transformer/reference": layer("reference"), name: layer("blocked")}
-    title = f"compressive transformer, one layer, {LENGTH} tokens, segments of {PARAMS.segment_len}, fp32"
-    if importlib.util.find_spec(PACKAGE) is None:
-        left_out = f"{title}; {PACKAGE} is not installed and left out"
-        return [Comparison(left_out, "compressive_transformer/reference", candidates, floor={name: 1.2})]
-    candidates = {PACKAGE: package(), **candidates}
-    return [Comparison(title, PACKAGE, candidates, floor={name: 1.5}, aim={name: 2.5})]
+    """``blocked`` against the package where it is installed, and against ``reference``; with and without network."""
+    name, loop, found = "compressive_transformer/blocked", "compressive_transformer/reference", []
+    for what, d_ff, theirs in (("layer", 4 * WIDTH, package), ("attention", 0, package_attention)):
+        title = f"compressive transformer, one {what}, {LENGTH} tokens, segments of {PARAMS.segment_len}, fp32"
+        candidates = {loop: layer("reference", d_ff), name: layer("blocked", d_ff)}
+        if importlib.util.find_spec(PACKAGE) is None:
+            found.append(Comparison(f"{title}; {PACKAGE} is not installed and left out", loop, candidates))
+            continue
+        candidates = {PACKAGE: theirs(), **candidates}
+        found.append(Comparison(title, PACKAGE, candidates, floor={name: 1.5}, aim={name: 2.5}))
+    return found
 
 
 @pytest.mark.parametrize("impl", ["reference", "blocked"])
