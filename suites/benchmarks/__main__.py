@@ -17,6 +17,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds must be at least 2, received {arguments.rounds}: a spread needs two")
     with_kept_heap()
     import torch
 
