@@ -39,6 +39,7 @@ from ctxbench.text import Warn, kind_of
 ALPHA = 0.01  # chance of any wrong faster or slower in one comparison of identical code
 SAME = 0.02  # a difference nobody needs to know
 SPEED = 0.05  # change of a reference kernel beyond which a difference may be the machine's
+SPEED_ALPHA = 0.05  # chance of suspecting a machine that did not change: a copy varies by more than SPEED by itself
 CONFIDENCE = 0.95
 
 
@@ -209,7 +210,7 @@ def _readings(a: Row, b: Row, foreign: set[str]) -> _Reading:
     if other and not related:
         cell.reason = "the machines differ and the rows have no times of the reference kernels"
         return _Reading(cell, [])
-    cell.normalised = other or any(abs(change - 1) > SPEED for change in cell.speed.values())
+    cell.normalised = other or (related and _speed_changed(left, right, cell.speed))
     ways = [] if other else [(left.medians, right.medians)]
     if cell.normalised:
         ways += [(_in_units(left, kernel), _in_units(right, kernel)) for kernel in KERNELS]
@@ -224,6 +225,14 @@ def _readings(a: Row, b: Row, foreign: set[str]) -> _Reading:
     if cell.confidence == 0.0:
         cell.low = cell.high = cell.confidence = None
     return _Reading(cell, tests)
+
+
+def _speed_changed(a: Processes, b: Processes, speed: Mapping[str, float]) -> bool:
+    """Whether a kernel changed by more than ``SPEED``, and by more than it scatters from process to process."""
+    return any(
+        abs(change - 1) > SPEED and ranks.rank_test(a.references[kernel], b.references[kernel]) <= SPEED_ALPHA
+        for kernel, change in speed.items()
+    )
 
 
 def _objection(side: str, row: Row) -> str:

@@ -140,6 +140,16 @@ def test_a_machine_that_became_slower_is_not_blamed_on_the_code(bench):
     assert (cell.verdict, cell.normalised) == (Verdict.SLOWER, True)
 
 
+def test_a_reference_kernel_that_merely_scatters_raises_no_suspicion(bench):
+    a, b = bench.row(), bench.row(seconds=0.015)
+    for row, times in ((a, (1, 2, 3, 4, 5, 6, 7, 8)), (b, (8, 7, 6, 5, 5, 5, 2, 1))):
+        for process, seconds in zip(row.env_delta["processes"], times, strict=True):
+            process["reference_copy_s"] = [seconds, seconds]
+    (cell,) = compare(Side(bench.run(a, name="a")), Side(bench.run(b, name="b"))).cells
+    assert cell.speed["copy"] > 1.1
+    assert (cell.verdict, cell.normalised) == (Verdict.SLOWER, False)
+
+
 def test_different_machines_are_refused_or_compared_in_units_of_the_reference_kernels(bench):
     a = bench.run(bench.row(), name="a")
     b = bench.run(bench.row(speed=0.3, seconds=0.02), name="b", environment=THERE)
