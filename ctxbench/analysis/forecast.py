@@ -25,6 +25,7 @@ from ctxbench.cost import roofline
 from ctxbench.cost.figures import Evaluator, Figures
 from ctxbench.cost.roofline import Ceilings, Point
 from ctxbench.method import Method
+from ctxbench.plan import Planned, resident_bytes
 from ctxbench.registry import Registry
 from ctxbench.rows import Row, cell_of
 from ctxbench.units import format_tokens
@@ -33,6 +34,7 @@ MEASURED, FITTED, SCALED, ROOFLINE, UNKNOWN = "measured", "fit", "scaled", "roof
 SCATTER = 0.12  # relative, an octave ahead; where no series of the run can tell its own
 LEAST_SCATTER = 0.02
 PRIOR_DOF = 4  # weight of the common scatter against that of one series
+CUDA_CONTEXT_BYTES = 2**30  # driver context, kernels and the caching allocator's rounding
 FAR = 8  # times the longest measured length, beyond which nobody has checked a fit
 PEAK_SHARE, PEAK_SLACK = 1.03, 2 << 20  # a peak within these of its formula counts as equal to it
 
@@ -73,6 +75,7 @@ class _Series:
         pairs = [(rows[index], terms[index]) for index in order]
         quiet = [pair for pair in pairs if not disturbed(pair[0])]
         pairs = quiet if len(quiet) >= LEAST_LENGTHS else pairs
+        self.disturbed = len(quiet) < LEAST_LENGTHS
         self.rows = [row for row, _ in pairs]
         self.seconds = [latency(row) for row in self.rows]
         self.lengths = [row.seq_len for row in self.rows]
@@ -98,6 +101,7 @@ class Forecaster:
     def __init__(self, registry: Registry, ceilings: Ceilings, rows: Iterable[Row] = (), basis: str = ""):
         self.registry, self.ceilings, self.basis = registry, ceilings, basis
         self._evaluator = Evaluator()
+        self._answers: dict[str, Estimate] = {}
         self._rows: dict[Any, dict[int, Row]] = defaultdict(dict)
         for row in rows:
             if row.measured:
@@ -109,19 +113,33 @@ class Forecaster:
         self.scatter = max(1.4826 * float(np.median(every)), LEAST_SCATTER) if every else SCATTER
 
     def estimate(self, cell: Cell) -> Estimate:
-        """What is known of one cell."""
+        """What is known of one cell; a measurement beside other work stands back behind a fit to quiet ones."""
+        if cell.key not in self._answers:
+            self._answers[cell.key] = self._estimate(cell)
+        return self._answers[cell.key]
+
+    def _estimate(self, cell: Cell) -> Estimate:
         key = self._key(cell)
         rows, series = self._rows.get(key, {}), self._series.get(key)
         figures = self.figures(cell)
         common = {name: getattr(cell, name) for name in _NAMED} | {"cell": cell.key}
         common["state_bytes"] = figures.state_bytes if figures else None
         common["peak_bytes"], common["peak_at_most"] = self._peak(cell, figures, rows)
-        if cell.seq_len in rows:
-            return _measured(rows[cell.seq_len], common)
+        here = rows.get(cell.seq_len)
+        if here is not None and not disturbed(here):
+            return _measured(here, common)
         terms = self._terms(cell)
-        if series is not None and series.fit is not None and terms is not None:
+        if series is not None and series.fit is not None and terms is not None and not (here and series.disturbed):
             return self._fitted(cell, series, self._errors[key], terms, common)
-        return self._planned(cell, figures, rows, common)
+        return self._planned(cell, figures, rows, common) if here is None else _measured(here, common)
+
+    def beside(self, cell: Cell) -> int:
+        """Bytes that live beside the peak of a cell: runtime or context, parameters, inputs, incoming state."""
+        method = self._method(cell)
+        if method is None:
+            return 0
+        needed = resident_bytes(Planned(cell, "", method, figures=self.figures(cell)))
+        return needed + (CUDA_CONTEXT_BYTES if cell.device.startswith("cuda") else 0)
 
     def figures(self, cell: Cell) -> Figures | None:
         """What the formulas say; None where there are none, or they fail."""

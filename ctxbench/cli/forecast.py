@@ -52,9 +52,8 @@ def command(
         return
     cells = [planned for planned in asked.cells if planned.status in ("planned", "skipped")]
     found = [asked.forecaster.estimate(planned.cell) for planned in cells]
-    memory = [
-        fits(each, asked.beside(planned), asked.limit) for each, planned in zip(found, cells, strict=True)
-    ]  # fmt: skip
+    beside = [asked.forecaster.beside(planned.cell) for planned in cells]
+    memory = [fits(each, needed, asked.limit) for each, needed in zip(found, beside, strict=True)]
     refused = [planned for planned in asked.cells if planned.status in ("unsupported", "error")]
     if ctx.json:
         ctx.emit(
@@ -62,8 +61,8 @@ def command(
                 "machine": asked.title,
                 "memory_limit": asked.limit,
                 "cells": [
-                    msgspec.to_builtins(each) | {"memory_verdict": verdict, "beside_bytes": asked.beside(planned)}
-                    for each, verdict, planned in zip(found, memory, cells, strict=True)
+                    msgspec.to_builtins(each) | {"memory_verdict": verdict, "beside_bytes": needed}
+                    for each, verdict, needed in zip(found, memory, beside, strict=True)
                 ],
                 "refused": [
                     {"method": planned.cell.method, "impl": planned.cell.impl, "mode": planned.cell.mode,

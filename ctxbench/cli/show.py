@@ -25,9 +25,26 @@ SHOWN_SAMPLES = 20
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("cell", required=False)
+@click.option("--crossover", metavar="A,B", help="Where one becomes faster than the other: METHOD or METHOD/IMPL; all.")
+@click.option("--pareto", is_flag=True, help="What nobody beats in time and memory at one length.")
+@click.option("--frontier", metavar="SIZES", help="The largest length below a memory limit: 1GiB,16GiB.")
+@click.option("--seq", "length", metavar="SIZE", help="Length of --pareto. [the longest most curves reach]")
 @common_options
-def command(run: Path, cell: str | None, ctx: Common) -> None:
+def command(
+    run: Path,
+    cell: str | None,
+    crossover: str | None,
+    pareto: bool,
+    frontier: str | None,
+    length: str | None,
+    ctx: Common,
+) -> None:
     """Show the RUN folder, or one CELL of it: the beginning of its key, or METHOD/IMPL/LENGTH."""
+    if crossover or pareto or frontier:
+        from ctxbench.cli.tradeoffs import show
+
+        show(run, crossover, pareto, frontier, length, ctx)
+        return
     rows = read_rows(run)
     header = read_run(run)
     if cell is None:

@@ -14,7 +14,7 @@ from ctxbench.cli.common import Common
 from ctxbench.config import Config, memory_available, resolve
 from ctxbench.cost.roofline import Ceilings
 from ctxbench.errors import UserError, unknown
-from ctxbench.plan import Planned, build, resident_bytes
+from ctxbench.plan import Planned, build
 from ctxbench.registry import Registry
 from ctxbench.rows import Row
 from ctxbench.run.session import load_ceilings
@@ -24,9 +24,6 @@ from ctxbench.units import parse_bytes
 if TYPE_CHECKING:
     from ctxbench.analysis.forecast import Forecaster
     from ctxbench.analysis.runs import Run
-
-CUDA_CONTEXT_BYTES = 2**30  # driver context, kernels and the caching allocator's rounding
-RUN_HELP = "Answer from the rows of this run, and at its sizes where no flag says otherwise."
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,6 @@ class Target:
     ceilings: Ceilings
     title: str
     limit: int | None
-
-    def beside(self, planned: Planned) -> int:
-        """Bytes that live beside the peak of a cell."""
-        return resident_bytes(planned) + (CUDA_CONTEXT_BYTES if planned.cell.device.startswith("cuda") else 0)
 
 
 def target(suite: str | None, flags: Suite, folder: Path | None, registry: Registry, ctx: Common) -> Target:
