@@ -24,12 +24,13 @@ from ctxbench.analysis.runs import read_runs
 from ctxbench.errors import RunFolderError
 from ctxbench.registry import Registry, discover
 from ctxbench.reports.report import Report
-from ctxbench.reports.sections import head, memory, methods, model, overview, protocol, table
+from ctxbench.reports.sections import audit, head, memory, methods, model, overview, protocol, table
 from ctxbench.rows import encode
 
 SECTIONS = {
     "overview": ("Overview", overview),
     "model": ("Measured against the model", model),
+    "audit": ("Claims against the rows", audit),
     "memory": ("Memory sizes", memory),
     "table": ("Table", table),
     "methods": ("Methods", methods),

@@ -15,6 +15,7 @@ from ctxbench.analysis.slopes import local_slopes
 from ctxbench.units import format_tokens
 
 HOLDS, VIOLATED, NOT_CLAIMED, NOT_APPLICABLE = "holds", "violated", "not claimed", "not applicable"
+FAILS = "fails"  # what a literal sketch claims of a probe that it declares as a defect
 VERDICTS = (HOLDS, VIOLATED, NOT_CLAIMED, NOT_APPLICABLE)
 
 FLOPS_GROWTH, PEAK_GROWTH, TIME_GROWTH = "growth of FLOPs", "growth of peak memory", "growth of time"

@@ -9,6 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from ctxbench.analysis.audit import (
+    FAILS,
     FLOPS_GROWTH,
     HOLDS,
     NOT_APPLICABLE,
@@ -51,12 +52,13 @@ def audit_rows(rows: Sequence[Row], methods: Mapping[str, Method] | None = None)
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.method, row.impl, row.mode), []).append(row)
+    formulas = {method: _Formulas((methods or {}).get(method)) for method, _, _ in groups}
     found = []
     for (method, impl, mode), mine in sorted(groups.items()):
         start = Verdict(method=method, impl=impl, mode=mode, term="", verdict=NOT_APPLICABLE)
         found += _counts(start, mine)
         found += _probes(start, mine)
-        found += _growths(start, mine, (methods or {}).get(method))
+        found += _growths(start, mine, formulas[method])
     return found
 
 
@@ -155,7 +157,7 @@ def _probes(start: Verdict, rows: Sequence[Row]) -> list[Verdict]:
             verdict = replace(named, verdict=VIOLATED, claimed="passes", seen=seen, evidence=f"{_cell(row)}: {said}")
         elif count["failed"]:
             evidence = f"declared as a defect; {count['failed']} of {len(results)} cells fail so"
-            verdict = replace(named, verdict=HOLDS, claimed="fails", seen="fails", evidence=evidence)
+            verdict = replace(named, verdict=HOLDS, claimed=FAILS, seen=FAILS, evidence=evidence)
         elif count["passed"]:
             evidence = f"the gate's probe passed in {count['passed']} of {len(results)} cells"
             verdict = replace(named, verdict=HOLDS, claimed="passes", seen="passes", evidence=evidence)
@@ -177,13 +179,13 @@ def _complaints(gate: Gate, probe: str, result: str) -> list[str]:
     return named[:1]
 
 
-def _growths(start: Verdict, rows: Sequence[Row], method: Method | None) -> list[Verdict]:
+def _growths(start: Verdict, rows: Sequence[Row], formulas: _Formulas) -> list[Verdict]:
     """Counted FLOPs, peaks and times against the declared growth; the worst of several series speaks."""
     series = _series(rows)
     return [
-        _worst(replace(start, term=FLOPS_GROWTH), [_flops_growth(each, method) for each in series]),
-        _worst(replace(start, term=PEAK_GROWTH), [_peak_growth(each, method) for each in series]),
-        _worst(replace(start, term=TIME_GROWTH), [_time_growth(each, method) for each in series]),
+        _worst(replace(start, term=FLOPS_GROWTH), [_flops_growth(each, formulas) for each in series]),
+        _worst(replace(start, term=PEAK_GROWTH), [_peak_growth(each, formulas) for each in series]),
+        _worst(replace(start, term=TIME_GROWTH), [_time_growth(each, formulas) for each in series]),
     ]
 
 
@@ -210,16 +212,16 @@ def _identity(row: Row) -> bytes:
     return msgspec.json.encode({name: value for name, value in plain.items() if name != "seq_len"}, order="sorted")
 
 
-def _flops_growth(rows: Sequence[Row], method: Method | None) -> Judged:
+def _flops_growth(rows: Sequence[Row], formulas: _Formulas) -> Judged:
     counted = {row.seq_len: row.flops for row in rows if row.flops and row.flops.counted is not None}
     formula = {n: flops.formula for n, flops in counted.items() if flops.formula is not None}
     if len(formula) < len(counted) or not counted:
         return NOT_CLAIMED if counted else NOT_APPLICABLE, "", "", "no formula in the rows" if counted else "no counts"
-    limit = _limit(rows[-1], method, "flops")
+    limit = formulas.limit(rows[-1], "flops")
     return judge_growth(list(formula), [counted[n].counted or 0 for n in formula], list(formula.values()), limit)  # type: ignore[arg-type]
 
 
-def _peak_growth(rows: Sequence[Row], method: Method | None) -> Judged:
+def _peak_growth(rows: Sequence[Row], formulas: _Formulas) -> Judged:
     """The traced peak, or where there is none the allocator's, against the formula of the peak, else of the work."""
     for meter in ("traced", "allocated"):
         seen = {row.seq_len: getattr(row.peak_bytes, meter) for row in rows if row.peak_bytes}
@@ -232,17 +234,18 @@ def _peak_growth(rows: Sequence[Row], method: Method | None) -> Judged:
     work = {row.seq_len: row.flops.formula for row in rows if row.flops}
     for basis, values in (("peak_bytes", peaks), ("flops", work)):
         if all(values.get(n) is not None for n in seen):
-            limit = _limit(rows[-1], method, basis)
-            if basis == "flops" and method is not None:
-                limit = max(limit, _fastest_term(rows, method, list(seen)))
-            elif basis == "flops":
-                return NOT_CLAIMED, "", "", "no formula for the peak, and the method is not installed"
+            limit = formulas.limit(rows[-1], basis)
+            if basis == "flops":
+                fastest = formulas.fastest_term(rows[-1], list(seen))
+                if fastest is None:
+                    return NOT_CLAIMED, "", "", "no formula for the peak, and the terms of the work are not known here"
+                limit = max(limit, fastest)
             judged = judge_growth(list(seen), list(seen.values()), [values[n] or 0 for n in seen], limit)
             return (*judged[:3], f"{meter}, {judged[3]}")
     return NOT_CLAIMED, "", "", "no formula in the rows"
 
 
-def _time_growth(rows: Sequence[Row], method: Method | None) -> Judged:
+def _time_growth(rows: Sequence[Row], formulas: _Formulas) -> Judged:
     """Measured local slopes against the formula's: violated where the last ones all exceed it by half a power."""
     measured = [row for row in rows if row.measured and row.latency_s and row.latency_s.median > 0]
     if len(measured) <= STEPS:
@@ -255,7 +258,8 @@ def _time_growth(rows: Sequence[Row], method: Method | None) -> Judged:
         lengths, [t.median for t in times], [t.low or t.median for t in times], [t.high for t in times]
     )[-STEPS:]
     formula = local_slopes(lengths, [float(value or 0) for value in work])[-STEPS:]
-    limit = max(_limit(measured[-1], method, "flops"), _fastest_term(measured, method, lengths) if method else 0.0)
+    last = measured[-1]
+    limit = max(formulas.limit(last, "flops"), formulas.fastest_term(last, lengths) or 0.0)
     excess = [step.low - max(limit, said.value) for step, said in zip(seen, formula, strict=True)]
     claimed = " ".join(f"T^{said.value:.2f}" for said in formula)
     shown = " ".join(f"T^{step.value:.2f}" for step in seen)
@@ -265,44 +269,52 @@ def _time_growth(rows: Sequence[Row], method: Method | None) -> Judged:
     return (VIOLATED if min(excess) > HALF else HOLDS), claimed, shown, evidence
 
 
-def _limit(row: Row, method: Method | None, name: str) -> float:
-    """Slope of a formula where its highest power is alone; 0, which bounds nothing, where the method is unknown."""
-    from ctxbench.cost.model import local_slope, total
+class _Formulas:
+    """The formulas of one method, built once for each structure they take; they bound nothing where it is unknown."""
 
-    bound = _bound(cell_of(row), method)
-    if bound is None:
-        return 0.0
-    cost, values = bound
-    formula = total(cost.flops) if name == "flops" else cost.peak_bytes
-    return 0.0 if formula is None else local_slope(formula, {**values, "T": FAR})
+    def __init__(self, method: Method | None):
+        self.method = method
+        self._built: dict[Any, Cost | None] = {}
 
+    def limit(self, row: Row, name: str) -> float:
+        """Slope of a formula where its highest power is alone; 0 where there is no such formula."""
+        from ctxbench.cost.model import local_slope, total
 
-def _fastest_term(rows: Sequence[Row], method: Method, lengths: Sequence[int]) -> float:
-    """Slope of the fastest growing term of the work at the two longest lengths."""
-    from ctxbench.cost.model import local_slope
+        cost, values = self._of(cell_of(row))
+        if cost is None:
+            return 0.0
+        formula = total(cost.flops) if name == "flops" else cost.peak_bytes
+        return 0.0 if formula is None else local_slope(formula, {**values, "T": FAR})
 
-    bound = _bound(cell_of(rows[-1]), method)
-    if bound is None:
-        return 0.0
-    cost, values = bound
-    last = sorted(lengths)[-2:]
-    return max((local_slope(term, {**values, "T": n}) for term in cost.flops.values() for n in last), default=0.0)
+    def fastest_term(self, row: Row, lengths: Sequence[int]) -> float | None:
+        """Slope of the fastest growing term of the work at the two longest lengths; None where it is unknown."""
+        from ctxbench.cost.model import local_slope
 
+        cost, values = self._of(cell_of(row))
+        if cost is None:
+            return None
+        last = sorted(lengths)[-2:]
+        return max((local_slope(term, {**values, "T": n}) for term in cost.flops.values() for n in last), default=0.0)
 
-def _bound(cell: Cell, method: Method | None) -> tuple[Cost, dict[str, Any]] | None:
-    """The formulas of a cell and the values of their symbols, or None where the method or its formulas are absent."""
-    if method is None or method.cost is None:
-        return None
-    from ctxbench.cost import symbols
+    def _of(self, cell: Cell) -> tuple[Cost | None, dict[str, Any]]:
+        """The formulas of a cell and the values of their letters."""
+        if self.method is None or self.method.cost is None:
+            return None, {}
+        from ctxbench.cost import symbols
+        from ctxbench.cost.model import local_slope, total
 
-    try:
-        params = cell.params_for(method)
-        cost = method.cost_of(cell.impl, cell.mode, cell.causal, cell.position, params)
-    except Exception:  # a plug-in's own code, perhaps of another version than the run's: the rows still speak
-        return None
-    if cost is None:
-        return None
-    return cost, symbols.bindings(cell.dims, params, cell.itemsize, method.segment_len(params))
+        try:  # a plug-in's own code, perhaps of another version than the run's: then the rows speak alone
+            params = cell.params_for(self.method)
+            values = symbols.bindings(cell.dims, params, cell.itemsize, self.method.segment_len(params))
+            key = (cell.impl, cell.mode, cell.causal, cell.position, params)
+            if key not in self._built:
+                cost = self.method.cost_of(*key)
+                if cost is not None:
+                    local_slope(total(cost.flops), values)
+                self._built[key] = cost
+            return self._built[key], values
+        except Exception:
+            return None, {}
 
 
 def _cell(row: Row) -> str:
