@@ -6,6 +6,7 @@ programs. The rules, in this order:
 ========= =============================================================================================================
 invalid   a side has no latency that passed its gate, or the machines differ and nothing relates them
 unclear   so few processes that no outcome could reach ``ALPHA``; the reason names the number that could
+unclear   the runs are two, and beside one of them other work ran on the machine
 faster    exact Mann-Whitney, Holm-adjusted over all cells that could be decided, at most ``ALPHA``, and the
 slower    Hodges-Lehmann ratio is beyond the noise floor
 same      the 95 % interval of the ratio lies inside +-``SAME``: evidence of equality, not lack of evidence
@@ -58,7 +59,8 @@ class Compared(msgspec.Struct, kw_only=True):
 
     ``low`` and ``high`` hold ``ratio`` with ``confidence``. ``p_holm`` is ``p`` adjusted for all cells; None where
     the processes are too few for any verdict. ``speed`` is what the reference kernels took in B over A; ``normalised``
-    says that the verdict, and between machines the ratio, are in units of them.
+    says that the verdict, and between machines the ratio, are in units of them. ``disturbed`` names the sides that
+    other work ran beside; two impls of one run are measured side by side, so it hit both and nothing is named.
     """
 
     method: str
@@ -87,6 +89,7 @@ class Compared(msgspec.Struct, kw_only=True):
     floor: float | None = None
     speed: dict[str, float] = {}
     normalised: bool = False
+    disturbed: str = ""
 
 
 class Comparison(msgspec.Struct, kw_only=True):
@@ -160,6 +163,9 @@ def compare(a: Side, b: Side, normalise: bool = False) -> Comparison:
     foreign, notes = _machines(a, b, {row.device for row, _ in pairs}, normalise)
     floors, more = _floors(a, b, pairs)
     found = [_readings(one, other, foreign) for one, other in pairs]
+    if a.run.folder.resolve() == b.run.folder.resolve():
+        for reading in found:
+            reading.cell.disturbed = ""
     _decide(found, floors)
     return Comparison(
         a=a.name,
@@ -196,6 +202,7 @@ def _readings(a: Row, b: Row, foreign: set[str]) -> _Reading:
     objection = _objection("A", a) or _objection("B", b)
     left, right = processes(a), processes(b)
     cell.n_a, cell.n_b = len(left.medians), len(right.medians)
+    cell.disturbed = " and ".join(name for name, side in (("A", left), ("B", right)) if side.disturbed)
     if objection:
         cell.reason = objection
         return _Reading(cell, [])
@@ -271,6 +278,8 @@ def _verdict(cell: Compared, shifts: list[ranks.Shift], cells: int) -> tuple[Ver
     beyond = all(max(shift.ratio, 1 / shift.ratio) > 1 + (cell.floor or 0.0) for shift in shifts)
     speed = ", ".join(f"{kernel} x{change:.2f}" for kernel, change in cell.speed.items())
     equal = all(shift.low >= 1 / (1 + SAME) and shift.high <= 1 + SAME for shift in shifts)
+    if cell.disturbed and cell.p_holm is not None:
+        return Verdict.UNCLEAR, f"other work ran beside {cell.disturbed}: measure again on a quiet machine"
     if cell.p_holm is not None and cell.p_holm <= ALPHA and len(directions) == 1 and beyond:
         reason = f"in units of the reference kernels too ({speed})" if cell.normalised else ""
         return (Verdict.SLOWER if directions == {True} else Verdict.FASTER), reason

@@ -18,11 +18,12 @@ class Processes:
     """The processes of one row that count: those that ran beside other work are left out where two quiet ones remain.
 
     medians: seconds a call, one a process. references: seconds of each reference kernel, one a process; empty where
-    the row has none.
+    the row has none. disturbed: other work ran beside some of them.
     """
 
     medians: np.ndarray
     references: dict[str, np.ndarray] = field(default_factory=dict)
+    disturbed: bool = False
 
 
 def processes(row: Row) -> Processes:
@@ -35,13 +36,14 @@ def processes(row: Row) -> Processes:
     quiet = [index for index in chosen if not (index < len(contended) and contended[index])]
     if 2 <= len(quiet) < len(chosen):
         chosen = quiet
+    disturbed = not set(chosen) <= set(quiet)
     medians = np.array([np.median(samples[index]) for index in chosen])
     names = {kernel: f"reference_{kernel}_s" for kernel in KERNELS}
     complete = all(index < len(sensors) and all(sensors[index].get(n) for n in names.values()) for index in chosen)
     if not chosen or not complete:
-        return Processes(medians)
+        return Processes(medians, disturbed=disturbed)
     seen = {kernel: np.array([np.mean(sensors[i][name]) for i in chosen]) for kernel, name in names.items()}
-    return Processes(medians, seen)
+    return Processes(medians, seen, disturbed)
 
 
 def moderated_variances(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -30,8 +30,9 @@ ALPHA = 0.01  # chance of rejecting a run whose intervals are right
 class Repeat(msgspec.Struct, kw_only=True):
     """One cell, then and now. Seconds are geometric means of process medians; ``low`` to ``high`` is expected now.
 
-    ``inside`` is None where there is nothing to judge: not measured now, or no spread known. ``same_peak`` says
-    whether the allocator's peak is the same byte count.
+    ``inside`` is None where there is nothing to judge: not measured now, or no spread known. ``disturbed``: other work
+    ran on the machine then or now, so the cell is shown but proves nothing. ``same_peak`` says whether the allocator's
+    peak is the same byte count.
     """
 
     cell: str
@@ -49,12 +50,16 @@ class Repeat(msgspec.Struct, kw_only=True):
     n_then: int = 0
     n_now: int = 0
     inside: bool | None = None
+    disturbed: bool = False
     same_peak: bool | None = None
     reason: str = ""
 
 
 class Verification(msgspec.Struct, kw_only=True):
-    """All repeated cells. ``p`` is the chance of so many outside where every interval is right."""
+    """All repeated cells; ``judged`` are those of which there is something to say.
+
+    ``p`` is the chance of so many outside where every interval is right.
+    """
 
     run: str
     again: str
@@ -107,7 +112,7 @@ def verify(then: Run, chosen: Sequence[Row], again: Sequence[Row], folder: str, 
     stored = noise.load(noise.identity(then.info, chosen[0].device))
     floor = stored.floor if stored else None
     cells = [_repeat(row, present.get(row.cell), *spreads[row.cell], floor) for row in chosen]
-    judged = [cell for cell in cells if cell.inside is not None]
+    judged = [cell for cell in cells if cell.inside is not None and not cell.disturbed]
     outside = sum(not cell.inside for cell in judged)
     return Verification(
         run=then.name, again=folder, seed=seed, cells=cells, judged=len(judged), inside=len(judged) - outside,
@@ -150,6 +155,7 @@ def _repeat(then: Row, now: Row | None, variance: float, freedom: int, floor: no
         return found
     after = processes(now)
     found.now_s, found.n_now = _centre(after.medians), len(after.medians)
+    found.disturbed = before.disturbed or after.disturbed
     if then.peak_bytes and now.peak_bytes and None not in (then.peak_bytes.allocated, now.peak_bytes.allocated):
         found.same_peak = then.peak_bytes.allocated == now.peak_bytes.allocated
     added = floor.at(found.then_s) if floor else 0.0
@@ -159,7 +165,10 @@ def _repeat(then: Row, now: Row | None, variance: float, freedom: int, floor: no
         return found
     found.low, found.high = expected
     found.inside = found.low <= found.now_s <= found.high
-    if not found.inside and before.references and after.references:
+    if found.disturbed:
+        times = [time for time, side in (("then", before), ("now", after)) if side.disturbed]
+        found.reason = f"other work ran beside it {' and '.join(times)}: not judged"
+    elif not found.inside and before.references and after.references:
         changes = {k: float(np.median(after.references[k]) / np.median(before.references[k])) for k in KERNELS}
         if any(abs(change - 1) > SPEED for change in changes.values()):
             shown = ", ".join(f"{kernel} x{change:.2f}" for kernel, change in changes.items())

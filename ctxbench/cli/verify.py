@@ -120,6 +120,10 @@ def _print(found: Verification) -> None:
     if outside:
         verdict = "more than" if found.p < 0.01 else "no more than"
         click.echo(f"{outside} outside 95 % intervals, {verdict} chance explains (p {found.p:.2g})")
+    disturbed = [cell for cell in found.cells if cell.disturbed]
+    if disturbed:
+        share = f"{sum(bool(cell.inside) for cell in disturbed)} of {len(disturbed)}"
+        click.echo(f"{len(disturbed)} ran beside other work and are not judged ({share} inside): `ctxbench doctor`")
     if found.floor is None:
         click.echo(
             "the intervals know the spread inside the run alone; `ctxbench compare A A2 --calibrate` adds the rest"
@@ -130,7 +134,7 @@ def _print(found: Verification) -> None:
 def _line(cell: Repeat) -> list[str]:
     expected = "-" if cell.low is None else f"{format_seconds(cell.low)} to {format_seconds(cell.high)}"
     return [
-        {True: "=", False: "!", None: "?"}[cell.inside],
+        "?" if cell.disturbed else {True: "=", False: "!", None: "?"}[cell.inside],
         f"{cell.method} / {cell.impl}",
         format_tokens(cell.seq_len),
         format_tokens(cell.memory),

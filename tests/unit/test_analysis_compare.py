@@ -140,6 +140,17 @@ def test_a_machine_that_became_slower_is_not_blamed_on_the_code(bench):
     assert (cell.verdict, cell.normalised) == (Verdict.SLOWER, True)
 
 
+def test_work_beside_one_of_two_runs_decides_nothing_but_hits_both_impls_of_one_run(bench):
+    quiet, busy = bench.row(), bench.row(seconds=0.02)
+    busy.latency_s.contended = [True] * 8
+    (cell,) = compare(Side(bench.run(quiet, name="a")), Side(bench.run(busy, name="b"))).cells
+    assert (cell.verdict, cell.disturbed) == (Verdict.UNCLEAR, "B")
+    assert "other work ran beside B" in cell.reason
+    other = bench.row(Cell(method="m", impl="j", seq_len=1024))
+    run = bench.run(other, busy)
+    assert compare(Side(run, "j"), Side(run, "i")).cells[0].verdict is Verdict.SLOWER
+
+
 def test_a_reference_kernel_that_merely_scatters_raises_no_suspicion(bench):
     a, b = bench.row(), bench.row(seconds=0.015)
     for row, times in ((a, (1, 2, 3, 4, 5, 6, 7, 8)), (b, (8, 7, 6, 5, 5, 5, 2, 1))):
@@ -273,6 +284,7 @@ def test_contended_processes_are_left_out_while_two_quiet_ones_remain(bench):
     assert (len(processes(row).medians), len(processes(row).references["copy"])) == (3, 3)
     row.latency_s.contended = [True, True, True, False]
     assert len(processes(row).medians) == 4
+    assert processes(row).disturbed
 
 
 def test_a_moderated_variance_lies_between_its_own_and_the_common_one():

@@ -77,6 +77,18 @@ def test_cells_that_became_slower_fall_outside_and_fail_the_run(planted: Planted
     assert found.failed
 
 
+def test_a_cell_that_ran_beside_other_work_is_shown_and_not_judged(planted: Planted) -> None:
+    then = planted.measure("run")
+    chosen = choose(then, 6, seed=2)
+    planted.factor = lambda cell: 3.0
+    again = planted.measure("again", {row.cell for row in chosen})
+    for row in again.rows:
+        row.latency_s.contended = [True] * len(row.latency_s.samples)
+    found = verify(then, chosen, again.rows, "again", seed=2)
+    assert (found.judged, found.failed) == (0, False)
+    assert all(not cell.inside and cell.disturbed and "beside it now" in cell.reason for cell in found.cells)
+
+
 def test_a_cell_that_fails_now_fails_the_run_and_one_that_is_gone_is_said_to_be(planted: Planted) -> None:
     then = planted.measure("run")
     chosen = choose(then, 3, seed=5)
