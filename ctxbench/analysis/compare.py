@@ -283,13 +283,14 @@ def _verdict(cell: Compared, shifts: list[ranks.Shift], cells: int) -> tuple[Ver
     if cell.p_holm is not None and cell.p_holm <= ALPHA and len(directions) == 1 and beyond:
         reason = f"in units of the reference kernels too ({speed})" if cell.normalised else ""
         return (Verdict.SLOWER if directions == {True} else Verdict.FASTER), reason
-    if cell.confidence is not None and cell.confidence >= CONFIDENCE and equal:
+    if cell.confidence is not None and cell.confidence >= CONFIDENCE and equal and not cell.disturbed:
         return Verdict.SAME, f"the interval lies inside +-{100 * SAME:g} %"
     if cell.p_holm is None:
         needed = least_processes(cells)
         counts = f"{cell.n_a} and {cell.n_b} processes" if cell.n_a != cell.n_b else f"{cell.n_a} processes a side"
         over = f" over {cells} cells" if cells > 1 else ""
-        return Verdict.UNCLEAR, f"{counts} cannot reach {100 * ALPHA:g} %{over}; {needed} would"
+        beside = f"; other work ran beside {cell.disturbed}" if cell.disturbed else ""
+        return Verdict.UNCLEAR, f"{counts} cannot reach {100 * ALPHA:g} %{over}; {needed} would{beside}"
     if cell.normalised:
         return Verdict.UNCLEAR, f"the reference kernels changed ({speed}): it may be the machine"
     if cell.p_holm <= ALPHA:

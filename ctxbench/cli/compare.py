@@ -16,6 +16,7 @@ from ctxbench.units import format_seconds, format_tokens, parse_fraction
 
 if TYPE_CHECKING:
     from ctxbench.analysis.compare import Compared, Comparison, Side
+    from ctxbench.analysis.runs import Run
 
 SIGNS = {"faster": "-", "slower": "+", "same": "=", "unclear": "?", "invalid": "!"}  # a verdict without colour
 
@@ -134,13 +135,19 @@ def _again(left: Side, right: Side, found: Comparison) -> list[str]:
     }
     chosen = [part for flag, names in axes.items() for part in (flag, ",".join(sorted(names, key=_by_size)))]
     commands = []
-    for side in dict.fromkeys((left.run.folder, right.run.folder)):
-        run = left.run if side == left.run.folder else right.run
-        first = run.info.get("command")
-        words = shlex.split(first) if isinstance(first, str) else [str(word) for word in first or ("ctxbench", "run")]
+    for run in {run.folder: run for run in (left.run, right.run)}.values():
         # Where an option is given twice, the last one counts.
-        commands.append(shlex.join([*words, *chosen, "--processes", str(enough), "--out", f"{side}-again"]))
+        commands.append(
+            shlex.join([*_command(run), *chosen, "--processes", str(enough), "--out", f"{run.folder}-again"])
+        )
     return commands
+
+
+def _command(run: Run) -> list[str]:
+    """The command a run was started with, as words; what is left of it where it was not `ctxbench run`."""
+    first = run.info.get("command") or ""
+    words = shlex.split(first) if isinstance(first, str) else [str(word) for word in first]
+    return words if words[:2] == ["ctxbench", "run"] else ["ctxbench", "run"]
 
 
 def _by_size(name: str) -> tuple[int, str]:

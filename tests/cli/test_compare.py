@@ -72,6 +72,9 @@ def test_unclear_cells_come_with_the_command_that_decides_them(runs: Any, ctxben
         f"ctxbench run --methods all {tail} --out a-again", f"ctxbench run --methods all {tail} --out b-again"
     ]  # fmt: skip
     assert "7 would" in found["cells"][0]["reason"]
+    with Store.open(Path("b")) as store:
+        store.write_header({**store.header, "command": "ctxbench verify a -k 10"})
+    assert ctxbench("compare", "a", "b", "--json").json["measure_again"][1] == f"ctxbench run {tail} --out b-again"
 
 
 def test_two_impls_of_one_run(runs: Any, ctxbench: Any) -> None:

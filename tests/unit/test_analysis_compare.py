@@ -146,6 +146,10 @@ def test_work_beside_one_of_two_runs_decides_nothing_but_hits_both_impls_of_one_
     (cell,) = compare(Side(bench.run(quiet, name="a")), Side(bench.run(busy, name="b"))).cells
     assert (cell.verdict, cell.disturbed) == (Verdict.UNCLEAR, "B")
     assert "other work ran beside B" in cell.reason
+    few = bench.row(count=3)
+    few.latency_s.contended = [True] * 3
+    (cell,) = compare(Side(bench.run(few, name="a")), Side(bench.run(bench.row(count=3), name="b"))).cells
+    assert cell.reason.endswith("5 would; other work ran beside A")
     other = bench.row(Cell(method="m", impl="j", seq_len=1024))
     run = bench.run(other, busy)
     assert compare(Side(run, "j"), Side(run, "i")).cells[0].verdict is Verdict.SLOWER
