@@ -134,13 +134,11 @@ def _again(left: Side, right: Side, found: Comparison) -> list[str]:
         "--seq": {str(cell.seq_len) for cell in unclear},
     }
     chosen = [part for flag, names in axes.items() for part in (flag, ",".join(sorted(names, key=_by_size)))]
-    commands = []
-    for run in {run.folder: run for run in (left.run, right.run)}.values():
-        # Where an option is given twice, the last one counts.
-        commands.append(
-            shlex.join([*_command(run), *chosen, "--processes", str(enough), "--out", f"{run.folder}-again"])
-        )
-    return commands
+    # Where an option is given twice, the last one counts.
+    return [
+        shlex.join([*_command(run), *chosen, "--processes", str(enough), "--out", f"{run.folder}-again"])
+        for run in {run.folder: run for run in (left.run, right.run)}.values()
+    ]
 
 
 def _command(run: Run) -> list[str]:
