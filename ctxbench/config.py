@@ -19,6 +19,7 @@ from ctxbench.suite import Layer, Limits, Suite, Values
 from ctxbench.units import parse_bytes, parse_fraction, parse_seconds
 
 AUTO = "auto"
+FASTEST = "fastest"  # of a method's impls: its portable fast path, else its oracle
 BUDGET_S = {"cpu": 600.0, "cuda": 540.0}
 _T = TypeVar("_T")
 
@@ -270,8 +271,8 @@ class _Resolver:
     def _impls(self, chosen: list[str]) -> list[str]:
         known = {impl.name for method in self.registry for impl in method.impls}
         for name in chosen:
-            if name.removeprefix("-") not in {*known, "all", AUTO}:
-                raise unknown("impl", name, [*known, "all", AUTO], "see `ctxbench list impls`")
+            if name.removeprefix("-") not in {*known, "all", AUTO, FASTEST}:
+                raise unknown("impl", name, [*known, "all", AUTO, FASTEST], "see `ctxbench list impls`")
         if not chosen:
             raise UserError("the axis is empty")
         return chosen

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from ctxbench.cell import Cell
-from ctxbench.config import AUTO, Config
+from ctxbench.config import AUTO, FASTEST, Config
 from ctxbench.cost.figures import Evaluator, Figures
 from ctxbench.cost.roofline import Ceilings, Point, forecast
 from ctxbench.method import Impl, Method, Params
@@ -187,6 +187,8 @@ def _impl_names(chosen: list[str], method: Method) -> list[str]:
     for name in chosen if not chosen[0].startswith("-") else ["all", *chosen]:
         if name in ("all", AUTO):
             wanted += own
+        elif name == FASTEST:
+            wanted.append("blocked" if "blocked" in own else method.oracle)
         elif name.startswith("-"):
             wanted = [other for other in wanted if other != name[1:]]
         else:
