@@ -14,7 +14,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
-METHODS = [(method, impl.name) for method in discover() for impl in method.impls if not impl.defects]
+METHODS = [
+    (method, impl.name)
+    for method in discover()
+    for impl in method.impls
+    if not impl.defects and "cuda" in impl.devices and "fp32" in (impl.dtypes or ("fp32",))
+]
 
 
 @pytest.mark.parametrize(("method", "impl"), METHODS, ids=lambda value: getattr(value, "name", value))
