@@ -20,6 +20,7 @@ COMMANDS = {
     "show": "One run, or one cell with all samples and warnings.",
     "compare": "Two runs or impls, cell by cell: faster, slower, same, unclear.",
     "forecast": "Time and memory of cells nobody measured, with intervals.",
+    "advise": "Which method for a length, a memory limit and a use; why not the others.",
     "verify": "Measure random cells of a run again: do they repeat?",
     "report": "Write the HTML report of one or more runs.",
     "export": "Rows as CSV, Parquet, Markdown, LaTeX, pytest-benchmark JSON; figures.",

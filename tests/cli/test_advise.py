@@ -1,0 +1,87 @@
+"""``ctxbench advise``: a ranking, refusals, rules, and its own check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctxbench.cell import Cell
+from ctxbench.cost.figures import Evaluator
+from ctxbench.registry import discover
+from ctxbench.rows import Latency, PeakBytes, row_for
+from ctxbench.run.store import Store
+
+METHODS = "dense,longformer,transformer_xl"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Times and peaks that follow the formulas."""
+    monkeypatch.chdir(tmp_path)
+    registry, evaluator = discover(), Evaluator()
+    with Store.open(Path("run")) as store:
+        store.write_header({"command": "ctxbench run", "environment": {}})
+        for name in METHODS.split(","):
+            method = registry[name]
+            plain = method.params().as_dict()
+            for length in (1024, 2048, 4096, 8192, 16384):
+                cell = Cell(
+                    method=name, impl="blocked", seq_len=length, params=plain, position=method.positions[0],
+                    memory=plain.get(method.memory_parameter or ""),
+                )  # fmt: skip
+                figures = evaluator.figures(method, cell)
+                assert figures is not None
+                time = 2e-4 + figures.flops / 1e11
+                latency = Latency(median=time, low=time, high=time, samples=[[time]] * 3, n_processes=3)
+                peak = PeakBytes(allocated=figures.peak_bytes, resident=figures.peak_bytes)
+                store.append_row(row_for(cell, "ok", latency_s=latency, peak_bytes=peak))
+    return "run"
+
+
+def test_a_ranking_with_reasons_forecasts_and_rules(run: str, ctxbench: Callable[..., Any]) -> None:
+    asked = ("advise", "--run", run, "--seq", "100k", "--memory-limit", "16GiB", "--impls", "blocked")
+    found = ctxbench(*asked, "--json").json
+    assert [(c["method"], c["forecast"]) for c in found["ranked"]][-1] == ("dense", True)
+    assert all(len(c["estimate"]["evidence"]) == 5 for c in found["ranked"])
+    assert {rule["verdict"] for rule in found["recommendations"]} >= {"holds", "not measured"}
+    shown = ctxbench(*asked).out
+    for part in ("100k tokens, forward, cpu, fp32", "(forecast)", "fastest", "recommendations of the source documents"):
+        assert part in shown
+
+
+def test_a_stream_needs_a_state_that_stays_bounded(run: str, ctxbench: Callable[..., Any]) -> None:
+    found = ctxbench("advise", "--methods", METHODS, "--seq", "64k", "--streaming", "--device", "cpu", "--json").json
+    assert "transformer_xl" in {c["method"] for c in found["ranked"]}
+    assert any("grows without bound" in c["refusal"] for c in found["refused"] if c["method"] == "dense")
+    assert "dense" not in {c["method"] for c in found["ranked"]}
+
+
+def test_a_limit_refuses_and_a_datasheet_answers(ctxbench: Callable[..., Any]) -> None:
+    found = ctxbench(
+        "advise", "--methods", "dense,bigbird", "--impls", "reference", "--seq", "256k", "--causal", "--device", "h200"
+    ).out
+    for part in ("NVIDIA H200 SXM, datasheet peaks", "no method meets this request", "does not fit", "no causal form"):
+        assert part in found
+
+
+def test_the_check_says_how_often_the_advice_was_right(run: str, ctxbench: Callable[..., Any]) -> None:
+    assert "within 10 % of the best in 100 % of 2 held-out questions" in ctxbench("advise", "--run", run, "--check").out
+    assert ctxbench("advise", "--run", run, "--check", "--json").json["within_10_percent"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "advice needs a length"),
+        (["--check"], "--check needs measured lengths"),
+        (["--seq", "1k,2k", "--methods", "dense"], "one --seq at a time"),
+        (["--seq", "1k", "--mode", "forward,train", "--methods", "dense"], "one --mode at a time"),
+        (["--seq", "1k", "--methods", "dens"], "did you mean 'dense'"),
+    ],
+)
+def test_bad_input_is_one_message(arguments: list[str], part: str, ctxbench: Callable[..., Any]) -> None:
+    result = ctxbench("advise", *arguments)
+    assert (result.code, part in result.err) == (2, True)

@@ -1,0 +1,193 @@
+"""Advice: the fastest that fits, refusals with reasons, and a held-out check of both; rules judged, not recited."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from sympy import Integer, Min
+
+from ctxbench.analysis.advise import GOOD, advise, headline, hit_rate, trials
+from ctxbench.analysis.forecast import Forecaster
+from ctxbench.analysis.use_cases import HOLDS, NOT_MEASURED, RULES, UNDECIDED, VIOLATED, judge
+from ctxbench.cell import Cell
+from ctxbench.cost import Cost
+from ctxbench.cost.roofline import Ceilings
+from ctxbench.cost.symbols import B, T, d
+from ctxbench.errors import UserError
+from ctxbench.method import Method, Params
+from ctxbench.plan import Planned
+from ctxbench.registry import Entry, Registry
+from ctxbench.rows import Latency, PeakBytes, Row, row_for
+
+CEILINGS = Ceilings(flops_per_s={"fp32": 1e11}, bytes_per_s=1e10, calibrated=True)
+LENGTHS = tuple(1024 * 2**octave for octave in range(7))
+GIB = 2**30
+
+
+def quadratic(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
+    flops = {"projections": 24 * B * T * d**2, "attention": 2 * B * d * T**2}
+    return Cost(
+        flops, flops, Integer(1000), 8 * B * T * d, peak_bytes=4 * B * T**2 if impl == "wide" else 20 * B * T * d
+    )
+
+
+def windowed(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
+    flops = {"projections": 24 * B * T * d**2, "attention": 4 * B * d * T * 4096}
+    peak = 20 * B * d * (512 if mode == "stream" else T)
+    return Cost(flops, flops, Integer(1000), 8 * B * d * Min(T, 512), peak_bytes=peak)
+
+
+def heavy(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
+    flops = {"projections": 96 * B * T * d**2}
+    return Cost(flops, flops, Integer(1000), peak_bytes=20 * B * T * d)
+
+
+LAWS = {"dense": quadratic, "longformer": windowed, "transformer_xl": windowed, "memory_bank": heavy}
+MODES = {"dense": ("forward", "stream"), "transformer_xl": ("forward", "stream")}
+
+
+def make_registry() -> Registry:
+    registry = Registry()
+    for name, cost in LAWS.items():
+        modes = MODES.get(name, ("forward",))
+        causal = (False,) if name == "longformer" else (True, False)
+        method = Method(name=name, build="nowhere:build", cost=cost, modes=modes, causal=causal)
+        registry.entries[name] = Entry(method, "tests", "tests")
+    return registry
+
+
+REGISTRY = make_registry()
+
+
+def planned(method: str, seq_len: int, impl: str = "reference", **changes: Any) -> Planned:
+    found = REGISTRY[method]
+    cell = Cell(method=method, impl=impl, seq_len=seq_len, **{"causal": found.causal[0], **changes})
+    answer = found.mode_support(cell.mode, cell.dims, found.params())
+    return Planned(cell, "tests", found, "planned" if answer else "unsupported", answer.reason)
+
+
+def truth(method: str, seq_len: int, rates: dict[str, tuple[float, float]]) -> float:
+    """A dispatch, projections and attention each at a rate of the method's own."""
+    cost = LAWS[method]("reference", "forward", True, "none", Params())
+    values = {B: 1, T: seq_len, d: 256}
+    terms = [float(term.subs(values)) for term in cost.flops.values()]
+    return 3e-4 + sum(term / rate for term, rate in zip(terms, rates[method], strict=False))
+
+
+def row(method: str, seq_len: int, time: float, status: str = "ok", **changes: Any) -> Row:
+    cell = planned(method, seq_len).cell
+    latency = Latency(median=time, low=0.98 * time, high=1.02 * time, samples=[[time]] * 3, n_processes=3)
+    peak = PeakBytes(allocated=20 * seq_len * 256, resident=20 * seq_len * 256)
+    fields = {"latency_s": latency, "peak_bytes": peak} if status in ("ok", "unstable") else {}
+    return row_for(cell, status, **fields, **changes)
+
+
+def world(seed: int, noise: float = 0.03) -> tuple[list[Row], dict[str, tuple[float, float]]]:
+    """Rows of all methods at all lengths, on a machine where each runs at rates of its own."""
+    generator = random.Random(seed)
+    rates = {name: (10 ** generator.uniform(10.5, 11.2), 10 ** generator.uniform(10.5, 11.2)) for name in LAWS}
+    rows = [row(name, n, truth(name, n, rates) * generator.lognormvariate(0, noise)) for name in LAWS for n in LENGTHS]
+    return rows, rates
+
+
+def test_the_advised_method_is_within_a_tenth_of_the_best_on_held_out_lengths() -> None:
+    """Four lengths are known; the two beyond are asked about and judged by the planted law, which has no noise."""
+    right, advised = [], set()
+    for seed in range(30):
+        rows, rates = world(seed)
+        known = [each for each in rows if each.seq_len <= 8192]
+        forecaster = Forecaster(REGISTRY, CEILINGS, known)
+        for length in (16384, 32768):
+            first = advise([planned(name, length) for name in LAWS], forecaster, 16 * GIB).ranked[0]
+            best = min(truth(name, length, rates) for name in LAWS)
+            right.append(truth(first.method, length, rates) <= (1 + GOOD) * best)
+            advised.add(first.method)
+    assert sum(right) >= 0.9 * len(right)
+    assert advised == set(LAWS)  # no answer is right everywhere
+
+
+def test_a_run_checks_its_own_advice() -> None:
+    found = [trial for seed in range(8) for trial in trials(world(seed)[0], REGISTRY, CEILINGS)]
+    assert {trial.seq_len for trial in found} == set(LENGTHS[3:])
+    assert {trial.candidates for trial in found} == {4}
+    assert hit_rate(found) >= 0.9
+    assert any(trial.best.startswith("dense") for trial in found)
+    assert any(trial.best.startswith(("longformer", "transformer_xl")) for trial in found)
+    with pytest.raises(UserError, match="at least four lengths"):
+        trials([each for each in world(1)[0] if each.method == "dense"], REGISTRY, CEILINGS)
+
+
+def test_measured_cells_answer_and_forecasts_are_marked() -> None:
+    rows, _ = world(1, noise=0.0)
+    forecaster = Forecaster(REGISTRY, CEILINGS, [each for each in rows if each.method != "dense"])
+    found = advise([planned(name, 4096) for name in LAWS], forecaster, 16 * GIB)
+    assert {candidate.method: candidate.forecast for candidate in found.ranked} == {
+        "dense": True, "longformer": False, "transformer_xl": False, "memory_bank": False,
+    }  # fmt: skip
+    times = [candidate.estimate.latency_s for candidate in found.ranked]
+    assert times == sorted(times)
+    measured = next(candidate for candidate in found.ranked if candidate.method == "longformer")
+    assert measured.estimate.evidence == [planned("longformer", 4096).cell.key]
+    assert "bidirectional" in " ".join(measured.reasons)
+    assert found.ranked[0].method in headline(found)
+
+
+def test_refusals_say_why() -> None:
+    rows, _ = world(2)
+    forecaster = Forecaster(REGISTRY, CEILINGS, rows)
+    wide = advise([planned("dense", 131072, "wide"), planned("longformer", 131072)], forecaster, 4 * GIB)
+    assert [candidate.method for candidate in wide.ranked] == ["longformer"]
+    assert wide.refused[0].refusal.startswith("does not fit: needs 64")
+    causal = advise([planned(name, 4096, causal=True) for name in LAWS], forecaster, None)
+    assert {c.method: c.refusal for c in causal.refused} == {"longformer": "longformer has no causal form"}
+    stream = advise([planned(name, 4096, mode="stream") for name in LAWS], forecaster, None, streaming=True)
+    assert [candidate.method for candidate in stream.ranked] == ["transformer_xl"]
+    reasons = {candidate.method: candidate.refusal for candidate in stream.refused}
+    assert "grows without bound, O(T)" in reasons["dense"]
+    assert reasons["memory_bank"] == "memory_bank has no stream mode"
+
+
+def test_a_series_that_failed_in_the_run_is_refused_with_its_cell() -> None:
+    rows = [each for each in world(3)[0] if each.seq_len <= 8192]
+    full = row("dense", 16384, 1.0, "oom", reason="full")
+    wrong = row("memory_bank", 1024, 1.0, "gate_failed", reason="causality: output 3 depends on token 9")
+    found = advise([planned(name, 32768) for name in LAWS], Forecaster(REGISTRY, CEILINGS, rows), None,
+                   rows=[*rows, full, wrong])  # fmt: skip
+    reasons = {candidate.method: candidate.refusal for candidate in found.refused}
+    assert reasons["dense"] == f"ran out of memory at 16k (cell {full.cell})"
+    assert "failed its correctness gate at 1k: causality" in reasons["memory_bank"]
+    earlier = advise([planned("dense", 4096)], Forecaster(REGISTRY, CEILINGS, rows), None, rows=[full])
+    assert [candidate.method for candidate in earlier.ranked] == ["dense"]
+
+
+def test_nobody_left_is_said() -> None:
+    found = advise([planned("dense", 2**20)], Forecaster(REGISTRY, CEILINGS), 2**20)
+    assert (found.ranked, headline(found)) == ([], "no method meets this request")
+
+
+def test_rules_follow_the_data_and_not_the_text() -> None:
+    def verdicts(rates: dict[str, tuple[float, float]], length: int) -> dict[str, str]:
+        rows = [row(name, n, truth(name, n, rates)) for name in LAWS for n in LENGTHS]
+        forecaster = Forecaster(REGISTRY, CEILINGS, rows)
+        cells = [planned(name, length) for name in LAWS]
+        return {
+            rule.recommendation: rule.verdict
+            for rule in judge(cells, forecaster, advise(cells, forecaster, 16 * GIB))
+        }  # fmt: skip
+
+    equal = dict.fromkeys(LAWS, (1e11, 1e11))
+    long = verdicts(equal, 131072)
+    assert long["good balance of efficiency and performance"] == HOLDS
+    assert long["constant memory usage"] == HOLDS
+    assert long["very long sequences"] == HOLDS
+    assert long["streaming applications"] == HOLDS
+    assert long["need to maintain long-term context"] == VIOLATED  # planted without a stream mode
+    assert long["additional memory overhead"] == VIOLATED  # planted with the peak of the baseline
+    assert long["constant memory: one block and a small state"] == UNDECIDED
+    assert long["implementation complexity"] == NOT_MEASURED
+    slow = verdicts({**equal, "longformer": (1e9, 1e9), "transformer_xl": (1e9, 1e9)}, 4096)
+    assert slow["good balance of efficiency and performance"] == VIOLATED
+    assert slow["within a medium-long window (e.g. 100k tokens) go with BigBird or Longformer"] == VIOLATED
+    assert len(long) == len(RULES)
