@@ -1,7 +1,7 @@
 """Recurrent memory transformer: memory tokens around every segment carry what the next one reads."""
 
 from ctxbench.implementations.rmt.params import RMTParams
-from ctxbench.method import Claim, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="rmt",
@@ -15,6 +15,12 @@ METHOD = Method(
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
+    positions=("none", *ROPE),
+    without_positions=dict.fromkeys(
+        ("t5", "alibi", "transformer_xl"),
+        "distances in a segment exist, and LM-RMT uses them, but attention here is a fused causal call, which takes no "
+        "term by distance",
+    ),
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores of a segment, with a mask"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention, no mask; the same loop over segments"),
@@ -22,6 +28,7 @@ METHOD = Method(
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(
+        "positions count the rows of a segment, memory tokens included, and begin anew in every segment",
         "one pre-norm layer with a final norm for both variants; LM-RMT stands on Transformer-XL, whose relative "
         "positions and cache are left out",
         "the learned memory starts as independent normal rows in both variants; LM-RMT repeats one row, which without "

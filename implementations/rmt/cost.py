@@ -37,7 +37,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + M * d + 2 * d,
         state_bytes=tensor(B, M, d) + 2 * L * Min(REST, 1) * tensor(B, M + REST, d),
-        peak_bytes=peak(impl, mode, full),
+        peak_bytes=peak(impl, mode, full) if position == "none" else None,
         depth=L if mode == "decode" else L * ceiling(T / S),
     )
 

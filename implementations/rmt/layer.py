@@ -12,12 +12,16 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
+from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.method import Dims, Output, load
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer for the rows of a segment so far, ``[B, H, m + fill, D]``."""
+    """Keys and values of one layer for the rows of a segment so far, ``[B, H, m + fill, D]``.
+
+    Keys are rotated where the position encoding rotates, by their index among these rows.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
@@ -49,10 +53,10 @@ Operator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rows, bool], torc
 class Block(nn.Module):
     """Pre-norm layer around ``operator(q, k, v, rows, full) -> [B, H, n, D]``; ``d_ff = 0`` drops the network."""
 
-    def __init__(self, dims: Dims, full: bool, operator: Operator):
+    def __init__(self, dims: Dims, full: bool, operator: Operator, position: Position):
         super().__init__()
         d_model = dims.d_model
-        self.num_heads, self.full, self.operator = dims.num_heads, full, operator
+        self.num_heads, self.full, self.operator, self.position = dims.num_heads, full, operator, position
         self.norm_mixer = nn.LayerNorm(d_model)
         self.q, self.k, self.v, self.o = (nn.Linear(d_model, d_model) for _ in range(4))
         self.norm_ffn = nn.LayerNorm(d_model) if dims.d_ff else None
@@ -63,6 +67,8 @@ class Block(nn.Module):
         normed = self.norm_mixer(x)
         q, k, v = (split_heads(project(normed), self.num_heads) for project in (self.q, self.k, self.v))
         del normed
+        index = 0 if cache is None else cache.k.shape[2]  # of the first row in its segment
+        q, k = self.position.rotate(q, index), self.position.rotate(k, index)
         if cache is not None:
             k, v = torch.cat((cache.k, k), dim=2), torch.cat((cache.v, v), dim=2)
         mixed = self.operator(q, k, v, rows, self.full)[:, :, unread:]
@@ -82,7 +88,9 @@ class RMT(nn.Module):
         self.num_heads, self.head_dim = dims.num_heads, dims.head_dim
         self.params = params
         self.memory = nn.Parameter(torch.randn(params.num_memory, dims.d_model))
-        self.layers = nn.ModuleList([Block(dims, params.variant == "xl", operator) for _ in range(dims.num_layers)])
+        rows = min(dims.seq_len, params.segment_len) + 2 * params.num_memory  # no distance is longer
+        positions = positions_for(dims.replace(seq_len=rows))
+        self.layers = nn.ModuleList([Block(dims, params.variant == "xl", operator, each) for each in positions])
         self.norm = nn.LayerNorm(dims.d_model)
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:

@@ -93,9 +93,18 @@ def norm(layer_norm, x):
     return layer_norm.weight * centred / (centred.square().mean() + layer_norm.eps).sqrt() + layer_norm.bias
 
 
-def loop(module, x, params):
+def turned(vector, place):
+    """Channels n and n + D/2 as a complex number, turned by ``place * 10000^(-2 n / D)``."""
+    half = len(vector) // 2
+    angles = place * 10_000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    number = torch.complex(vector[:half], vector[half:]) * torch.polar(torch.ones(half, dtype=torch.float64), angles)
+    return torch.cat((number.real, number.imag))
+
+
+def loop(module, x, params, rotate=False):
     """One batch row, ``x: [T, d_model]``: every query against every key it sees, one head at a time."""
     m, memory, outputs = params.num_memory, list(module.memory), []
+    width = module.head_dim
     for begin in range(0, len(x), params.segment_len):
         own = list(x[begin : begin + params.segment_len])
         rows = [*memory, *own, *memory]
@@ -108,9 +117,12 @@ def loop(module, x, params):
                 if params.variant == "xl":
                     seen = m if i < m else len(rows) if i >= len(rows) - m else i + 1
                 heads = []
-                for own_part in (slice(0, 3), slice(3, 6)):
-                    weights = [math.exp(q[i][own_part] @ k[j][own_part] / math.sqrt(3)) for j in range(seen)]
-                    heads.append(sum(w * v[j][own_part] for j, w in enumerate(weights)) / sum(weights))
+                for part in (slice(0, width), slice(width, 2 * width)):
+                    query, keys = q[i][part], [key[part] for key in k[:seen]]
+                    if rotate:
+                        query, keys = turned(query, i), [turned(key, j) for j, key in enumerate(keys)]
+                    weights = [torch.exp(query @ key / math.sqrt(width)) for key in keys]
+                    heads.append(sum(w * v[j][part] for j, w in enumerate(weights)) / sum(weights))
                 mixed.append(rows[i] + affine(layer.o, torch.cat(heads)))
             rows = [
                 r + affine(layer.ffn.down, torch.nn.functional.gelu(affine(layer.ffn.up, norm(layer.norm_ffn, r))))
@@ -129,6 +141,20 @@ def test_outputs_equal_a_loop_over_segments_queries_and_keys(impl, params):
     with torch.no_grad():
         expected = torch.stack([loop(module, row, params) for row in x])
         torch.testing.assert_close(module(x).y, expected, rtol=0, atol=1e-12)
+
+
+@impls
+@forms
+def test_rotations_number_the_rows_of_a_segment_memory_tokens_included(impl, params):
+    module, x = make(impl, params, d_model=8, position="rope"), tokens(7, d_model=8)
+    own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = module(own).y, torch.stack([loop(module, row, params, rotate=True) for row in other])
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    for result in (y, expected):
+        (result * x.cos()).sum().backward()
+    torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=1e-11)
+    for sizes in ([1] * 7, [3, 2, 2]):
+        torch.testing.assert_close(stream(module, x, sizes)[0], expected.detach(), rtol=0, atol=1e-12)
 
 
 @forms
@@ -200,14 +226,14 @@ def test_memory_is_what_the_write_tokens_became_and_starts_as_the_parameter():
         torch.testing.assert_close(module(x, start).state.memory, module.norm(rows)[:, -3:], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["hf", "xl"])
-def test_a_repeated_row_of_memory_parts_under_a_causal_mask_alone(variant):
-    """Without positions nothing tells equal memory tokens that see each other fully apart: see the deviations."""
-    module = make("reference", FORMS[variant])
+@pytest.mark.parametrize(("variant", "position"), [("hf", "none"), ("xl", "none"), ("xl", "rope")])
+def test_a_repeated_row_of_memory_parts_under_a_causal_mask_or_by_positions(variant, position):
+    """Otherwise nothing tells equal memory tokens that see each other fully apart: see the deviations."""
+    module = make("reference", FORMS[variant], d_model=8, position=position)
     with torch.no_grad():
         module.memory.copy_(module.memory[:1].expand_as(module.memory))
-        spread = stream(module, tokens(12), [4, 4, 4])[1].memory.std(dim=1).max()
-    assert spread < 1e-12 if variant == "xl" else spread > 1e-3
+        spread = stream(module, tokens(12, d_model=8), [4, 4, 4])[1].memory.std(dim=1).max()
+    assert spread < 1e-12 if (variant, position) == ("xl", "none") else spread > 1e-3
 
 
 @pytest.mark.parametrize("mode", METHOD.modes)
