@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctxbench.implementations._shared import window_blocks as blocked
@@ -19,6 +20,7 @@ from ctxbench.method import Dims
 from ctxbench.suites.benchmarks.ratios import Comparison
 
 HEADS, WIDTH, LENGTH, WINDOW = 8, 64, 8192, 512
+FLEX = {torch.float32: (1.1, 1.5), torch.bfloat16: (2.0, 3.5)}  # least ratio and aim
 IMPLS = {"reference": reference.attend, "blocked": blocked.attend}
 
 
@@ -51,6 +53,8 @@ def comparisons() -> list[Comparison]:
                 floor={"longformer/blocked": 6}, aim={"longformer/blocked": 9},
             )
         )  # fmt: skip
+    found += [_against_flex(dtype) for dtype in FLEX]
+    found.append(_against_a_mask())
     if importlib.util.find_spec("transformers") is not None:
         pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal=False)
         ours_and_theirs: dict[str, Callable[[], Any]] = {
@@ -61,6 +65,47 @@ def comparisons() -> list[Comparison]:
         floor, aim = {"longformer/blocked": 2.0}, {"longformer/blocked": 4.0}
         found.append(Comparison(title, "transformers", ours_and_theirs, floor=floor, aim=aim))
     return found
+
+
+def _against_flex(dtype: torch.dtype) -> Comparison:
+    """Compiled FlexAttention with the same window; the compiler runs before the rounds, in the check of equality."""
+    pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal=False)
+    q, k, v, rows, none = (
+        item.to(dtype) if isinstance(item, torch.Tensor) else item for item in operands(LENGTH)
+    )  # fmt: skip
+    rows = GlobalRows(*(tensor.to(dtype) for tensor in rows[:3]), ())
+    none = Scattered(none.k.to(dtype), none.v.to(dtype), ())
+
+    def visible(batch: Any, head: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return (i - j <= pattern.left) & (j - i <= pattern.right)
+
+    mask = create_block_mask(visible, None, None, LENGTH, LENGTH, device="cpu")
+    flex = torch.no_grad()(functools.partial(torch.compile(flex_attention), q, k, v, block_mask=mask))
+    ours = functools.partial(blocked.attend, q, k, v, rows, none, pattern)
+    torch.testing.assert_close(ours(), flex(), rtol=0.02, atol=0.02)
+    name = "fp32" if dtype == torch.float32 else "bf16"
+    floor, aim = FLEX[dtype]
+    return Comparison(
+        f"longformer, {LENGTH} tokens, {WINDOW} + 1 keys a query, {name}", "compiled FlexAttention",
+        {"compiled FlexAttention": flex, "longformer/blocked": ours},
+        floor={"longformer/blocked": floor}, aim={"longformer/blocked": aim},
+    )  # fmt: skip
+
+
+def _against_a_mask() -> Comparison:
+    """What a user writes first: fused attention with a dense mask of the window."""
+    pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal=False)
+    q, k, v, rows, none = operands(4096)
+    distance = torch.arange(4096)[:, None] - torch.arange(4096)
+    mask = (distance <= pattern.left) & (distance >= -pattern.right)
+    candidates = {
+        "SDPA with a dense mask": functools.partial(scaled_dot_product_attention, q, k, v, attn_mask=mask),
+        "longformer/blocked": functools.partial(blocked.attend, q, k, v, rows, none, pattern),
+    }
+    return Comparison(
+        f"longformer, 4096 tokens, {WINDOW} + 1 keys a query, fp32, the mask made beforehand", "SDPA with a dense mask",
+        candidates, floor={"longformer/blocked": 6}, aim={"longformer/blocked": 10},
+    )  # fmt: skip
 
 
 class _Given(torch.nn.Module):
