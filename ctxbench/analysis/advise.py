@@ -258,8 +258,11 @@ def trials(rows: Sequence[Row], registry: Registry, ceilings: Ceilings) -> list[
                     )
                 )  # fmt: skip
     if not found:
+        noisy = sum(row.measured and disturbed(row) for row in rows)
+        busy = f" ({noisy} rows ran beside other work in every process)" if noisy else ""
         raise UserError(
-            "no length can be held out\n  accepted: a run of two or more methods over at least four lengths"
+            f"no length can be held out{busy}\n"
+            "  accepted: a run of two or more methods over at least four lengths, on a quiet machine"
         )
     return found
 

@@ -83,9 +83,10 @@ def holdout(rows: Sequence[Row], registry: Registry, ceilings: Ceilings, held: i
     forecaster = Forecaster(registry, ceilings, kept)
     cells = [cell for row in targets if (cell := _held_out(row, forecaster)) is not None]
     if not cells:
+        busy = f" ({noisy} rows ran beside other work in every process)" if noisy else ""
         raise UserError(
-            f"no series has {LEAST_LEFT + held} undisturbed lengths and formulas, so nothing can be held out\n"
-            "  accepted: a run over at least four lengths, such as `ctxbench run --seq 1k..16k`"
+            f"no series has {LEAST_LEFT + held} undisturbed lengths and formulas, so nothing can be held out{busy}\n"
+            "  accepted: a run over at least four lengths, on a quiet machine, such as `ctxbench run --seq 1k..16k`"
         )
     known = [cell for cell in cells if cell.needed is not None and cell.reserve is not None]
     return Holdout(

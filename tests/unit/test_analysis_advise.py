@@ -187,6 +187,7 @@ def test_rules_follow_the_data_and_not_the_text() -> None:
     assert long["additional memory overhead"] == VIOLATED  # planted with the peak of the baseline
     assert long["constant memory: one block and a small state"] == UNDECIDED
     assert long["implementation complexity"] == NOT_MEASURED
+    assert long["compute rises roughly linearly with the length, even for sparse methods"] == HOLDS
     slow = verdicts({**equal, "longformer": (1e9, 1e9), "transformer_xl": (1e9, 1e9)}, 4096)
     assert slow["good balance of efficiency and performance"] == VIOLATED
     assert slow["within a medium-long window (e.g. 100k tokens) go with BigBird or Longformer"] == VIOLATED
