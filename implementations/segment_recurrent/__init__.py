@@ -1,7 +1,7 @@
 """Segment-recurrent transformer: every layer remembers some of its own outputs from segment to segment."""
 
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
-from ctxbench.method import Claim, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="segment_recurrent",
@@ -15,6 +15,12 @@ METHOD = Method(
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
+    positions=("none", *ROPE),
+    without_positions=dict.fromkeys(
+        ("t5", "alibi", "transformer_xl"),
+        "items do have a distance by their place in the memory, but both looks are fused calls, which take no term by "
+        "distance",
+    ),
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores, with a mask, segment after segment"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention; the same loop over segments"),
@@ -27,6 +33,7 @@ METHOD = Method(
             "as_written",
             run=f"{__name__}.as_written:SketchStack",
             modes=("forward", "train", "stream"),
+            positions=("none",),
             defects={
                 "agreement": "the gate is computed and forgotten, so that the memory holds bare outputs; no mask; the "
                 "second norm is applied only where there is a memory",
@@ -45,6 +52,7 @@ METHOD = Method(
         "the gate is used: an item is g * output + (1 - g) * mean of the memory (source document: computed, unused)",
         "the memory is a state that comes in and goes out, detached between calls (source document: on the module)",
         "a memory changes when a segment is complete, not by the pieces in which it arrives",
+        "positions: a segment counts from 0, its memory up to -1 by the place of an item, whatever time it came from",
         "the norm after the second look is always applied (source document: only where there is a memory)",
     ),
     claims=(

@@ -29,7 +29,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: SegmentRecur
         flops=flops,
         num_parameters=_parameters(),
         state_bytes=_state_bytes(),
-        peak_bytes=peak(how, mode) if impl != "diagonal" else None,
+        peak_bytes=peak(how, mode) if impl != "diagonal" and position == "none" else None,
         depth=_depth(impl, mode),
     )
 

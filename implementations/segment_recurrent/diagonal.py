@@ -16,7 +16,12 @@ from torch import nn
 
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations.segment_recurrent.blocked import attend
-from ctxbench.implementations.segment_recurrent.layer import SegmentRecurrentLayer, SegmentRecurrentStack, State
+from ctxbench.implementations.segment_recurrent.layer import (
+    SegmentRecurrentLayer,
+    SegmentRecurrentStack,
+    State,
+    layers_of,
+)
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.method import Dims, Output
 
@@ -25,7 +30,7 @@ class DiagonalStack(SegmentRecurrentStack):
     """The layers and weights of ``blocked`` in another order; a cell that fits no other is the layer's own step."""
 
     def __init__(self, dims: Dims, params: SegmentRecurrentParams):
-        super().__init__([SegmentRecurrentLayer(dims, params, attend) for _ in range(dims.num_layers)])
+        super().__init__(layers_of(dims, params, attend))
         self.params = params
 
     def forward(self, x: torch.Tensor, state: tuple[Any, ...] | None = None) -> Output:
@@ -75,6 +80,9 @@ class DiagonalStack(SegmentRecurrentStack):
         def heads(rows: torch.Tensor, name: str) -> torch.Tensor:
             return split_heads(weights(name, rows, first).flatten(0, 1), H)
 
+        def turned(rows: torch.Tensor, name: str, begin: int) -> torch.Tensor:
+            return layers[0].position.rotate(heads(rows, name), begin)
+
         def norm(rows: torch.Tensor, name: str) -> torch.Tensor:
             parts = zip(layers, rows.unbind(0), strict=True)
             return torch.stack([layer.get_submodule(name)(part) for layer, part in parts])
@@ -82,11 +90,14 @@ class DiagonalStack(SegmentRecurrentStack):
         def merged(mixed: torch.Tensor) -> torch.Tensor:
             return merge_heads(mixed).unflatten(0, (len(cells), B))
 
-        k, v = (torch.cat((heads(memory, name), heads(x, name)), dim=2) for name in ("k", "v"))
-        mixed = attend(heads(x, "q"), k, v, True, self.params.memory_len <= S)
+        oldest = -memory.shape[2]
+        k = torch.cat((turned(memory, "k", oldest), turned(x, "k", 0)), dim=2)
+        v = torch.cat((heads(memory, "v"), heads(x, "v")), dim=2)
+        mixed = attend(turned(x, "q", 0), k, v, True, self.params.memory_len <= S)
         x = norm(x + weights("o", merged(mixed), first), "norm_self")
         if memory.shape[2]:
-            mixed = attend(heads(x, "read_q"), heads(memory, "read_k"), heads(memory, "read_v"), False, False)
+            read_k = turned(memory, "read_k", oldest)
+            mixed = attend(turned(x, "read_q", 0), read_k, heads(memory, "read_v"), False, False)
             x = x + weights("read_o", merged(mixed), first)
         x = norm(x, "norm_read")
         if layers[0].ffn is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import FeedForward, Stack, merge_heads, split_heads
+from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.method import Dims, Output, load
 
@@ -21,7 +22,7 @@ class Keys(NamedTuple):
     """What the queries of a segment see, ``[B, H, *, D]``.
 
     ``k, v``: items of the memory, then tokens of the segment so far; ``read_k, read_v``: items alone, projected for
-    the second look.
+    the second look. Keys are rotated where the position encoding rotates: items at -m, ..., -1, tokens from 0 on.
     """
 
     k: torch.Tensor
@@ -54,11 +55,11 @@ Operator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, bool], torc
 class SegmentRecurrentLayer(nn.Module):
     """Post-norm layer around ``operator(q, k, v, causal, begins)``; segments of one layer follow one another."""
 
-    def __init__(self, dims: Dims, params: SegmentRecurrentParams, operator: Operator):
+    def __init__(self, dims: Dims, params: SegmentRecurrentParams, operator: Operator, position: Position):
         super().__init__()
         d_model = dims.d_model
         self.num_heads, self.head_dim = dims.num_heads, dims.head_dim
-        self.params, self.operator = params, operator
+        self.params, self.operator, self.position = params, operator, position
         self.q, self.k, self.v, self.o = (nn.Linear(d_model, d_model) for _ in range(4))
         self.norm_self = nn.LayerNorm(d_model)
         self.read_q, self.read_k, self.read_v, self.read_o = (nn.Linear(d_model, d_model) for _ in range(4))
@@ -103,20 +104,24 @@ class SegmentRecurrentLayer(nn.Module):
         return [first] + [S] * whole + [rest] * (rest > 0)
 
     def look_at(self, memory: torch.Tensor) -> Keys:
-        """Projections of a segment's memory."""
+        """Projections of a segment's memory, whose items have the places they have for this segment."""
         projected = (project(memory) for project in (self.k, self.v, self.read_k, self.read_v))
-        return Keys(*(split_heads(part, self.num_heads) for part in projected))
+        k, v, read_k, read_v = (split_heads(part, self.num_heads) for part in projected)
+        oldest = -memory.shape[1]
+        return Keys(self.position.rotate(k, oldest), v, self.position.rotate(read_k, oldest), read_v)
 
     def piece(self, x: torch.Tensor, keys: Keys, begins: bool) -> tuple[torch.Tensor, Keys]:
         """Consecutive tokens of one segment, ``[B, n, d_model]``: outputs, and the keys of all its tokens so far."""
+        fill = keys.k.shape[2] - keys.read_k.shape[2]
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
+        q, k = self.position.rotate(q, fill), self.position.rotate(k, fill)
         k, v = torch.cat((keys.k, k), dim=2), torch.cat((keys.v, v), dim=2)
         mixed = self.operator(q, k, v, True, begins and self.params.memory_len <= self.params.segment_len)
         del q
         x = self.norm_self(x + self.o(merge_heads(mixed)))
         del mixed
         if keys.read_k.shape[2]:
-            q = split_heads(self.read_q(x), self.num_heads)
+            q = self.position.rotate(split_heads(self.read_q(x), self.num_heads), fill)
             mixed = self.operator(q, keys.read_k, keys.read_v, False, False)
             x = x + self.read_o(merge_heads(mixed))
             del q, mixed
@@ -185,6 +190,12 @@ class SegmentRecurrentStack(Stack):
         return tuple(layer.state_at(batch_size, context) for layer in self.layers)
 
 
+def layers_of(dims: Dims, params: SegmentRecurrentParams, operator: Operator) -> list[nn.Module]:
+    """One layer for each position encoding, none of which meets a distance beyond memory and segment."""
+    positions = positions_for(dims.replace(seq_len=min(dims.seq_len, params.memory_len + params.segment_len)))
+    return [SegmentRecurrentLayer(dims, params, operator, position) for position in positions]
+
+
 def build(dims: Dims, params: SegmentRecurrentParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
     """Equal weights in every impl but ``as_written``, which brings a stack of its own, as ``diagonal`` does."""
     from ctxbench.implementations.segment_recurrent import METHOD
@@ -192,5 +203,4 @@ def build(dims: Dims, params: SegmentRecurrentParams, impl: str, device: str, dt
     run = load(METHOD.impl(impl).run)
     if impl in ("as_written", "diagonal"):
         return run(dims, params).to(device, dtype)
-    layers: list[nn.Module] = [SegmentRecurrentLayer(dims, params, run) for _ in range(dims.num_layers)]
-    return SegmentRecurrentStack(layers).to(device, dtype)
+    return SegmentRecurrentStack(layers_of(dims, params, run)).to(device, dtype)

@@ -73,15 +73,28 @@ def norm(layer_norm, x):
     return layer_norm.weight * centred / (centred.square().mean() + layer_norm.eps).sqrt() + layer_norm.bias
 
 
-def attend(q, keys, values, heads):
+def turned(vector, place):
+    """Channels n and n + D/2 as a complex number, turned by ``place * 10000^(-2 n / D)``."""
+    half = len(vector) // 2
+    angles = place * 10_000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    number = torch.complex(vector[:half], vector[half:]) * torch.polar(torch.ones(half, dtype=torch.float64), angles)
+    return torch.cat((number.real, number.imag))
+
+
+def attend(q, keys, values, heads, places=None):
+    """``places`` of the query, and of every key."""
     parts, width = [], len(q) // heads
     for own in (slice(head * width, (head + 1) * width) for head in range(heads)):
-        weights = [torch.exp(q[own] @ key[own] / math.sqrt(width)) for key in keys]
+        query, seen = q[own], [key[own] for key in keys]
+        if places is not None:
+            query = turned(query, places[0])
+            seen = [turned(key, place) for key, place in zip(seen, places[1], strict=True)]
+        weights = [torch.exp(query @ key / math.sqrt(width)) for key in seen]
         parts.append(sum(w * value[own] for w, value in zip(weights, values, strict=True)) / sum(weights))
     return torch.cat(parts)
 
 
-def loop_layer(layer, x, params):
+def loop_layer(layer, x, params, rotate=False):
     memory, outputs, heads = [], [], layer.num_heads
     for number, begin in enumerate(range(0, len(x), params.segment_len)):
         if params.bptt_depth >= 0 and number and number % (params.bptt_depth + 1) == 0:
@@ -89,11 +102,14 @@ def loop_layer(layer, x, params):
         segment = list(x[begin : begin + params.segment_len])
         for i, token in enumerate(segment):
             seen = [*memory, *segment[: i + 1]]
+            items = range(-len(memory), 0)
+            first, second = ((i, [*items, *range(i + 1)]), (i, items)) if rotate else (None, None)
             keys, values = ([affine(project, row) for row in seen] for project in (layer.k, layer.v))
-            y = norm(layer.norm_self, token + affine(layer.o, attend(affine(layer.q, token), keys, values, heads)))
+            mixed = attend(affine(layer.q, token), keys, values, heads, first)
+            y = norm(layer.norm_self, token + affine(layer.o, mixed))
             if memory:
                 keys, values = ([affine(project, row) for row in memory] for project in (layer.read_k, layer.read_v))
-                y = y + affine(layer.read_o, attend(affine(layer.read_q, y), keys, values, heads))
+                y = y + affine(layer.read_o, attend(affine(layer.read_q, y), keys, values, heads, second))
             y = norm(layer.norm_read, y)
             if layer.ffn is not None:
                 hidden = torch.nn.functional.gelu(affine(layer.ffn.up, y))
@@ -108,16 +124,17 @@ def loop_layer(layer, x, params):
 
 
 @forms
-@pytest.mark.parametrize("d_ff", [8, 0], ids=["ffn", "no_ffn"])
-def test_outputs_and_gradients_equal_a_loop_over_tokens_heads_and_keys(params, d_ff):
-    x, grad, found = tokens(9, batch=1), tokens(9, batch=1, seed=2), {}
+@pytest.mark.parametrize(("d_ff", "position"), [(8, "none"), (0, "none"), (8, "rope")])
+def test_outputs_and_gradients_equal_a_loop_over_tokens_heads_and_keys(params, d_ff, position):
+    x, grad = (tokens(9, batch=1, d_model=8, seed=seed) for seed in (1, 2))
+    sizes, found = {"d_model": 8, "d_ff": d_ff, "num_layers": 2, "position": position}, {}
     for impl in ("loop", *IMPLS):
-        module, own = make("reference" if impl == "loop" else impl, params, d_ff=d_ff, num_layers=2), x.clone()
+        module, own = make("reference" if impl == "loop" else impl, params, **sizes), x.clone()
         own.requires_grad_()
         if impl == "loop":
             (y,) = own
             for layer in module.layers:
-                y = loop_layer(layer, y, params)
+                y = loop_layer(layer, y, params, rotate=position == "rope")
             y = y[None]
         else:
             y = module(own).y
@@ -144,8 +161,9 @@ def test_other_impls_equal_reference_in_outputs_and_gradients(impl, params, leng
 @impls
 @forms
 @pytest.mark.parametrize("sizes", [[1] * LENGTH, [4, 4, 4, 1], [3, 2, 7, 1], [8, 5]], ids=str)
-def test_calls_may_end_anywhere_in_a_segment(impl, params, sizes):
-    module, x = make(impl, params), tokens()
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_calls_may_end_anywhere_in_a_segment(impl, params, sizes, position):
+    module, x = make(impl, params, d_model=8, position=position), tokens(d_model=8)
     y, _ = stream(module, x, sizes)
     with torch.no_grad():
         torch.testing.assert_close(y, module(x).y, rtol=0, atol=1e-12)
