@@ -1,7 +1,7 @@
 """Compressive memory: segments that retrieve items from a memory of recent tokens and learned compressions."""
 
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
-from ctxbench.method import Claim, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="compressive_memory",
@@ -15,6 +15,11 @@ METHOD = Method(
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
+    positions=("none", *ROPE),
+    without_positions=dict.fromkeys(
+        ("t5", "alibi", "transformer_xl"),
+        "every row of the batch retrieves items at distances of its own, and fused attention takes no term by distance",
+    ),
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="segment after segment, keeps all scores"),
         Impl(
@@ -26,6 +31,7 @@ METHOD = Method(
             "as_written",
             run=f"{__name__}.as_written:SketchTransformer",
             modes=("forward",),
+            positions=("none",),
             defects={
                 "agreement": "another function: the whole input asks once, it has no attention of its own, and tokens "
                 "far apart are merged",
@@ -45,6 +51,8 @@ METHOD = Method(
         "one question a segment, by the segment before and through a learned map (source document: the whole input)",
         "each batch row chooses for itself",
         "values of what is retrieved are weighted by its similarity, which trains the map and the compression",
+        "positions: a retrieved row stands where its token stood, an entry where the last of its tokens did; what is "
+        "chosen does not depend on them",
         "rows in memory carry no gradient (source document: their graphs)",
         "the layer around it, causal attention inside segments and a network, is ours: the sketch has none",
     ),

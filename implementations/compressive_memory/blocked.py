@@ -40,10 +40,16 @@ def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch
 
 def _attend_piece(layer: Any, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
     """Consecutive tokens of one segment, and the state with them."""
-    q, own_k, own_v = (split_heads(project(x), layer.num_heads) for project in (layer.q, layer.k, layer.v))
+    q, own_k, own_v = _own(layer, x, state.tokens % layer.params.segment_len)
     k, v = torch.cat((state.k, own_k), dim=2), torch.cat((state.v, own_v), dim=2)
     recent = torch.cat((state.recent, x.detach()), dim=1)
     return merge_heads(_fused(q, k, v)), State(state.compressed, recent, k, v, state.tokens + x.shape[1])
+
+
+def _own(layer: Any, x: torch.Tensor, fill: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of tokens that begin ``fill`` tokens into their segments."""
+    q, k, v = (split_heads(project(x), layer.num_heads) for project in (layer.q, layer.k, layer.v))
+    return layer.position.rotate(q, fill), layer.position.rotate(k, fill), v
 
 
 def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -86,7 +92,7 @@ def _attend_segments(layer: Any, x: torch.Tensor, state: State, turn: bool) -> t
 
 def _attend_stacked(layer: Any, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Segments as batch rows, ``[B w, S, d_model]``, with what each retrieved."""
-    q, own_k, own_v = (split_heads(project(x), layer.num_heads) for project in (layer.q, layer.k, layer.v))
+    q, own_k, own_v = _own(layer, x, 0)
     return merge_heads(_fused(q, torch.cat((k, own_k), dim=2), torch.cat((v, own_v), dim=2)))
 
 
@@ -125,18 +131,17 @@ class _Memory:
         gate = layer.weight(choice.gather(2, place)).to(items.dtype)
         number = among.to(place.device).expand(B, -1, -1).gather(2, place)  # [B, w, k]
         found = items[torch.arange(B, device=place.device)[:, None, None], number]
-        return layer.read(found.flatten(0, 1), gate.flatten(0, 1))
+        kinds = ((self.first_compressed, offset), (self.first_recent, self.recent.shape[1]))
+        at_hand = (range(first, first + count) for first, count in kinds)
+        return layer.read(found.flatten(0, 1), gate.flatten(0, 1), layer.places(number, *at_hand, begins))
 
     def _choices(self, begins: list[int], offset: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Items at hand for each segment, by their place among all: which entries count, and the places."""
         lists = []
         for tokens in begins:
-            made, kept_items = self.params.compressions(tokens), self.params.compressed(tokens)
-            end = tokens // self.params.item_len
-            compressed = range(made - kept_items - self.first_compressed, made - self.first_compressed)
-            first = end - self.params.recent(tokens) - self.first_recent
-            recent = range(offset + first, offset + end - self.first_recent)
-            lists.append([*compressed, *recent])
+            compressed, recent = self.params.numbers(tokens)
+            places = [item - self.first_compressed for item in compressed]
+            lists.append(places + [offset + item - self.first_recent for item in recent])
         widest = max(map(len, lists))
         known = torch.tensor([[True] * len(each) + [False] * (widest - len(each)) for each in lists])
         return known, torch.tensor([each + [0] * (widest - len(each)) for each in lists])

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, linear
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, split_heads
+from ctxbench.implementations._shared.positions import Position, Rotary, positions_for
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.method import Dims, Output, load
 
@@ -21,7 +22,7 @@ class State(NamedTuple):
 
     ``compressed: [B, w n, d_model]`` and ``recent: [B, r n + fill, d_model]`` are entries and tokens as the layer's
     norm leaves them, the segment's own tokens last; ``k, v: [B, H, k n + fill, D]`` belong to the retrieved items and
-    the segment's own tokens.
+    the segment's own tokens, k rotated where the position encoding rotates, counted from the segment's beginning.
     """
 
     compressed: torch.Tensor
@@ -38,10 +39,10 @@ class CompressiveMemory(nn.Module):
     value of a retrieved item is weighted by ``sigmoid(gate[0] cos + gate[1])``, cos its similarity.
     """
 
-    def __init__(self, dims: Dims, params: CompressiveMemoryParams, attend: Any):
+    def __init__(self, dims: Dims, params: CompressiveMemoryParams, attend: Any, position: Position):
         super().__init__()
         d_model = dims.d_model
-        self.num_heads, self.params, self.attend = dims.num_heads, params, attend
+        self.num_heads, self.params, self.attend, self.position = dims.num_heads, params, attend, position
         self.q, self.k, self.v, self.o = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
         self.question = nn.Linear(d_model, d_model, bias=False)
         self.gate = nn.Parameter(torch.tensor([4.0, 0.0]))
@@ -73,8 +74,8 @@ class CompressiveMemory(nn.Module):
         rows = torch.cat((compressed, recent), dim=1) if compressed.shape[1] else recent
         items = rows.unflatten(1, (-1, params.item_len))  # [B, W, n, d_model]
         question = self.mean(state.recent[:, state.recent.shape[1] - params.segment_len :])
-        found, gate = self.retrieve(question, items, self.mean(items, dim=2))
-        k, v = self.read(found, gate)
+        found, gate, chosen = self.retrieve(question, items, self.mean(items, dim=2))
+        k, v = self.read(found, gate, self.places(chosen[:, None], *params.numbers(state.tokens), [state.tokens]))
         return State(compressed, recent, k, v, state.tokens)
 
     @staticmethod
@@ -84,8 +85,8 @@ class CompressiveMemory(nn.Module):
 
     def retrieve(
         self, question: torch.Tensor, items: torch.Tensor, means: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The most similar items in order of time, ``[B, k, n, d_model]``, and the weights of their values, ``[B, k]``.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The most similar items in order of time, ``[B, k, n, d_model]``, weights of their values and which they are.
 
         Args:
             question: mean of the segment before, ``[B, d_model]``.
@@ -96,7 +97,7 @@ class CompressiveMemory(nn.Module):
         chosen = similarity.topk(min(self.params.top_k, items.shape[1]), dim=1).indices.sort(dim=1).values
         batch = torch.arange(len(items), device=items.device)[:, None]
         found = items[batch, chosen]  # gather would keep all items for the backward pass
-        return found, self.weight(similarity.gather(1, chosen)).to(items.dtype)
+        return found, self.weight(similarity.gather(1, chosen)).to(items.dtype), chosen
 
     def similarity(self, question: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """Cosines of mapped questions ``[*, d_model]`` and means ``[*, W, d_model]``: ``[*, W]``."""
@@ -108,10 +109,27 @@ class CompressiveMemory(nn.Module):
         gate = self.gate.to(similarity.dtype)
         return torch.sigmoid(gate[0] * similarity + gate[1])
 
-    def read(self, found: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and weighted values ``[B, H, k n, D]`` of items ``[B, k, n, d_model]``."""
+    def places(self, chosen: torch.Tensor, compressed: range, recent: range, begins: list[int]) -> torch.Tensor | int:
+        """Where rows of chosen items stand, ``[B w, 1, k n]`` for all heads; 0 where no encoding asks for it.
+
+        Args:
+            chosen: for each of w segments, which of the compressed and then the recent items it reads, ``[B, w, k]``.
+            compressed: numbers of the compressed items, see :meth:`..params.CompressiveMemoryParams.numbers`.
+            recent: numbers of the recent items.
+            begins: first tokens of the segments, from which positions count.
+        """
+        if not isinstance(self.position, Rotary):
+            return 0
+        places = torch.tensor(self.params.places(compressed, recent), device=chosen.device)[chosen]
+        begin = torch.tensor(begins, device=chosen.device)[:, None, None]
+        return (places - begin).flatten(0, 1).flatten(1)[:, None]
+
+    def read(
+        self, found: torch.Tensor, gate: torch.Tensor, places: torch.Tensor | int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and weighted values ``[B, H, k n, D]`` of items ``[B, k, n, d_model]`` with rows at ``places``."""
         rows = found.flatten(1, 2)
-        k = split_heads(self.k(rows), self.num_heads)
+        k = self.position.rotate(split_heads(self.k(rows), self.num_heads), places)
         v = (self.v(rows).unflatten(1, found.shape[1:3]) * gate[:, :, None, None]).flatten(1, 2)
         return k, split_heads(v, self.num_heads)
 
@@ -153,8 +171,7 @@ def build(dims: Dims, params: CompressiveMemoryParams, impl: str, device: str, d
     if impl == "as_written":
         module: nn.Module = run(dims, params)
     else:
-        layers: list[nn.Module] = [
-            PreNormBlock(CompressiveMemory(dims, params, run), dims) for _ in range(dims.num_layers)
-        ]
-        module = Stack(layers)
+        farthest = params.segment_len + params.recent_len + params.compressed_len * params.rate
+        positions = positions_for(dims.replace(seq_len=min(dims.seq_len, farthest)))
+        module = Stack([PreNormBlock(CompressiveMemory(dims, params, run, each), dims) for each in positions])
     return module.to(device, dtype)

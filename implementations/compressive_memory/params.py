@@ -40,6 +40,17 @@ class CompressiveMemoryParams(Params):
         """Compressed items kept at that moment."""
         return min(self.compressed_len // self.item_len, self.compressions(tokens))
 
+    def numbers(self, tokens: int) -> tuple[range, range]:
+        """Of the compressed and the recent items in memory at that moment, counted from the first of their kind."""
+        made, end = self.compressions(tokens), tokens // self.item_len
+        return range(made - self.compressed(tokens), made), range(end - self.recent(tokens), end)
+
+    def places(self, compressed: range, recent: range) -> list[list[int]]:
+        """Positions of all rows of these items; an entry stands where the last of the tokens it is made of did."""
+        n, c = self.item_len, self.rate
+        entries = [[c * entry + c - 1 for entry in range(item * n, (item + 1) * n)] for item in compressed]
+        return entries + [list(range(item * n, (item + 1) * n)) for item in recent]
+
     def retrieved(self, tokens: int) -> int:
         """Items the segment reads."""
         return min(self.top_k, self.recent(tokens) + self.compressed(tokens))

@@ -36,6 +36,8 @@ def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch
 def attend_piece(layer: Any, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
     """Consecutive tokens of one segment, ``[B, m, d_model]``, and the state with them."""
     q, own_k, own_v = (split_heads(project(x), layer.num_heads) for project in (layer.q, layer.k, layer.v))
+    fill = state.tokens % layer.params.segment_len
+    q, own_k = layer.position.rotate(q, fill), layer.position.rotate(own_k, fill)
     k, v = torch.cat((state.k, own_k), dim=2), torch.cat((state.v, own_v), dim=2)
     m, K = q.shape[2], k.shape[2]
     future = torch.ones(m, K, dtype=torch.bool, device=x.device).triu(K - m + 1)

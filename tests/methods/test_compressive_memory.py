@@ -34,7 +34,7 @@ forms = pytest.mark.parametrize("params", FORMS.values(), ids=FORMS)
 impls = pytest.mark.parametrize("impl", ["reference", "blocked"])
 
 
-def build(impl: str, params: Parameters, **dims: int) -> torch.nn.Module:
+def build(impl: str, params: Parameters, **dims: int | str) -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = Dims(**{"seq_len": LENGTH, "d_model": 12, "num_heads": 2, "d_ff": 16, "num_layers": 2, **dims})
     return METHOD.make(sizes, params, impl, "cpu", torch.float64)
@@ -45,8 +45,18 @@ def tokens(length: int = LENGTH, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, length, 12, generator=generator, dtype=torch.float64)
 
 
-def oracle(module: torch.nn.Module, x: torch.Tensor, params: Parameters) -> torch.Tensor:
-    """The equations for one sequence ``[T, d]``: items as lists of rows, one query and one key at a time."""
+def turned(vector: torch.Tensor, place: int) -> torch.Tensor:
+    """Channels n and n + D/2 as a complex number, turned by ``place * 10000^(-2 n / D)``."""
+    half = len(vector) // 2
+    angles = place * 10_000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    number = torch.complex(vector[:half], vector[half:]) * torch.polar(torch.ones(half, dtype=torch.float64), angles)
+    return torch.cat((number.real, number.imag))
+
+
+def oracle(module: torch.nn.Module, x: torch.Tensor, params: Parameters, rotate: bool) -> torch.Tensor:
+    """The equations for one sequence ``[T, d]``: items as lists of rows with the token each stands at, counted from
+    the sequence's beginning; one query and one key at a time.
+    """
     S, n, c = params.segment_len, params.item_len, params.rate
     for layer in module.layers:
         mixer, H = layer.mixer, layer.mixer.num_heads
@@ -55,28 +65,32 @@ def oracle(module: torch.nn.Module, x: torch.Tensor, params: Parameters) -> torc
         recent, compressed, found = [], [], []
         for begin in range(0, len(x), S):
             if begin:
-                segment = [a[j].detach() for j in range(begin - S, begin)]
+                segment = [(a[j].detach(), j) for j in range(begin - S, begin)]
                 recent += [segment[j : j + n] for j in range(0, S, n)]
                 while len(recent) > params.recent_len // n:
                     rows = [row for item in recent[:c] for row in item]
                     recent = recent[c:]
                     if params.compressed_len:
-                        made = [mixer.compress(torch.cat(rows[j : j + c])) for j in range(0, c * n, c)]
+                        groups = [rows[j : j + c] for j in range(0, c * n, c)]
+                        made = [(mixer.compress(torch.cat([row for row, _ in g])), g[-1][1]) for g in groups]
                         compressed = [*compressed, made][-(params.compressed_len // n) :]
-                asked = mixer.question.weight @ (sum(segment) / S)
+                asked = mixer.question.weight @ (sum(row for row, _ in segment) / S)
                 items = compressed + recent
-                means = [sum(item) / n for item in items]
+                means = [sum(row for row, _ in item) / n for item in items]
                 cosines = [asked @ mean / (asked.norm() * mean.norm()) for mean in means]
                 best = sorted(range(len(items)), key=lambda j: -cosines[j].item())[: params.top_k]
                 weights = {j: torch.sigmoid(mixer.gate[0] * cosines[j] + mixer.gate[1]) for j in best}
-                found = [(row, weights[j]) for j in best for row in items[j]]
+                found = [(row, place, weights[j]) for j in best for row, place in items[j]]
             for i in range(begin, min(begin + S, len(x))):
-                keys = [*found, *((a[j], 1.0) for j in range(begin, i + 1))]
+                keys = [*found, *((a[j], j, 1.0) for j in range(begin, i + 1))]
                 for head in range(H):
                     part = slice(head * D, (head + 1) * D)
                     q = mixer.q.weight[part] @ a[i]
-                    scores = torch.stack([q @ (mixer.k.weight[part] @ row) / math.sqrt(D) for row, _ in keys])
-                    values = [weight * (mixer.v.weight[part] @ row) for row, weight in keys]
+                    k = [mixer.k.weight[part] @ row for row, _, _ in keys]
+                    if rotate:
+                        q, k = turned(q, i), [turned(key, place) for key, (_, place, _) in zip(k, keys, strict=True)]
+                    scores = torch.stack([q @ key / math.sqrt(D) for key in k])
+                    values = [weight * (mixer.v.weight[part] @ row) for row, _, weight in keys]
                     out[i, part] = sum(p * value for p, value in zip(scores.softmax(0), values, strict=True))
         x = x + mixer.o(out)
         x = x + layer.ffn(layer.norm_ffn(x))
@@ -84,10 +98,12 @@ def oracle(module: torch.nn.Module, x: torch.Tensor, params: Parameters) -> torc
 
 
 @forms
-def test_reference_equals_a_loop_over_single_pairs(params):
-    module, again, x = build("reference", params), build("reference", params), tokens(27, batch=1)
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_reference_equals_a_loop_over_single_pairs(params, position):
+    module, again = (build("reference", params, position=position) for _ in range(2))
+    x = tokens(27, batch=1)
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = module(mine).y, oracle(again, theirs[0], params)[None]
+    y, expected = module(mine).y, oracle(again, theirs[0], params, rotate=position == "rope")[None]
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     (y * x.cos()).sum().backward()
     (expected * x.cos()).sum().backward()
@@ -102,11 +118,13 @@ def gradient(parameter: torch.Tensor) -> torch.Tensor:
 
 
 @forms
-@pytest.mark.parametrize("length", [1, 2, 8, LENGTH])
-def test_blocked_equals_reference_with_all_gradients(params, length):
+@pytest.mark.parametrize(
+    ("length", "position"), [(1, "none"), (2, "none"), (8, "none"), (LENGTH, "none"), (LENGTH, "rope")]
+)
+def test_blocked_equals_reference_with_all_gradients(params, length, position):
     x, results = tokens(length), []
     for impl in ("reference", "blocked"):
-        module, own = build(impl, params), x.clone().requires_grad_()
+        module, own = build(impl, params, position=position), x.clone().requires_grad_()
         y = module(own).y
         y.backward(torch.ones_like(y) + x)
         with torch.no_grad():
@@ -119,8 +137,9 @@ def test_blocked_equals_reference_with_all_gradients(params, length):
 
 @impls
 @forms
-def test_streaming_equals_the_whole_sequence_for_any_cut(impl, params):
-    module, x = build(impl, params), tokens()
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_streaming_equals_the_whole_sequence_for_any_cut(impl, params, position):
+    module, x = build(impl, params, position=position), tokens()
     draw = random.Random(impl)
     with torch.no_grad():
         whole = module(x).y
@@ -192,7 +211,9 @@ def test_retrieval_finds_what_is_most_similar():
         mixer.question.weight.copy_(torch.eye(12))
     items = tokens(12).view(2, 6, 2, 12)
     question = torch.stack((items[0, 4].mean(0), -items[1, 1].mean(0)))
-    found, weight = mixer.retrieve(question, items, items.mean(dim=2))
+    found, weight, chosen = mixer.retrieve(question, items, items.mean(dim=2))
+    assert 4 in chosen[0]
+    assert 1 not in chosen[1]
     assert found.shape == (2, 3, 2, 12)
     assert any(torch.equal(item, items[0, 4]) for item in found[0])
     assert not any(torch.equal(item, items[1, 1]) for item in found[1])
