@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: run test lint types unit bench check docs install install-dev clean
+.PHONY: run test lint types unit bench check docs publish install install-dev clean
 
 run: install
 	$(BIN)/ctxbench run --methods all --seq 1k..128k
@@ -45,6 +45,10 @@ unit: install-dev
 # Ratios side by side in one run; never part of the tests.
 bench: install-dev
 	$(BIN)/python -m ctxbench.suites.benchmarks
+
+# make publish RUN=runs/... NAME=cpu: rows, header and static page of a finished run, and the list of all of them.
+publish: install
+	$(BIN)/python -m ctxbench.reports.publish $(RUN) reports/published/$(NAME)
 
 # The method table of the README and docs/methods.md; a test fails when they are not what the registry says.
 docs: install

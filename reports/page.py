@@ -43,9 +43,11 @@ def write(
     out: Path | None = None,
     title: str | None = None,
     registry: Registry | None = None,
+    static: bool = False,
 ) -> Path:
     """Write the report of one or more runs and return its path, by default ``report.html`` in the first folder.
 
+    ``static`` writes ``static.html``: our own markup, pictures and tables, no script and no chart library in it.
     ``registry`` supplies the cards and formulas of methods; without one, the installed methods are used. A method that
     is not installed here is reported from its rows alone.
 
@@ -53,15 +55,15 @@ def write(
         RunFolderError: a folder that is no run, is damaged, has no rows, or a file that cannot be written.
     """
     runs = read_runs(run_folders)
-    path = out or runs[0].folder / "report.html"
+    path = out or runs[0].folder / ("static.html" if static else "report.html")
     name = title or f"ctxbench: {', '.join(run.name for run in runs)}"
-    page = render(Report(runs, registry or discover(), name))
+    page = render(Report(runs, registry or discover(), name), static)
     _replace(path, page)
     return path
 
 
-def render(report: Report) -> str:
-    """The page as text."""
+def render(report: Report, static: bool = False) -> str:
+    """The page as text; ``static`` leaves out everything that needs a script."""
     parts = {"head": head.context(report)}
     parts |= {name: module.context(report) for name, (_, module) in SECTIONS.items()}
     template = _environment().get_template("page.j2")
@@ -70,12 +72,20 @@ def render(report: Report) -> str:
         sections={name: heading for name, (heading, _) in SECTIONS.items()},
         version=__version__,
         css=_asset("report.css"),
-        scripts=[_asset("report.js"), _asset("table.js")],
-        plotly=plotly_script(),
-        figures=pack(json.dumps(_finite(report.figures), separators=(",", ":"), allow_nan=False)),
-        rows=pack(_rows(report)),
+        static=static,
+        **({} if static else _interactive(report)),
         **parts,
     )
+
+
+def _interactive(report: Report) -> dict[str, Any]:
+    """Scripts, and the data they draw."""
+    return {
+        "scripts": [_asset("report.js"), _asset("table.js")],
+        "plotly": plotly_script(),
+        "figures": pack(json.dumps(_finite(report.figures), separators=(",", ":"), allow_nan=False)),
+        "rows": pack(_rows(report)),
+    }
 
 
 def pack(text: str) -> str:

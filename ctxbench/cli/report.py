@@ -13,9 +13,10 @@ from ctxbench.cli.common import Common, common_options
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where to write it. [RUN/report.html]")
 @click.option("--title", help="Title of the page. [the names of the runs]")
+@click.option("--static", is_flag=True, help="Pictures and tables, no script. [RUN/static.html]")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
 @common_options
-def command(runs: tuple[Path, ...], out: Path | None, title: str | None, show: bool, ctx: Common) -> None:
+def command(runs: tuple[Path, ...], out: Path | None, title: str | None, static: bool, show: bool, ctx: Common) -> None:
     """Write the HTML report of one or more RUN folders; it works from disk, offline and without JavaScript."""
     from ctxbench.analysis.runs import read_runs
     from ctxbench.reports.page import write
@@ -23,7 +24,7 @@ def command(runs: tuple[Path, ...], out: Path | None, title: str | None, show: b
     for run in read_runs(runs):
         for warning in run.warnings:
             ctx.note(f"{run.name}: {warning}")
-    path = write(runs, out, title, ctx.registry())
+    path = write(runs, out, title, ctx.registry(), static)
     if ctx.json:
         ctx.emit({"report": str(path), "bytes": path.stat().st_size})
     else:

@@ -20,6 +20,7 @@ from ctxbench.method import Claim, Impl, Method
 from ctxbench.registry import Entry, Registry
 from ctxbench.reports import formulas, tables
 from ctxbench.reports.page import render, write
+from ctxbench.reports.publish import publish
 from ctxbench.reports.report import Report
 from ctxbench.reports.sections.methods import paper_link
 from ctxbench.reports.summary import sentences
@@ -225,3 +226,49 @@ def test_a_truncated_run_is_reported_with_a_note(run_folder, tmp_path):
     page = write([folder], registry=Registry()).read_text()
     assert "the last line of rows.jsonl is truncated" in page
     assert "the environment of this run is unknown" in page
+
+
+def test_the_static_edition_has_pictures_and_tables_and_no_script(run_folder, tmp_path):
+    result = CliRunner().invoke(
+        command, [str(run_folder("scaling")), "--static", "--out", str(tmp_path / "s.html")], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    page = (tmp_path / "s.html").read_text()
+    assert "<script" not in page
+    assert "<noscript" not in page
+    assert page.count('<svg role="img"') >= 3
+    assert '<table id="cells">' in page
+    assert "script-src" not in page
+
+
+def test_a_published_run_has_its_static_page_and_its_place_in_the_list(run_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_folder("scaling"), run)
+    header = json.loads((run / "run.json").read_text())
+    header |= {"status": "finished", "command": "ctxbench run --methods <all>", "counts": {"ok": 3}}
+    (run / "run.json").write_text(json.dumps(header))
+    index = publish(run, tmp_path / "published" / "cpu").read_text()
+    assert '<a href="cpu/static.html">cpu</a>' in index
+    assert "&lt;all&gt;" in index
+    assert {path.name for path in (tmp_path / "published" / "cpu").iterdir()} == {
+        "run.json",
+        "rows.jsonl",
+        "static.html",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"status": "running"}, "running"),
+        ({"status": "finished", "command": "ctxbench run --out /x/y"}, "absolute path"),
+    ],
+    ids=["unfinished", "private path"],
+)
+def test_what_cannot_be_published_says_why(run_folder, tmp_path, changes, words):
+    run = tmp_path / "run"
+    shutil.copytree(run_folder("tiny"), run)
+    header = json.loads((run / "run.json").read_text()) | changes
+    (run / "run.json").write_text(json.dumps(header))
+    with pytest.raises(RunFolderError, match=words):
+        publish(run, tmp_path / "published" / "cpu")
