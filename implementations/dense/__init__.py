@@ -1,6 +1,6 @@
 """Dense softmax attention: the quadratic baseline that every other method is compared with."""
 
-from ctxbench.method import POSITIONS, Claim, Impl, Method, Paper
+from ctxbench.method import POSITIONS, ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="dense",
@@ -23,6 +23,16 @@ METHOD = Method(
             dtypes=("bf16", "fp64"),
             support=f"{__name__}.params:slabs_support",
             note="plain products by slabs of queries: bf16 at twice the fused kernel's speed",
+        ),
+        Impl(
+            "triton",
+            run=f"{__name__}.triton:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "train", "stream"),
+            positions=("none", *ROPE),
+            support=f"{__name__}.params:triton_support",
+            note="flash kernels of our own; decoding would leave most of the device idle",
         ),
     ),
     cost=f"{__name__}.cost:cost",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, floor
+from sympy import Expr, Integer, Min, Rational, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h
@@ -15,6 +15,7 @@ from ctxbench.cost.terms import (
     tensor,
     when_ffn,
 )
+from ctxbench.implementations._shared.flash_table import BACKWARD
 from ctxbench.implementations._shared.forms import (
     block_parameters,
     block_terms,
@@ -24,6 +25,8 @@ from ctxbench.implementations._shared.forms import (
 )
 from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.method import Params
+
+FUSED = ("blocked", "triton")
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
@@ -42,19 +45,21 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         executed = _streamed_rectangles()
         if slabs:
             executed = _streamed_slabs()
+        elif impl == "triton":
+            executed = visible
         elif impl == "blocked":
             executed = executed - _first_chunk_saving()
     elif slabs and causal:
         executed = slab_pairs(T)
     else:
-        executed = visible if impl == "blocked" else T * T
+        executed = visible if impl in FUSED else T * T
     algorithmic, flops = block_terms(tokens, visible), block_terms(tokens, executed)
     if relative:
         needed, projected, by_distance = _relative(mode, causal, slabs, executed)
         algorithmic |= {"distances": L * linear(needed, d, d), "positions": L * 2 * B * d * visible}
         flops |= {"distances": L * linear(projected, d, d), "positions": L * 2 * B * d * by_distance}
     if mode == "train":
-        core = 2 if impl == "reference" else FUSED_BACKWARD
+        core = {"reference": 2, "triton": Rational(BACKWARD)}.get(impl, FUSED_BACKWARD)
         factor = {"attention": 1 + core, "positions": 4 if slabs else 3, "distances": 2}  # the table is a constant
         algorithmic = {term: (2 if term == "distances" else 3) * forward for term, forward in algorithmic.items()}
         flops = {term: factor.get(term, 3) * forward for term, forward in flops.items()}
@@ -137,9 +142,9 @@ def _mixing(impl: str, tokens: Expr, keys: Expr, causal: bool, fresh_keys: bool)
     """Bytes inside the mixer at its worst. ``fresh_keys``: k and v are its own, not part of a cache."""
     row = tensor(B, tokens, d)
     own = 2 * row + (2 * row if fresh_keys else 0)  # norm and q; k and v
-    if impl == "blocked":  # output and fp32 log-sum-exp, then output and its projection
-        # Beside a cache there is a mask, kept as booleans and in the dtype.
-        masked = _present(keys - tokens) * _present(tokens - 1) * (e + 1) * tokens * keys
+    if impl in FUSED:  # output and fp32 log-sum-exp, then output and its projection
+        # Beside a cache SDPA has a mask, kept as booleans and in the dtype.
+        masked = _present(keys - tokens) * _present(tokens - 1) * (e + 1) * tokens * keys * int(impl == "blocked")
         return own + row + largest(row, 4 * B * h * tokens + masked)
     scores, mask = tensor(B, h, tokens, keys), tokens * keys if causal else Integer(0)
     # Scores and masked scores beside the mask and its inverse; then scores, probabilities, mask and output, with a
@@ -156,12 +161,12 @@ def _train_peak(impl: str, causal: bool) -> Expr:
     """
     row, hidden, statistics = tensor(B, T, d), tensor(B, T, f), 2 * e * B * T
     scores, mask = tensor(B, h, T, T), T * T if causal else Integer(0)
-    core = 4 * B * h * T if impl == "blocked" else scores + mask  # log-sum-exp; probabilities and mask
+    core = 4 * B * h * T if impl in FUSED else scores + mask  # log-sum-exp; probabilities and mask
     kept = core + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)  # norm q k v o, output; FFN's
     in_ffn = when_ffn(kept + hidden + e * (d * f + d))
     # Attention: the FFN's part is freed but for its gradients, and the gradient of the residual is alive.
     gradients = e * (d * d + d) + when_ffn(row + e * (2 * d * f + f + 3 * d))
-    if impl == "blocked":  # norm q k v o, output; gradients of o, q, k and v
+    if impl in FUSED:  # norm q k v o, output; gradients of o, q, k and v
         in_attention = core + 10 * row + statistics + gradients
     else:  # norm q k, output, gradient of v; gradients of the probabilities and of the scores
         in_attention = core + 5 * row + 2 * scores + statistics + gradients

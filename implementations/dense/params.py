@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctxbench.implementations._shared import flash_table
 from ctxbench.method import YES, Dims, Params, Support, no
 
 
@@ -17,6 +18,11 @@ def slabs_support(dims: Dims, params: Params, device: str, dtype: str) -> Suppor
     if dims.position in ("t5", "alibi", "transformer_xl"):
         return no(f"slabs adds nothing to scores, and {dims.position} does; blocked goes by slabs there too")
     return YES
+
+
+def triton_support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
+    """What the flash kernels hold in registers."""
+    return flash_table.support(dims, dtype)
 
 
 def reach(dims: Dims, params: Params, i: int) -> range:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ CASES = [
     for method in discover()
     for impl in method.impls
     for mode in ("forward", "train", "stream")
-    if mode in (impl.modes or method.modes) and mode in method.modes
+    if mode in (impl.modes or method.modes) and mode in method.modes and all(map(find_spec, impl.needs))
 ]
 
 

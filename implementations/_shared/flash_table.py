@@ -1,0 +1,88 @@
+"""Launch parameters, limits and counts of the kernels in ``flash``, for planning too: neither torch nor triton here."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+from ctxbench.method import DTYPE_BYTES, YES, Dims, Support, no
+
+UNBOUNDED = -1  # a radius without a bound, where an operator needs an integer
+BACKWARD = Fraction(7, 2)  # products of the backward pass for one of the forward: seven instead of two
+
+
+class Config(NamedTuple):
+    """Tile of queries, tile of keys, warps and pipeline stages of one launch."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# By bytes of an element and padded head width: forward, dQ, dK and dV. 90: up to 227 KiB of shared memory a block.
+# 80: at most 99 KiB, which every device since compute capability 8.0 has.
+CONFIGS: dict[int, dict[tuple[int, int], tuple[Config, Config, Config]]] = {
+    90: {
+        (2, 16): (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+        (2, 32): (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+        (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+        (2, 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        (4, 16): (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
+        (4, 32): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
+        (4, 64): (Config(64, 32, 4, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 2)),
+    },
+    80: {
+        (2, 16): (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+        (2, 32): (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+        (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 4, 2)),
+        (2, 128): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
+        (4, 16): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
+        (4, 32): (Config(64, 32, 4, 2), Config(64, 16, 4, 2), Config(16, 64, 4, 2)),
+        (4, 64): (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+    },
+}
+MOST_HEADS = 65535  # blocks along the second axis of a grid
+KERNELS = ("forward", "dq", "dkv")
+WIDEST = {2: 128, 4: 64}  # channels of a head by bytes of an element: beyond them, registers spill
+
+
+def padded(width: int) -> int:
+    """The power of two, at least 16, that a head of ``width`` channels takes in a tile."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def config(kernel: str, width: int, itemsize: int, architecture: int) -> Config:
+    """The shipped launch parameters of one kernel; KeyError for a head or dtype the template does not take."""
+    return CONFIGS[architecture][itemsize, padded(width)][KERNELS.index(kernel)]
+
+
+def support(dims: Dims, dtype: str) -> Support:
+    """Whether the kernels take heads of this width in this dtype; fp64 has no matrix instructions in Triton."""
+    taken = [name for name, size in DTYPE_BYTES.items() if size in WIDEST]
+    if dtype not in taken:
+        return no(f"the flash kernels compute in {', '.join(taken)}, not in {dtype}")
+    widest, heads = WIDEST[DTYPE_BYTES[dtype]], dims.batch_size * dims.num_heads
+    if dims.head_dim > widest:
+        return no(f"in {dtype} the flash kernels hold heads of at most {widest} channels, received {dims.head_dim}")
+    if heads > MOST_HEADS:
+        return no(f"the flash kernels take at most {MOST_HEADS} heads in a batch, received {heads}")
+    return YES
+
+
+def visible_pairs(queries: int, keys: int, left: int, right: int) -> int:
+    """How many (query, key) pairs the band holds; UNBOUNDED for no bound."""
+    offset = keys - queries
+    ends = queries * keys if right == UNBOUNDED else _sum_clamped(offset + right + 1, queries, keys)
+    return ends - (0 if left == UNBOUNDED else _sum_clamped(offset - left, queries, keys))
+
+
+def _sum_clamped(start: int, count: int, high: int) -> int:
+    """Sum of ``start + i`` over i < count, each clamped to 0 .. high."""
+    return _sum_positive(start, count) - _sum_positive(start - high, count)
+
+
+def _sum_positive(start: int, count: int) -> int:
+    skipped = max(0, -start)
+    left = max(0, count - skipped)
+    return left * (start + skipped) + left * (left - 1) // 2

@@ -1,0 +1,91 @@
+"""Compile the flash kernels for devices that are not here, and print what the machine code shows, as JSON lines.
+
+``python compile_flash.py [ARCHITECTURE:ITEMSIZE:WIDTH ...]``; without arguments the whole shipped table. Kernels are
+compiled with both bounds of the band, which holds every path of the other forms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ctxbench.implementations._shared import flash, flash_table
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {"LSE": "*fp32", "GRAD_LSE": "*fp32", "DELTA": "*fp32"}  # the others have the dtype of the cell
+
+
+def compile_kernel(kernel: str, width: int, dtype: str, architecture: int, chosen: flash_table.Config) -> Any:
+    """Compile one kernel; pointers and strides are marked as multiples of 16, as they are at run time."""
+    function = getattr(flash, f"{kernel}_kernel")
+    constants = {
+        "D": width, "WIDTH": flash_table.padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
+        "BOUND_LEFT": True, "BOUND_RIGHT": True, "THROUGH_LSE": True,
+    }  # fmt: skip
+    signature, values, attributes = {}, {}, {}
+    for index, parameter in enumerate(function.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], values[index,] = "constexpr", constants[name]
+        elif name in ("heads", "T", "S", "left", "right"):
+            signature[name] = "i32"
+        elif name == "scale":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if name.islower() else POINTERS.get(name, f"*{dtype}")
+            attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, values, attributes)
+    with contextlib.redirect_stdout(io.StringIO()):  # a failing assembler prints the whole program
+        return triton.compile(
+            source,
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": chosen.warps, "num_stages": chosen.stages},
+        )
+
+
+def examine(compiled: Any) -> dict[str, Any]:
+    """Registers, stack, spills, shared memory and matrix instructions of one compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = run("cuobjdump", "--dump-resource-usage", file.name)
+        listing = run("nvdisasm", "-c", file.name)
+    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return {
+        "registers": int(resources["REG"]),
+        "stack": int(resources["STACK"]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
+        "shared": compiled.metadata.shared,
+        "wgmma": len(re.findall(r"\bHGMMA\b", listing)),
+        "products": len(re.findall(r"\bHG?MMA\b", listing)),
+    }
+
+
+def run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def main(wanted: list[str]) -> None:
+    everything = [f"{arch}:{size}:{width}" for arch, table in flash_table.CONFIGS.items() for size, width in table]
+    for item in wanted or everything:
+        architecture, itemsize, width = map(int, item.split(":"))
+        for kernel in flash_table.KERNELS:
+            chosen = flash_table.config(kernel, width, itemsize, architecture)
+            compiled = compile_kernel(kernel, width, {2: "bf16", 4: "fp32"}[itemsize], architecture, chosen)
+            row = {"kernel": kernel, "architecture": architecture, "itemsize": itemsize, "width": width}
+            print(json.dumps(row | chosen._asdict() | examine(compiled)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
