@@ -123,6 +123,8 @@ class Meter(TorchDispatchMode):
             return args[0].fake_device
         if getattr(operator, "namespace", "") == "prim":  # other queries: no work, no storage
             return operator(*args, **kwargs)
+        if _is_view(operator):  # no work, and a storage that is followed already
+            return operator(*args, **kwargs)
         count = formulas.lookup(operator)
         if count is None and _may_decompose(operator):
             with self:
@@ -141,9 +143,7 @@ class Meter(TorchDispatchMode):
         for result in results:
             self._follow(result, _storage_bytes(result))
         flops = None if count is None else int(count(args, kwargs, out))
-        traffic = 0
-        if not _is_view(operator):
-            traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*operands, *results))
+        traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*operands, *results))
         unknown = flops is None and traffic > 0 and not _multiplies_nothing(operator)
         work = Work(_name(operator), flops, traffic, unknown)
         self._add(work)

@@ -12,12 +12,14 @@ from ctxbench.cost import trace as tracing
 from ctxbench.method import Dims, Method
 from ctxbench.registry import discover
 
+# A sketch that calls kernels which meta tensors do not reach, or reads values back, is left to fake tensors.
 CASES = [
     (method, impl.name, mode)
     for method in discover()
     for impl in method.impls
     for mode in ("forward", "train", "stream")
     if mode in (impl.modes or method.modes) and mode in method.modes and all(map(find_spec, impl.needs))
+    if not impl.defects
 ]
 
 
