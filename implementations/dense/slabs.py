@@ -21,5 +21,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, posi
     # Batch and heads become one dimension, else every product would copy its operands to make them so.
     q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
     heads = max(1, SCORES // (BLOCK * max(k.shape[2], 1)))
-    parts = zip(*(x.split(heads, dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([attend_slabs(*part, causal, position) for part in parts], dim=1).view(B, H, *q.shape[2:])
+    parts = zip(q.split(heads, dim=1), k.split(heads, dim=1), v.split(heads, dim=1), strict=True)
+    outputs = [attend_slabs(*part, causal=causal, position=position) for part in parts]
+    return torch.cat(outputs, dim=1).view(B, H, *q.shape[2:])

@@ -21,7 +21,7 @@ PARAMS = CompressiveTransformerParams()
 
 def package() -> Any:
     """The package at equal work: one layer, plain residuals, its loop over segments, two logits."""
-    from compressive_transformer_pytorch import CompressiveTransformer  # type: ignore[import-not-found]
+    from compressive_transformer_pytorch import CompressiveTransformer
 
     model = CompressiveTransformer(
         num_tokens=2, dim=WIDTH, seq_len=PARAMS.segment_len, depth=1, mem_len=PARAMS.mem_len,
@@ -43,7 +43,7 @@ def package() -> Any:
 
 def package_attention() -> Any:
     """Its attention alone, memories and compression included, without embedding, network and logits."""
-    from compressive_transformer_pytorch.compressive_transformer_pytorch import SelfAttention  # type: ignore[import-not-found]
+    from compressive_transformer_pytorch.compressive_transformer_pytorch import SelfAttention
 
     sizes = (PARAMS.segment_len, PARAMS.mem_len, PARAMS.compressed_len)
     attention = SelfAttention(WIDTH, *sizes, PARAMS.rate, HEADS).eval()

@@ -25,13 +25,14 @@ IMPLS = {"reference": reference.attend, "blocked": blocked.attend}
 
 
 def operands(
-    length: int, num_global: int = 0, heads: int = HEADS
+    length: int, num_global: int = 0, heads: int = HEADS, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, GlobalRows, Scattered]:
     """Heads split from ``[B, T, d_model]`` projections, as a layer hands them over, and the rows of a causal prefix."""
     generator = torch.Generator().manual_seed(0)
-    draws = (torch.randn(1, length, heads, WIDTH, generator=generator) for _ in range(3))
+    draws = (torch.randn(1, length, heads, WIDTH, generator=generator).to(dtype) for _ in range(3))
     q, k, v = (draw.transpose(1, 2) for draw in draws)
-    rows = GlobalRows(*(a[:, :, :num_global] for a in (q, k, v)), tuple(range(num_global)))
+    prefix = slice(num_global)
+    rows = GlobalRows(q[:, :, prefix], k[:, :, prefix], v[:, :, prefix], tuple(range(num_global)))
     return q, k, v, rows, Scattered(k[:, :, :0], v[:, :, :0], ())
 
 
@@ -70,11 +71,7 @@ def comparisons() -> list[Comparison]:
 def _against_flex(dtype: torch.dtype) -> Comparison:
     """Compiled FlexAttention with the same window; the compiler runs before the rounds, in the check of equality."""
     pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal=False)
-    q, k, v, rows, none = (
-        item.to(dtype) if isinstance(item, torch.Tensor) else item for item in operands(LENGTH)
-    )  # fmt: skip
-    rows = GlobalRows(*(tensor.to(dtype) for tensor in rows[:3]), ())
-    none = Scattered(none.k.to(dtype), none.v.to(dtype), ())
+    q, k, v, rows, none = operands(LENGTH, dtype=dtype)
 
     def visible(batch: Any, head: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return (i - j <= pattern.left) & (j - i <= pattern.right)
