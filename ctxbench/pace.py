@@ -15,9 +15,10 @@ GATE_S = 0.4
 TRACE_S = 0.3
 MEMORY_CALLS, ONE_MEMORY_CALL_S = 2, 2.0  # one call a meter; above this many seconds both meters share one
 LEARNING_RATE = 0.2
-LONG_CALL_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # cells are taken class by class, by the length of a call
-LEAD = 2  # classes by which a method's fastest sound impl goes ahead of its other ones
+LONG_CALL_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # cells are taken class by class, by the length of a call
+LEAD = 3  # classes by which a method's fastest sound impl goes ahead of its other ones
 REPLICATE_S = (2.0, 5.0)  # a call above the first is worth two processes, above the second one
+SHORT = 1  # the last class of cells that may get a second process when time is short
 SHORT_SHARE = 0.85  # of the time left that short cells may plan with; forecasts are sometimes low
 
 
@@ -73,10 +74,10 @@ class Pace:
         for count in range(wanted, 1, -1):
             if self.total(remaining, count) <= left_s:
                 return count
-        if any(effort(planned) for planned in group):
+        if any(effort(planned) > SHORT for planned in group):
             return 1
         own = {planned.cell.key for planned in group}
-        others = [planned for planned in remaining if effort(planned) == 0 and planned.cell.key not in own]
+        others = [planned for planned in remaining if effort(planned) <= SHORT and planned.cell.key not in own]
         fits = self.total(group, 2) + self.total(others, 1) <= SHORT_SHARE * left_s
         return min(wanted, 2) if fits else 1
 

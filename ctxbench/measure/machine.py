@@ -63,7 +63,12 @@ def torch_view(device: str) -> dict[str, Any]:
 
 
 def median_s(call: Callable[[], Any], device: str, slice_s: float) -> float:
-    """Median seconds of a call, at least three of them and for at least ``slice_s``, after one that is not counted."""
+    """Median of ``times_s``."""
+    return statistics.median(times_s(call, device, slice_s))
+
+
+def times_s(call: Callable[[], Any], device: str, slice_s: float) -> list[float]:
+    """Seconds of calls: at least three of them and for at least ``slice_s``, after one that is not counted."""
     settle = torch.cuda.synchronize if device.startswith("cuda") else _nothing
     call()
     settle()
@@ -73,7 +78,7 @@ def median_s(call: Callable[[], Any], device: str, slice_s: float) -> float:
         call()
         settle()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
 def _nothing() -> None:

@@ -249,7 +249,7 @@ def _settle(device: str) -> Callable[[], None]:
     return (lambda: torch.cuda.synchronize(device)) if device.startswith("cuda") else (lambda: None)
 
 
-def _timing_warnings(timing: latency.Timing, task: Task, drifted: float) -> list[str]:
+def _timing_warnings(timing: latency.Timing, task: Task, drifted: dict[str, float]) -> list[str]:
     samples, warnings = timing.samples, []
     if not timing.steady:
         warnings.append(Warn.UNSTEADY())
@@ -263,8 +263,9 @@ def _timing_warnings(timing: latency.Timing, task: Task, drifted: float) -> list
         warnings.append(Warn.SPREAD(f"{100 * robust_cv(samples):.0f} % in process {task.process}"))
     if timing.throttled:
         warnings.append(Warn.THROTTLED())
-    if abs(drifted) > drift.LIMIT:
-        warnings.append(Warn.DRIFT(f"{100 * drifted:+.0f} % in process {task.process}"))
+    if drifted:
+        changes = " and ".join(f"{kernel} {100 * change:+.0f} %" for kernel, change in drifted.items())
+        warnings.append(Warn.DRIFT(f"time of {changes} in process {task.process}"))
     return warnings
 
 

@@ -209,7 +209,7 @@ def test_a_counter_of_the_hardware_gives_joules_a_call(run, monkeypatch):
 def test_what_the_samples_show_becomes_warnings(run, monkeypatch):
     shown = latency.Timing(samples=[1e-5] * 20 + [3e-5] * 20, cpu=[1e-5] * 40, warmup=[1e-5], stop="cap", steady=False)
     shown.throttled, shown.discarded = True, 3
-    pairs = iter([drift.Pair(1.0, 1.0), drift.Pair(1.0, 0.9)])
+    pairs = iter([drift.Pair(1.0, 1.0), drift.Pair(1.1, 0.9)])
 
     def measure(call: Any, protocol: Any, stopwatch: Any, consume: Any, slow: Any) -> latency.Timing:
         for _ in range(3):
