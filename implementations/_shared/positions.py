@@ -20,6 +20,7 @@ B batch, H heads, T tokens, D head width, n pairs of channels.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -66,11 +67,12 @@ class Position(nn.Module):
         return None
 
 
-class Bias(Position):
+class Bias(Position, ABC):
     """A number for each head and distance, added to the scores."""
 
+    @abstractmethod
     def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        raise NotImplementedError
+        """What is added, never None here."""
 
     def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor, step: int = 1) -> torch.Tensor:
         """Evaluated once a diagonal, not once a pair."""
