@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ctxbench.method import load
-from ctxbench.testing.case import Case, call
+from ctxbench.testing.case import Case, call, streamed
 from ctxbench.testing.law import law, need_mode, not_applicable, not_claimed, require
 from ctxbench.workload import as_output, map_state
 
@@ -179,13 +179,10 @@ def streaming_equals_whole(case: Case) -> str:
     whole = call(module, x)
     splits = chunkings(case)
     for sizes in splits:
-        pieces, state = [], module.init_state(x.shape[0])  # type: ignore[operator]
         with torch.no_grad():
-            for chunk in x.split(sizes, dim=1):
-                y, state = as_output(module(chunk, state))
-                pieces.append(y)
+            y = streamed(module, x, sizes).y
         _require_same(
-            torch.cat(pieces, dim=1), whole, case, expected=f"chunks {sizes} to give the whole sequence's outputs",
+            y, whole, case, expected=f"chunks {sizes} to give the whole sequence's outputs",
             look="positions and masks when the queries start after the cache, what the state keeps and drops",
         )  # fmt: skip
     return f"{len(splits)} chunkings"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ctxbench.method import ROPE, Dims, Equivalence, Method, Params, Support, no
+from ctxbench.method import ROPE, Dims, Equivalence, Method, Output, Params, Support, no
 from ctxbench.workload import DTYPES, as_output
 
 TINY = Dims(seq_len=1, batch_size=2, d_model=16, num_heads=2, num_layers=2, d_ff=32)
@@ -183,6 +183,15 @@ def call(module: torch.nn.Module, x: torch.Tensor, state: Any = None) -> torch.T
     """``y`` of one call without gradients."""
     with torch.no_grad():
         return as_output(module(x) if state is None else module(x, state)).y
+
+
+def streamed(module: torch.nn.Module, x: torch.Tensor, sizes: list[int]) -> Output:
+    """Outputs of all tokens and the last state, from calls on chunks of these sizes and an empty start."""
+    pieces, state = [], module.init_state(x.shape[0])  # type: ignore[operator]
+    for chunk in x.split(sizes, dim=1):
+        y, state = as_output(module(chunk, state))
+        pieces.append(y)
+    return Output(torch.cat(pieces, dim=1), state)
 
 
 def _sized(method: Method, dims: Dims, params: Params) -> Dims:

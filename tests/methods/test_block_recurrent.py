@@ -15,7 +15,7 @@ from ctxbench.cost.trace import Meter, trace
 from ctxbench.implementations.block_recurrent import METHOD
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams, recurrent_layer
 from ctxbench.method import Dims
-from ctxbench.testing import laws_for
+from ctxbench.testing import laws_for, streamed
 from ctxbench.workload import map_state, num_parameters, prepare, state_bytes, tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "block_recurrent.npz"
@@ -223,11 +223,7 @@ def test_streaming_equals_the_whole_sequence_for_any_cut(impl, params):
     with torch.no_grad():
         whole = module(x).y
         for sizes in ([3, 1, 1, 7, 7], [4, 12, 3], [1] * LENGTH):
-            state, outputs = module.init_state(2), []
-            for chunk in x.split(sizes, dim=1):
-                y, state = module(chunk, state)
-                outputs.append(y)
-            torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=0, atol=1e-12)
+            torch.testing.assert_close(streamed(module, x, sizes).y, whole, rtol=0, atol=1e-12)
 
 
 @forms

@@ -23,6 +23,7 @@ from ctxbench.implementations.compressive_transformer.losses import attention_re
 from ctxbench.implementations.compressive_transformer.params import CompressiveTransformerParams as Parameters
 from ctxbench.implementations.compressive_transformer.params import reach
 from ctxbench.method import Dims
+from ctxbench.testing import streamed
 from ctxbench.workload import map_state, state_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "compressive_transformer.npz"
@@ -68,14 +69,6 @@ def build(impl: str, params: Parameters, seed: int = 0, **dims: int) -> torch.nn
 def tokens(length: int = LENGTH, batch: int = 2, d_model: int = 12) -> torch.Tensor:
     generator = torch.Generator().manual_seed(length)
     return torch.randn(batch, length, d_model, generator=generator, dtype=torch.float64)
-
-
-def stream(module: torch.nn.Module, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    state, outputs = module.init_state(x.shape[0]), []
-    for chunk in x.split(sizes, dim=1):
-        y, state = module(chunk, state)
-        outputs.append(y)
-    return torch.cat(outputs, dim=1)
 
 
 @impls
@@ -212,7 +205,7 @@ def test_streaming_equals_the_whole_sequence_for_any_cut(impl, params):
         cuts = [sorted(draw.sample(range(1, LENGTH), draw.randint(1, 6))) for _ in range(2)]
         for cut in (*cuts, list(range(1, LENGTH))):
             sizes = np.diff([0, *cut, LENGTH]).tolist()
-            torch.testing.assert_close(stream(module, x, sizes), whole, rtol=0, atol=1e-12)
+            torch.testing.assert_close(streamed(module, x, sizes).y, whole, rtol=0, atol=1e-12)
 
 
 @every_pair

@@ -18,7 +18,7 @@ from ctxbench.implementations.melodi import METHOD, blocked, reference
 from ctxbench.implementations.melodi.layer import EPSILON
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
 from ctxbench.method import DTYPE_BYTES, Dims
-from ctxbench.testing import HELD, LAWS, Case
+from ctxbench.testing import HELD, LAWS, Case, streamed
 from ctxbench.workload import state_bytes
 
 DOUBLE = torch.float64
@@ -51,13 +51,7 @@ def tokens(length=23, batch=2, seed=1):
     return torch.randn(batch, length, 8, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
 
-def stream(module, x, sizes):
-    outputs, state = [], module.init_state(x.shape[0])
-    with torch.no_grad():
-        for chunk in x.split(sizes, dim=1):
-            y, state = module(chunk, state)
-            outputs.append(y)
-    return torch.cat(outputs, dim=1), state
+stream = torch.no_grad()(streamed)
 
 
 # The equations, one window, one row, one head and one key at a time.

@@ -17,7 +17,7 @@ from ctxbench.cost.trace import trace
 from ctxbench.implementations.memory_bank import METHOD
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.method import DTYPE_BYTES, Dims
-from ctxbench.testing import HELD, laws_for
+from ctxbench.testing import HELD, laws_for, streamed
 
 DOUBLE = torch.float64
 IMPLS = ("reference", "blocked")
@@ -42,13 +42,7 @@ def tokens(length=13, batch=2, d_model=8, seed=1):
     return torch.randn(batch, length, d_model, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
 
-def stream(module, x, sizes):
-    outputs, state = [], module.init_state(x.shape[0])
-    with torch.no_grad():
-        for chunk in x.split(sizes, dim=1):
-            y, state = module(chunk, state)
-            outputs.append(y)
-    return torch.cat(outputs, dim=1), state
+stream = torch.no_grad()(streamed)
 
 
 def states(module, x, step):

@@ -20,7 +20,7 @@ from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.implementations.rmt.reference import visible
 from ctxbench.measure.gate import run_gate
 from ctxbench.method import Dims
-from ctxbench.testing import HELD, laws_for
+from ctxbench.testing import HELD, laws_for, streamed
 from ctxbench.workload import state_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rmt.npz"
@@ -51,13 +51,7 @@ def tokens(length=LENGTH, batch=2, d_model=6, seed=1):
     return torch.randn(batch, length, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def stream(module, x, sizes):
-    outputs, state = [], module.init_state(x.shape[0])
-    with torch.no_grad():
-        for chunk in x.split(sizes, dim=1):
-            y, state = module(chunk, state)
-            outputs.append(y)
-    return torch.cat(outputs, dim=1), state
+stream = torch.no_grad()(streamed)
 
 
 def results(module, x, grad):

@@ -16,9 +16,10 @@ from ctxbench.cost.trace import trace
 from ctxbench.implementations._shared import relative
 from ctxbench.implementations._shared.staircase import BLOCK, blocks
 from ctxbench.implementations.transformer_xl import METHOD
-from ctxbench.implementations.transformer_xl.layer import State, sinusoids
+from ctxbench.implementations.transformer_xl.layer import sinusoids
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams, reach
 from ctxbench.method import Dims
+from ctxbench.testing import streamed
 from ctxbench.workload import map_state, state_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -60,14 +61,6 @@ def build(impl: str, params: TransformerXLParams, seed: int = 0, **dims: int) ->
 def tokens(length: int = LENGTH, batch: int = 2, d_model: int = 12) -> torch.Tensor:
     generator = torch.Generator().manual_seed(length)
     return torch.randn(batch, length, d_model, generator=generator, dtype=torch.float64)
-
-
-def stream(module: torch.nn.Module, x: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, tuple[State, ...]]:
-    state, outputs = module.init_state(x.shape[0]), []
-    for chunk in x.split(sizes, dim=1):
-        y, state = module(chunk, state)
-        outputs.append(y)
-    return torch.cat(outputs, dim=1), state
 
 
 @impls
@@ -173,7 +166,7 @@ def test_streaming_equals_the_whole_sequence_for_any_cut(impl, params):
         cuts = [sorted(draw.sample(range(1, LENGTH), draw.randint(1, 6))) for _ in range(2)]
         for cut in (*cuts, list(range(1, LENGTH))):
             sizes = np.diff([0, *cut, LENGTH]).tolist()
-            torch.testing.assert_close(stream(module, x, sizes)[0], whole, rtol=0, atol=1e-12)
+            torch.testing.assert_close(streamed(module, x, sizes).y, whole, rtol=0, atol=1e-12)
 
 
 @impls
