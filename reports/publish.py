@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def publish(run: Path, target: Path) -> Path:
         raise RunFolderError(f"{run} is not a run: {error}\n  accepted: a folder with {' and '.join(KEPT)}") from None
     if header.get("status") != "finished":
         raise RunFolderError(f"{run} is {header.get('status')}\n  finish it first: ctxbench run --resume {run}")
-    if any(word.startswith("/") for word in header["command"].split()):
+    if re.search(r"(^|[\s=,])[/~]", header["command"]):
         raise RunFolderError(
             f"{run} was made by a command with an absolute path\n  received: {header['command']}\n  accepted: one "
             "that works on every machine; run it without --out, or with a relative path"
