@@ -262,8 +262,9 @@ def test_a_published_run_has_its_static_page_and_its_place_in_the_list(run_folde
     [
         ({"status": "running"}, "running"),
         ({"status": "finished", "command": "ctxbench run --out /x/y"}, "absolute path"),
+        ({"status": "finished", "command": "ctxbench run --plugin=~/mine.py"}, "absolute path"),
     ],
-    ids=["unfinished", "private path"],
+    ids=["unfinished", "private path", "home folder"],
 )
 def test_what_cannot_be_published_says_why(run_folder, tmp_path, changes, words):
     run = tmp_path / "run"
