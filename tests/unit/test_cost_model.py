@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from sympy import Integer, Max, Min, Mod, Piecewise, Rational, ceiling, floor, log, sqrt
 
 from ctxbench.cost import Cost, big_o, evaluate, latex, local_slope, total
-from ctxbench.cost.model import free_names, text
+from ctxbench.cost.compiled import compiled
+from ctxbench.cost.model import _exact, free_names, text
 from ctxbench.cost.symbols import MEANING, B, C, L, T, bindings, d, e, f, h, param
 from ctxbench.errors import CtxbenchError
 from ctxbench.method import Dims, Params
+from ctxbench.registry import discover
 
 W = param("window")
 LETTERS = (B, T, d, W)
@@ -168,3 +170,34 @@ def test_slopes_are_central_differences() -> None:
     expression, at = T**2 + 50 * T, 200
     exact = float(Fraction(at * (2 * at + 50), at**2 + 50 * at))
     assert math.isclose(local_slope(expression, {"T": at}), exact, abs_tol=1e-4)
+
+
+def test_compiled_formulas_have_the_values_of_the_walk_for_every_method() -> None:
+    for entry in discover().entries.values():
+        method, params = entry.method, entry.method.params()
+        dims = Dims(seq_len=1, num_layers=method.fewest_layers(params), causal=(method.causal or (False,))[0])
+        for impl in method.impls[:2]:
+            mode = (impl.modes or method.modes)[0]
+            cost = method.cost_of(impl.name, mode, dims.causal, method.positions[0], params)
+            for formula in filter(None, (total(cost.flops), cost.peak_bytes) if cost else ()):
+                function = compiled(formula)
+                assert function is not None, (method.name, impl.name)
+                for length in (1, 7, 1000, 65536):
+                    values = bindings(dims.replace(seq_len=length), params, 4, method.segment_len(params))
+                    assert function(values) == _exact(formula, values), (method.name, impl.name)
+
+
+def test_a_branch_that_does_not_hold_is_not_computed() -> None:
+    x = sympy.Symbol("x")
+    formula = sympy.Piecewise((6 / x, x > 0), (-sympy.floor(x / 4), True))
+    function = compiled(formula)
+    assert function is not None
+    assert [function({"x": value}) for value in (0, 4, -5)] == [0, Fraction(3, 2), 2]
+    assert [evaluate(sympy.ceiling(x / 3) + sympy.Mod(x, 3), {"x": value}) for value in (6, 7)] == [2, 4]
+
+
+def test_what_cannot_be_compiled_is_walked() -> None:
+    x = sympy.Symbol("x")
+    formula = sympy.floor(sympy.log(x, 2))
+    assert compiled(formula) is None
+    assert evaluate(formula, {"x": 1024}) == 10
