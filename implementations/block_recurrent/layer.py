@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from ctxbench.implementations._shared.biased_window import WindowAttention, last
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
+from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams, recurrent_layer
 from ctxbench.method import Dims, Output, load
@@ -133,7 +134,7 @@ class RecurrentAttention(WindowAttention):
 
 
 def build(dims: Dims, params: BlockRecurrentParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Stack of ``num_layers`` layers, one of them recurrent; impls differ in their two operators."""
+    """One of ``num_layers`` layers is recurrent; impls differ in two operators, ``graph`` in the loop over windows."""
     from ctxbench.implementations.block_recurrent import METHOD
 
     operator, attend = load(METHOD.impl(impl).run)
@@ -145,4 +146,5 @@ def build(dims: Dims, params: BlockRecurrentParams, impl: str, device: str, dtyp
             layers.append(
                 PreNormBlock(WindowAttention(dims, params.window, position, operator, dims.head_dim**0.5), dims)
             )
-    return Stack(layers).to(device, dtype)
+    stack = replaying(Stack, params.window) if impl == "graph" else Stack
+    return stack(layers).to(device, dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, merge_heads, split_heads
+from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.block_state.params import BlockStateParams
 from ctxbench.method import Dims, Output, load
@@ -157,7 +158,8 @@ class BlockStateStack(nn.Module):
 
 
 def build(dims: Dims, params: BlockStateParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """The stack; impls differ in the operator alone."""
+    """The stack; impls differ in the operator, and ``graph`` in the loop over blocks."""
     from ctxbench.implementations.block_state import METHOD
 
-    return BlockStateStack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)
+    stack = replaying(BlockStateStack, params.block_len) if impl == "graph" else BlockStateStack
+    return stack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)

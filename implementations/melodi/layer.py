@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import relu, rms_norm
 
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
+from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import positions_for
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
 from ctxbench.method import Dims, Output, load
@@ -73,7 +74,7 @@ class MelodiLayer(nn.Module):
         self.gate = nn.Parameter(torch.zeros(dims.num_heads, 1, dims.head_dim)) if is_long else None
 
     def forward(
-        self, rows: torch.Tensor, summary: int | None, memory: Memory, bias: torch.Tensor, keep: bool
+        self, rows: torch.Tensor, summary: int | None, memory: Memory, bias: torch.Tensor | None, keep: bool
     ) -> tuple[torch.Tensor, Memory | None]:
         """``rows: [B, n, d_model]``, the last ``summary`` of them summary tokens, to the next layer's rows.
 
@@ -140,12 +141,15 @@ class MelodiLayer(nn.Module):
         heads = split_heads(x, self.num_heads)
         return rms_norm(heads, heads.shape[3:], eps=EPSILON) * self.head_dim**-0.5
 
-    def biases(self, rows: int, keys: int) -> torch.Tensor:
+    def biases(self, rows: int, keys: int) -> torch.Tensor | None:
         """What is added to scores ``[H, rows, keys]``: the scaled bias of the distance, minus infinity from 0 down.
 
-        The last row asks one place after the last key. Equal distances lie on diagonals, so the matrix is read from one
-        vector of distances ``keys .. 2 - rows`` in overlapping windows.
+        None where operators know which keys a row sees, and take no other bias. The last row asks one place after the
+        last key. Equal distances lie on diagonals, so the matrix is read from one vector of distances ``keys .. 2 -
+        rows`` in overlapping windows.
         """
+        if not self.operators.takes_bias:
+            return None
         before = torch.arange(-keys, 0, device=self.scale.device)
         seen = self.position.bias(before, self.scale.dtype)
         if seen is None:
@@ -179,7 +183,8 @@ class MelodiStack(nn.Module):
         B, W = x.shape[0], self.params.window
         memories, tokens = self.init_state(B) if state is None else state
         outputs: list[torch.Tensor] = []
-        biases: list[torch.Tensor] = []
+        biases: list[torch.Tensor | None] = []
+        biased: tuple[int, int] | None = None  # rows and keys that they are for
         while x.shape[1]:
             piece, x = x[:, : W - tokens % W], x[:, W - tokens % W :]
             tokens += piece.shape[1]
@@ -189,7 +194,8 @@ class MelodiStack(nn.Module):
             if ends and self.summary is not None:
                 rows = torch.cat((piece, self.summary.expand(B, -1, -1)), dim=1)
             shape = (rows.shape[1], memories[0].k.shape[2] + rows.shape[1] - 1)
-            if not biases or biases[0].shape[1:] != shape:
+            if biased != shape:
+                biased = shape
                 biases.clear()
                 biases += [layer.biases(*shape) for layer in self.layers]  # type: ignore[operator]
             after = []
@@ -221,7 +227,8 @@ class MelodiStack(nn.Module):
 
 
 def build(dims: Dims, params: MelodiParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Stack of ``num_layers`` layers; the impls differ in ``attend`` and ``recall`` alone."""
+    """Stack of ``num_layers`` layers; impls differ in ``attend`` and ``recall``, ``graph`` in the loop over windows."""
     from ctxbench.implementations.melodi import METHOD
 
-    return MelodiStack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)
+    stack = replaying(MelodiStack, params.window) if impl == "graph" else MelodiStack
+    return stack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
+from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.method import Dims, Output, load
@@ -170,7 +171,8 @@ class RMT(nn.Module):
 
 
 def build(dims: Dims, params: RMTParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Equal weights in every impl, which differ in the attention operator alone."""
+    """Equal weights in every impl; they differ in the operator, and ``graph`` in the loop over segments."""
     from ctxbench.implementations.rmt import METHOD
 
-    return RMT(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)
+    stack = replaying(RMT, params.segment_len) if impl == "graph" else RMT
+    return stack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)

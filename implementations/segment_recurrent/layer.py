@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import FeedForward, Stack, merge_heads, split_heads
+from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.method import Dims, Output, load
@@ -203,4 +204,5 @@ def build(dims: Dims, params: SegmentRecurrentParams, impl: str, device: str, dt
     run = load(METHOD.impl(impl).run)
     if impl in ("as_written", "diagonal"):
         return run(dims, params).to(device, dtype)
-    return SegmentRecurrentStack(layers_of(dims, params, run)).to(device, dtype)
+    stack = replaying(SegmentRecurrentStack, params.segment_len) if impl == "graph" else SegmentRecurrentStack
+    return stack(layers_of(dims, params, run)).to(device, dtype)
