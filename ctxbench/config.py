@@ -41,7 +41,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a plan follows from. None on an axis means the method's own choice.
 
     ``memory_limit`` is bytes by device; a device whose memory cannot be read has no entry. ``origins`` says for every
-    dotted key which layer set it, ``merged`` holds the texts as they were written.
+    dotted key which layer set it, ``merged`` holds the texts as they were written. ``shard`` is a part of the
+    plan, such as ``2/8``; empty for all of it.
     """
 
     suite: str
@@ -67,6 +68,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     protocol: Protocol
     merged: dict[str, Any]
     origins: dict[str, str]
+    shard: str = ""
 
     @property
     def comparable(self) -> dict[str, Any]:

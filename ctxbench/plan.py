@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from ctxbench import shard as shards
 from ctxbench.cell import Cell
 from ctxbench.config import AUTO, FASTEST, Config
 from ctxbench.cost.figures import Evaluator, Figures
@@ -40,11 +41,16 @@ class Planned:
 
 @dataclass
 class Plan:
-    """All cells of a configuration, in the order of its axes."""
+    """All cells of a configuration, in the order of its axes, or one part of them.
+
+    ``whole`` counts the cells of all parts together, ``digest`` is their identity.
+    """
 
     config: Config
     ceilings: Ceilings
     cells: list[Planned]
+    whole: int = 0
+    digest: str = ""
 
     def counts(self) -> dict[str, int]:
         """Number of cells by status."""
@@ -64,7 +70,10 @@ def build(config: Config, registry: Registry, ceilings: dict[str, Ceilings], fin
             # `auto` asks for what runs here; every other choice gets a row that says why it does not.
             if planned.status != "unsupported" or AUTO not in config.impls or cell.impl in config.impls:
                 cells[cell.key] = planned
-    plan = Plan(config, ceilings[config.device[0]], list(cells.values()))
+    chosen = list(cells.values())
+    if config.shard:
+        chosen = shards.part(chosen, shards.parse(config.shard))
+    plan = Plan(config, ceilings[config.device[0]], chosen, whole=len(cells), digest=shards.digest(cells))
     Forecaster(plan, ceilings, finished).refresh(plan.cells)
     return plan
 

@@ -124,6 +124,11 @@ class Warn(Enum):
         "the correctness gate was switched off with --no-gate",
         "never publish such a number; measure again with the gate",
     )
+    OTHER_MACHINE = (
+        "other_machine",
+        "the row was measured on another machine than the first ones of this merged run",
+        "compare it with rows of its own machine; FLOPs and allocated bytes are the same anywhere",
+    )
     OTHER = ("other", "a remark of the measuring process", "read it")
 
     def __init__(self, code: str, meaning: str, action: str):

@@ -7,7 +7,7 @@ from collections import Counter
 import click
 
 from ctxbench.cli.common import Common, common_options, table
-from ctxbench.cli.selection import configure, print_config, selection_options
+from ctxbench.cli.selection import configure, print_config, selection_options, shard_option
 from ctxbench.config import Config
 from ctxbench.pace import Pace, within_budget
 from ctxbench.plan import Plan, Planned, as_row_fields, build
@@ -19,11 +19,12 @@ from ctxbench.units import format_bytes, format_flops, format_seconds, format_to
 
 @click.command()
 @selection_options
+@shard_option
 @common_options
-def command(suite: str | None, flags: Suite, print_config: bool, ctx: Common) -> None:
+def command(suite: str | None, flags: Suite, print_config: bool, shard: str, ctx: Common) -> None:
     """Show the cells of SUITE (default quick; scaling when --seq or --methods is given) with forecasts and reasons."""
     registry = ctx.registry()
-    config = configure(suite, flags, registry)
+    config = configure(suite, flags, registry, shard)
     if print_config:
         show_config(config, ctx)
     else:
@@ -44,6 +45,8 @@ def show_plan(config: Config, registry: Registry, ctx: Common) -> None:
         ctx.emit(
             {
                 "suite": config.suite,
+                "shard": config.shard,
+                "whole": plan.whole,
                 "seq_len": config.seq_len,
                 "calibrated": plan.ceilings.calibrated,
                 "predicted_s": predicted_s,
@@ -68,9 +71,10 @@ def _print(plan: Plan, predicted_s: float, ctx: Common) -> None:
     if reasons and not ctx.verbose:
         click.echo("     (-v lists them)")
     counts = plan.counts()
+    part = f"part {config.shard} of {plan.whole} cells; " if config.shard else ""
     click.echo(
         f"{counts.get('planned', 0)} of {len(plan.cells)} cells in about {format_seconds(predicted_s)}, budget "
-        f"{format_seconds(config.budget_s)}; suite {config.suite}; lengths "
+        f"{format_seconds(config.budget_s)}; {part}suite {config.suite}; lengths "
         f"{', '.join(format_tokens(length) for length in config.seq_len)}"
     )
     if not plan.ceilings.calibrated:

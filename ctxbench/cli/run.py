@@ -14,7 +14,7 @@ import msgspec
 
 from ctxbench.cli.common import Common, common_options
 from ctxbench.cli.plan import show_plan
-from ctxbench.cli.selection import configure, print_config, selection_options
+from ctxbench.cli.selection import configure, print_config, selection_options, shard_option
 from ctxbench.config import Config, change_limits, require_devices
 from ctxbench.errors import CtxbenchError, Exit, UserError
 from ctxbench.registry import Registry
@@ -29,6 +29,7 @@ RUNS = Path("runs")
 
 @click.command()
 @selection_options
+@shard_option
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; default a new one under runs/.")
 @click.option("--resume/--fresh", default=True, help="Continue what is in --out (default), or start over.")
 @click.option("--rerun", type=click.Choice(RERUN), help="Measure failed cells, or all, again.")
@@ -37,7 +38,7 @@ RUNS = Path("runs")
 @common_options
 def command(
     suite: str | None, flags: Suite, print_config: bool, out: Path | None, resume: bool, rerun: str | None,
-    dry_run: bool, report: bool, ctx: Common,
+    dry_run: bool, report: bool, shard: str, ctx: Common,
 ) -> None:  # fmt: skip
     """Measure SUITE (default quick; scaling when --seq or --methods is given); write rows and a report.
 
@@ -45,8 +46,8 @@ def command(
     that folder is continued. Ctrl-C keeps all finished rows.
     """
     registry = ctx.registry()
-    config = _stored(out, suite, flags, registry) if resume else None
-    config = config or configure(suite, flags, registry)
+    config = _stored(out, suite, flags, registry) if resume and not shard else None
+    config = config or configure(suite, flags, registry, shard)
     if print_config:
         show_config(config, ctx)
         return

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from ctxbench import suite as suites
 from ctxbench.cli.common import Common, complete_methods
 from ctxbench.config import Config, resolve
 from ctxbench.errors import UserError
 from ctxbench.registry import Registry
+from ctxbench.shard import parse as parse_shard
 from ctxbench.suite import Axes, Limits, Protocol, Suite
 
 SELECTION = (
@@ -89,10 +91,10 @@ def selection_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
-def configure(suite: str | None, flags: Suite, registry: Registry) -> Config:
+def configure(suite: str | None, flags: Suite, registry: Registry, shard: str = "") -> Config:
     """Merge and check all layers."""
     name, stack = suites.layers(suite, flags, Path.cwd())
-    return resolve(name, stack, registry)
+    return msgspec.structs.replace(resolve(name, stack, registry), shard=shard)
 
 
 def print_config(config: Config, ctx: Common) -> None:
@@ -104,6 +106,21 @@ def print_config(config: Config, ctx: Common) -> None:
     for key, value in config.merged.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         click.echo(f"{key:<{width}}  {text:<24}  # {config.origins[key]}")
+
+
+def shard_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--shard``; the function receives ``shard: str``, empty for the whole plan."""
+    help_ = (
+        "Part I of N of the plan, balanced by predicted cost, for N machines of one kind; `ctxbench merge` joins them."
+    )
+
+    def checked(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+        return str(parse_shard(value)) if value else ""
+
+    decorated: Callable[..., Any] = click.option("--shard", metavar="I/N", default="", callback=checked, help=help_)(
+        function
+    )
+    return decorated
 
 
 def complete_suites(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:

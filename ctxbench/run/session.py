@@ -47,7 +47,13 @@ def check_continues(folder: Path, config: Config) -> None:
     Raises:
         RunFolderError: names the values that differ.
     """
-    earlier = read_run(folder).get("comparable")
+    header = read_run(folder)
+    earlier = header.get("comparable")
+    if earlier is None and header.get("merged_from"):
+        raise RunFolderError(
+            f"{folder} holds merged runs of different plans: it can be read, not continued\n"
+            "  continue the runs it was merged from, then `ctxbench merge` them again"
+        )
     if earlier is None:
         return
     present = msgspec.json.decode(msgspec.json.encode(config.comparable))
@@ -136,7 +142,7 @@ def _header(store: Store, plan: Plan, registry: Registry, command: str) -> dict[
         },
         "config": msgspec.to_builtins(config),
         "comparable": config.comparable,
-        "plan": {"cells": len(plan.cells), "counts": plan.counts()},
+        "plan": {"cells": len(plan.cells), "counts": plan.counts(), "whole": plan.whole, "digest": plan.digest},
         "plugins": [{"name": broken.name, "error": broken.error} for broken in registry.broken],
         "environment": earlier.get("environment", {}),
         "calibration": earlier.get("calibration", {}),

@@ -14,57 +14,17 @@ from typing import Any
 import pytest
 
 from ctxbench.config import cuda_present
-from ctxbench.rows import Gate
-from ctxbench.run import session
 from ctxbench.run.store import read_rows, read_run
-from ctxbench.run.tasks import Calibration, Memory, Outcome, Samples, Task
+from ctxbench.run.tasks import Outcome, Task
 
 SMALL = ("--methods", "dense", "--impls", "blocked", "--seq", "64,128", "--device", "cpu")
-
-
-class Instant:
-    """Ends every task at once; ``fate`` overrides outcomes or raises."""
-
-    def __init__(self) -> None:
-        self.tasks: list[Task] = []
-        self.fate: Callable[[Task], Outcome | None] = lambda task: None
-
-    def submit(self, task: Task, timeout_s: float, memory_limit: int | None) -> Outcome:
-        self.tasks.append(task)
-        chosen = self.fate(task)
-        if chosen is not None:
-            return chosen
-        if task.kind == "time":
-            samples = Samples(samples=[0.01, 0.01, 0.01], cpu=[0.01] * 3, stop="budget")
-            return Outcome(status="ok", samples=samples, gate=Gate(ok=True), elapsed_s=0.1)
-        if task.kind == "calibrate":
-            found = Calibration(matmul_flops_per_s={"fp32": 1e12}, copy_bytes_per_s=1e11, threads=1)
-            return Outcome(status="ok", calibration=found)
-        if task.kind == "environment":
-            return Outcome(status="ok", environment={"torch": "planted"})
-        return Outcome(status="ok", memory=Memory(allocated=2**20, resident=2**20))
-
-    def close(self) -> None:
-        pass
-
-    def measured(self) -> list[int]:
-        """Lengths of the cells that children worked on."""
-        return [task.cell.seq_len for task in self.tasks if task.kind in ("time", "memory") and task.cell is not None]
-
-
-@pytest.fixture
-def instant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Instant:
-    executor = Instant()
-    monkeypatch.setattr(session, "servers", lambda threads: lambda heap, device: executor)
-    monkeypatch.chdir(tmp_path)
-    return executor
 
 
 def run(ctxbench: Callable[..., Any], *arguments: str) -> Any:
     return ctxbench("run", *SMALL, "--no-report", *arguments)
 
 
-def test_a_run_ends_with_a_table_counts_and_paths(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_a_run_ends_with_a_table_counts_and_paths(instant: Any, ctxbench: Callable[..., Any]) -> None:
     result = run(ctxbench)
     (folder,) = Path("runs").iterdir()
     assert result.code == 0
@@ -74,7 +34,7 @@ def test_a_run_ends_with_a_table_counts_and_paths(instant: Instant, ctxbench: Ca
     assert [row.status for row in read_rows(folder)] == ["ok", "ok"]
 
 
-def test_run_json_tells_what_was_done_where_and_how(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_run_json_tells_what_was_done_where_and_how(instant: Any, ctxbench: Callable[..., Any]) -> None:
     run(ctxbench, "--out", "here")
     header = read_run(Path("here"))
     assert (header["status"], header["suite"], header["counts"]) == ("finished", "scaling", {"ok": 2})
@@ -86,17 +46,17 @@ def test_run_json_tells_what_was_done_where_and_how(instant: Instant, ctxbench: 
     assert header["sessions"][0]["ended_at"]
 
 
-def test_json_says_where_the_rows_are(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_json_says_where_the_rows_are(instant: Any, ctxbench: Callable[..., Any]) -> None:
     found = run(ctxbench, "--json", "--out", "here").json
     assert (found["folder"], found["counts"], found["exit_code"]) == ("here", {"ok": 2}, 0)
 
 
-def test_quiet_prints_only_paths(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_quiet_prints_only_paths(instant: Any, ctxbench: Callable[..., Any]) -> None:
     result = run(ctxbench, "-q", "--out", "here")
     assert (result.out, result.err) == ("rows    here/rows.jsonl\n", "")
 
 
-def test_a_failed_cell_exits_1_and_is_named(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_a_failed_cell_exits_1_and_is_named(instant: Any, ctxbench: Callable[..., Any]) -> None:
     instant.fate = lambda task: (
         Outcome(status="error", reason="ValueError: planted")
         if task.kind == "time" and task.cell.seq_len == 128
@@ -107,15 +67,13 @@ def test_a_failed_cell_exits_1_and_is_named(instant: Instant, ctxbench: Callable
     assert "error: dense / blocked at 128, forward: ValueError: planted" in result.out
 
 
-def test_a_skip_is_no_failure(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_a_skip_is_no_failure(instant: Any, ctxbench: Callable[..., Any]) -> None:
     result = run(ctxbench, "--memory-limit", "1KiB")
     assert result.code == 0
     assert "2 cells: 2 skipped" in result.out
 
 
-def test_an_interrupted_run_exits_130_and_continues_with_out_alone(
-    instant: Instant, ctxbench: Callable[..., Any]
-) -> None:
+def test_an_interrupted_run_exits_130_and_continues_with_out_alone(instant: Any, ctxbench: Callable[..., Any]) -> None:
     def interrupt(task: Task) -> Outcome | None:
         if task.kind == "time" and task.cell.seq_len == 128:
             raise KeyboardInterrupt
@@ -136,7 +94,7 @@ def test_an_interrupted_run_exits_130_and_continues_with_out_alone(
     assert len(read_run(Path("here"))["sessions"]) == 2
 
 
-def test_a_finished_run_is_not_measured_again_unless_asked(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_a_finished_run_is_not_measured_again_unless_asked(instant: Any, ctxbench: Callable[..., Any]) -> None:
     run(ctxbench, "--out", "here")
     for arguments, cells in (((), 0), (("--rerun", "failed"), 0), (("--rerun", "all"), 2), (("--fresh",), 2)):
         instant.tasks = []
@@ -146,7 +104,7 @@ def test_a_finished_run_is_not_measured_again_unless_asked(instant: Instant, ctx
 
 
 def test_continuing_without_the_plug_in_of_a_run_says_how_to_name_it(
-    instant: Instant, ctxbench: Callable[..., Any]
+    instant: Any, ctxbench: Callable[..., Any]
 ) -> None:
     Path("mine.py").write_text(PLUGIN)
     mine = ("--plugin", "mine.py", "--no-report", "--out", "here")
@@ -158,7 +116,7 @@ def test_continuing_without_the_plug_in_of_a_run_says_how_to_name_it(
     assert ctxbench("run", *mine).code == 0
 
 
-def test_another_configuration_in_the_same_folder_is_refused(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_another_configuration_in_the_same_folder_is_refused(instant: Any, ctxbench: Callable[..., Any]) -> None:
     run(ctxbench, "--out", "here")
     before = Path("here/rows.jsonl").read_bytes()
     result = run(ctxbench, "--out", "here", "--batch", "2")
@@ -169,7 +127,7 @@ def test_another_configuration_in_the_same_folder_is_refused(instant: Instant, c
     assert run(ctxbench, "--out", "here", "--batch", "2", "--fresh").code == 0
 
 
-def test_a_locked_folder_is_refused(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_a_locked_folder_is_refused(instant: Any, ctxbench: Callable[..., Any]) -> None:
     Path("here").mkdir()
     with Path("here/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -180,7 +138,7 @@ def test_a_locked_folder_is_refused(instant: Instant, ctxbench: Callable[..., An
     assert "another run (process 4711) is writing to here" in result.err
 
 
-def test_a_truncated_last_row_is_measured_again_with_a_note(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_a_truncated_last_row_is_measured_again_with_a_note(instant: Any, ctxbench: Callable[..., Any]) -> None:
     run(ctxbench, "--out", "here")
     rows = Path("here/rows.jsonl")
     os.truncate(rows, rows.stat().st_size - 30)
@@ -190,7 +148,7 @@ def test_a_truncated_last_row_is_measured_again_with_a_note(instant: Instant, ct
     assert len(read_rows(Path("here"))) == 2
 
 
-def test_rows_of_another_schema_are_refused(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_rows_of_another_schema_are_refused(instant: Any, ctxbench: Callable[..., Any]) -> None:
     run(ctxbench, "--out", "here")
     rows = Path("here/rows.jsonl")
     rows.write_text(rows.read_text().replace("ctxbench.row/1", "ctxbench.row/9"))
@@ -199,7 +157,7 @@ def test_rows_of_another_schema_are_refused(instant: Instant, ctxbench: Callable
     assert "is of the schema 'ctxbench.row/9'" in result.err
 
 
-def test_a_folder_that_cannot_be_written_exits_5(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_a_folder_that_cannot_be_written_exits_5(instant: Any, ctxbench: Callable[..., Any]) -> None:
     Path("file").write_text("")
     result = run(ctxbench, "--out", "file/here")
     assert result.code == 5
@@ -207,7 +165,7 @@ def test_a_folder_that_cannot_be_written_exits_5(instant: Instant, ctxbench: Cal
 
 
 def test_a_full_disk_exits_5_and_keeps_what_is_finished(
-    instant: Instant, ctxbench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    instant: Any, ctxbench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = os.write
 
@@ -226,7 +184,7 @@ def test_a_full_disk_exits_5_and_keeps_what_is_finished(
     assert len(read_rows(Path("here"))) == 2
 
 
-def test_a_cuda_device_that_is_absent_exits_5(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_a_cuda_device_that_is_absent_exits_5(instant: Any, ctxbench: Callable[..., Any]) -> None:
     if cuda_present():
         pytest.skip("this machine has a CUDA device")
     result = ctxbench("run", "--methods", "dense", "--device", "cuda")
@@ -236,7 +194,7 @@ def test_a_cuda_device_that_is_absent_exits_5(instant: Instant, ctxbench: Callab
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--print-config"])
-def test_looking_first_writes_nothing(flag: str, instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_looking_first_writes_nothing(flag: str, instant: Any, ctxbench: Callable[..., Any]) -> None:
     result = run(ctxbench, flag)
     assert result.code == 0
     assert "64" in result.out
@@ -244,13 +202,13 @@ def test_looking_first_writes_nothing(flag: str, instant: Instant, ctxbench: Cal
     assert not Path("runs").exists()
 
 
-def test_rerun_without_a_folder_is_a_usage_error(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_rerun_without_a_folder_is_a_usage_error(instant: Any, ctxbench: Callable[..., Any]) -> None:
     result = run(ctxbench, "--rerun", "failed")
     assert result.code == 2
     assert "--out FOLDER" in result.err
 
 
-def test_a_report_is_written_beside_the_rows(instant: Instant, ctxbench: Callable[..., Any]) -> None:
+def test_a_report_is_written_beside_the_rows(instant: Any, ctxbench: Callable[..., Any]) -> None:
     result = ctxbench("run", *SMALL, "--out", "here")
     assert result.code == 0
     assert "report  here/report.html" in result.out

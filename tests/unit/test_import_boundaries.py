@@ -23,7 +23,7 @@ LAYERS = [
     {"errors", "units", "text"},
     {"method", "axes"},
     {"cell", "rows", "registry", "suite", "config", "cost", "workload", "env"},
-    {"plan", "pace"},
+    {"plan", "pace", "shard"},
     {"measure"},
     {"run"},
     {"analysis"},
