@@ -1,4 +1,4 @@
-"""Launch parameters, limits and counts of the kernels in ``flash``, for planning too: neither torch nor triton here."""
+"""Launch parameters, and limits of the kernels in ``flash``, for planning too: neither torch nor triton here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from ctxbench.method import DTYPE_BYTES, YES, Dims, Support, no
 
-UNBOUNDED = -1  # a radius without a bound, where an operator needs an integer
+MOST_RANGES = 3  # of keys under one softmax
 BACKWARD = Fraction(7, 2)  # products of the backward pass for one of the forward: seven instead of two
+DQ_ALONE = Fraction(3, 2)  # the same where keys and values need no gradient
 
 
 class Config(NamedTuple):
@@ -68,21 +69,3 @@ def support(dims: Dims, dtype: str) -> Support:
     if heads > MOST_HEADS:
         return no(f"the flash kernels take at most {MOST_HEADS} heads in a batch, received {heads}")
     return YES
-
-
-def visible_pairs(queries: int, keys: int, left: int, right: int) -> int:
-    """How many (query, key) pairs the band holds; UNBOUNDED for no bound."""
-    offset = keys - queries
-    ends = queries * keys if right == UNBOUNDED else _sum_clamped(offset + right + 1, queries, keys)
-    return ends - (0 if left == UNBOUNDED else _sum_clamped(offset - left, queries, keys))
-
-
-def _sum_clamped(start: int, count: int, high: int) -> int:
-    """Sum of ``start + i`` over i < count, each clamped to 0 .. high."""
-    return _sum_positive(start, count) - _sum_positive(start - high, count)
-
-
-def _sum_positive(start: int, count: int) -> int:
-    skipped = max(0, -start)
-    left = max(0, count - skipped)
-    return left * (start + skipped) + left * (left - 1) // 2

@@ -1,7 +1,7 @@
 """Compile the flash kernels for devices that are not here, and print what the machine code shows, as JSON lines.
 
-``python compile_flash.py [ARCHITECTURE:ITEMSIZE:WIDTH ...]``; without arguments the whole shipped table. Kernels are
-compiled with both bounds of the band, which holds every path of the other forms.
+``python compile_flash.py [ARCHITECTURE:ITEMSIZE:WIDTH[/FORM] ...]``; without arguments the whole shipped table. A band
+is bounded on both sides, which holds every path of its other forms; ``steps`` is the most that one softmax spans.
 """
 
 from __future__ import annotations
@@ -20,31 +20,56 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctxbench.implementations._shared import flash, flash_table
+from ctxbench.implementations._shared import flash, flash_table, lines
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FORMS = {  # kinds of the lines of each range
+    "band": ((lines.SLOPE, lines.SLOPE),),
+    "steps": ((lines.STEPS, lines.STEPS),) * flash_table.MOST_RANGES,
+}
 POINTERS = {"LSE": "*fp32", "GRAD_LSE": "*fp32", "DELTA": "*fp32"}  # the others have the dtype of the cell
 
 
-def compile_kernel(kernel: str, width: int, dtype: str, architecture: int, chosen: flash_table.Config) -> Any:
-    """Compile one kernel; pointers and strides are marked as multiples of 16, as they are at run time."""
+def compile_kernel(
+    kernel: str,
+    width: int,
+    dtype: str,
+    architecture: int,
+    chosen: flash_table.Config,
+    kinds: tuple[tuple[int, int], ...],
+) -> Any:
+    """Compile one kernel for ranges with lines of these kinds (dK and dV: of the first).
+
+    Pointers and strides are marked as multiples of 16, as they are at run time.
+    """
     function = getattr(flash, f"{kernel}_kernel")
     constants = {
         "D": width, "WIDTH": flash_table.padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
-        "BOUND_LEFT": True, "BOUND_RIGHT": True, "THROUGH_LSE": True,
+        "KINDS": kinds, "RANGES": len(kinds), "LOW": kinds[0][0], "HIGH": kinds[0][1], "GROUP": 1, "THROUGH_LSE": True,
     }  # fmt: skip
+    line = ("i32",) * 4
+    one = (f"*{dtype}", f"*{dtype}", *["i32"] * 8, line, line)
     signature, values, attributes = {}, {}, {}
+
+    def aligned(*path: int) -> None:
+        attributes[path] = [["tt.divisibility", 16]]
+
     for index, parameter in enumerate(function.params):
         name = parameter.name
         if parameter.is_constexpr:
             signature[name], values[index,] = "constexpr", constants[name]
-        elif name in ("heads", "T", "S", "left", "right"):
+        elif name in ("heads", "T"):
             signature[name] = "i32"
         elif name == "scale":
             signature[name] = "fp32"
+        elif name in ("ranges", "keys"):
+            signature[name] = (one,) * len(kinds) if name == "ranges" else one
+            for where in ((index, which) for which in range(len(kinds))) if name == "ranges" else ((index,),):
+                for field in range(8):
+                    aligned(*where, field)
         else:
             signature[name] = "i32" if name.islower() else POINTERS.get(name, f"*{dtype}")
-            attributes[index,] = [["tt.divisibility", 16]]
+            aligned(index)
     source = ASTSource(function, signature, values, attributes)
     with contextlib.redirect_stdout(io.StringIO()):  # a failing assembler prints the whole program
         return triton.compile(
@@ -79,11 +104,13 @@ def run(tool: str, *arguments: str) -> str:
 def main(wanted: list[str]) -> None:
     everything = [f"{arch}:{size}:{width}" for arch, table in flash_table.CONFIGS.items() for size, width in table]
     for item in wanted or everything:
-        architecture, itemsize, width = map(int, item.split(":"))
+        target, _, form = item.partition("/")
+        architecture, itemsize, width = map(int, target.split(":"))
         for kernel in flash_table.KERNELS:
             chosen = flash_table.config(kernel, width, itemsize, architecture)
-            compiled = compile_kernel(kernel, width, {2: "bf16", 4: "fp32"}[itemsize], architecture, chosen)
-            row = {"kernel": kernel, "architecture": architecture, "itemsize": itemsize, "width": width}
+            dtype = {2: "bf16", 4: "fp32"}[itemsize]
+            compiled = compile_kernel(kernel, width, dtype, architecture, chosen, FORMS[form or "band"])
+            row = {"kernel": kernel, "architecture": architecture, "itemsize": itemsize, "width": width, "form": form}
             print(json.dumps(row | chosen._asdict() | examine(compiled)), flush=True)
 
 

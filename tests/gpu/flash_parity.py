@@ -1,4 +1,4 @@
-"""Run the flash kernels against float64 and print the relative errors as JSON lines.
+"""Run the kernels of ``ranges.attend`` against float64 and print the relative errors as JSON lines.
 
 On the CUDA device with the shipped tiles, or, where TRITON_INTERPRET is 1, in Triton's interpreter with small ones. A
 program of its own, because that variable must be set before the kernels are imported. The interpreter leaves out bf16,
@@ -12,46 +12,68 @@ import os
 
 import torch
 
-from ctxbench.implementations._shared import flash as kernels
+from ctxbench.implementations._shared import ranges as kernels
 from ctxbench.implementations._shared.flash_table import Config
+from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations.dense import triton
 from ctxbench.workload import DTYPES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LONGER = 1 if INTERPRETED else 7  # lengths and radii, where tiles have up to 128 rows
-SOME = ("causal", "window and cache", "fewer keys than queries")
+LONGER = 1 if INTERPRETED else 7  # lengths and lines, where tiles have up to 128 rows
+SOME = ("causal", "window and cache", "fewer keys than queries", "segments, memory, state")
 # Small tiles, so that short sequences have edges on both sides and tiles that need no mask.
 TILES = {"forward": Config(32, 16, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(16, 32, 4, 1)}
-CASES = {  # heads, queries, keys, width, left, right
-    "causal": (2, 75, 75, 16, None, 0),
-    "full": (1, 67, 67, 32, None, None),
-    "shorter than a tile": (2, 5, 5, 16, None, 0),
-    "one query": (2, 1, 41, 16, None, 0),
-    "cache": (1, 35, 83, 16, None, 0),
-    "cross": (1, 35, 83, 16, None, None),
-    "window": (1, 90, 90, 16, 20, 0),
-    "window and cache": (1, 37, 110, 24, 40, 0),
-    "both sides": (1, 81, 81, 16, 9, 33),
-    "itself alone": (1, 40, 40, 16, 0, 0),
-    "fewer keys than queries": (2, 61, 30, 16, 7, 2),
-    "later keys alone bounded": (1, 50, 50, 16, None, 6),
-    "earlier keys alone bounded": (1, 50, 50, 16, 6, None),
-}
+OWN = Line(base=1)  # one past the query's own key
 
 
-def band(queries: int, keys: int, left: int | None, right: int | None) -> torch.Tensor:
-    position, key = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
-    seen = torch.ones(queries, keys, dtype=torch.bool)
-    if left is not None:
-        seen &= key >= position - left
-    if right is not None:
-        seen &= key <= position + right
-    return seen
+def window(left, right=0):
+    return Line(base=-left), Line(base=1 + right)
 
 
-def written_out(q, k, v, seen):
+CASES = {  # query heads, queries, offset, width, and of each range: key heads, keys, low, high
+    "causal": (2, 75, 0, 16, (2, 75, None, OWN)),
+    "full": (1, 67, 0, 32, (1, 67, None, None)),
+    "shorter than a tile": (2, 5, 0, 16, (2, 5, None, OWN)),
+    "one query": (2, 1, 40, 16, (2, 41, None, OWN)),
+    "cache": (1, 35, 48, 16, (1, 83, None, OWN)),
+    "window and cache": (1, 37, 73, 24, (1, 110, *window(40))),
+    "both sides": (1, 81, 0, 16, (1, 81, *window(9, 33))),
+    "itself alone": (1, 40, 0, 16, (1, 40, *window(0))),
+    "fewer keys than queries": (2, 61, 0, 16, (2, 30, Line(base=-38), Line(base=-28))),
+    "later keys alone bounded": (1, 50, 0, 16, (1, 50, None, Line(base=7))),
+    "earlier keys alone bounded": (1, 50, 0, 16, (1, 50, Line(base=-6), None)),
+    "grouped heads": (6, 45, 3, 16, (2, 48, None, OWN), (3, 20, None, None)),
+    "blocks and cells": (1, 77, 13, 16, (1, 90, Line(16, 16), OWN), (1, 6, None, Line(16))),
+    "shifted blocks": (1, 70, 0, 16, (1, 70, Line(20, 20, 10, -10), Line(20, 20, 10, 10))),
+    "segments, memory, state": (
+        2, 83, 21, 16, (2, 104, Line(24, 24, base=-31), OWN), (1, 17, None, None), (2, 90, None, Line(5, 4, 3, -6))),
+    "crossing lines": (1, 60, 0, 16, (1, 60, Line(3, 2, base=5), Line(base=-4)), (1, 3, None, Line(stride=0, base=2))),
+    "nothing but a prefix": (1, 33, 0, 16, (1, 40, None, Line(stride=0, base=19)), (1, 0, None, None)),
+    "level and late": (1, 50, 7, 16, (1, 57, Line(stride=0, base=13), OWN)),
+}  # fmt: skip
+
+
+def bounds(line, positions, keys, otherwise):
+    if line is None:
+        return torch.full_like(positions, otherwise)
+    return torch.tensor([line.at(position) for position in positions.tolist()]).clamp(0, keys)
+
+
+def visible(queries, keys, low=None, high=None, offset=0):
+    """Which pairs ``[queries, keys]`` the lines show, from their definition."""
+    positions, key = torch.arange(queries) + offset, torch.arange(keys)
+    first, end = bounds(low, positions, keys, 0), bounds(high, positions, keys, keys)
+    return (key >= first[:, None]) & (key < end[:, None])
+
+
+def written_out(q, ranges, offset=0, scale=None):
     """Output and log-sum-exp from the definition; rows without a key give 0."""
-    scores = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).masked_fill(~seen, -1e300)
+    k, v = (
+        torch.cat([x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in each], 2)
+        for each in ([one.k for one in ranges], [one.v for one in ranges])
+    )
+    seen = torch.cat([visible(q.shape[2], one.k.shape[2], one.low, one.high, offset) for one in ranges], 1).to(q.device)
+    scores = (q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5)).masked_fill(~seen, -1e300)
     lse = scores.logsumexp(3)
     return (scores.softmax(3) * seen) @ v, torch.where(seen.any(1), lse, -torch.inf)
 
@@ -66,36 +88,48 @@ def relative(received: torch.Tensor, expected: torch.Tensor) -> float:
     return ((received - expected).norm() / expected.norm()).item()
 
 
-def parity(heads, queries, keys, width, left, right, dtype):
-    queries, keys = (size if size == 1 else LONGER * size for size in (queries, keys))
-    left, right = (radius if radius is None else LONGER * radius for radius in (left, right))
+def longer(heads, queries, offset, width, *each):
+    """The same case for the tiles of a device."""
+    each = [(of, LONGER * keys, *(line and line._replace(base=LONGER * line.base) for line in lines))
+            for of, keys, *lines in each]  # fmt: skip
+    return heads, queries if queries == 1 else LONGER * queries, LONGER * offset, width, *each
+
+
+def parity(heads, queries, offset, width, *each, dtype):
     torch.manual_seed(0)
     q = torch.randn(2, queries, heads, width).transpose(1, 2)  # heads as a layer splits them
-    k, v = (torch.randn(2, keys, heads, width).transpose(1, 2) for _ in range(2))
-    operands = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    drawn = [torch.randn(2, keys, of, width).transpose(1, 2) for of, keys, *_ in each for _ in range(2)]
+    operands = [x.to(dtype).requires_grad_() for x in (q, *drawn)]
     exact = [x.detach().double().requires_grad_() for x in operands]
-    out, lse = kernels.flash(*operands, left, right)
+
+    def ranges(of):
+        return [Range(k, v, *lines) for k, v, (_, _, *lines) in zip(of[1::2], of[2::2], each, strict=True)]
+
+    scale = 0.2
+    out, lse = kernels.attend(operands[0], ranges(operands), offset=offset, scale=scale)
     assert out.stride() == operands[0].stride()
-    expected, expected_lse = written_out(*exact, band(queries, keys, left, right))
+    expected, expected_lse = written_out(exact[0], ranges(exact), offset, scale)
     grad, grad_lse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
-    received = torch.autograd.grad((out, lse), operands, (grad, grad_lse))
+    received = torch.autograd.grad((out, lse), operands, (grad, grad_lse), retain_graph=not INTERPRETED)
     if not INTERPRETED:  # the same bits every time
-        again = torch.autograd.grad(kernels.flash(*operands, left, right), operands, (grad, grad_lse))
+        again = torch.autograd.grad((out, lse), operands, (grad, grad_lse))
         assert all(torch.equal(one, two) for one, two in zip(received, again, strict=True))
     there = torch.isfinite(expected_lse)
     truth = torch.autograd.grad(
         (expected, expected_lse[there]), exact, (grad.double(), grad_lse.double()[there]), materialize_grads=True
     )
-    pairs = zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *received), (expected, expected_lse, *truth), strict=True)
+    names = ["out", "lse", "dq", *(f"d{of}{which}" for which in range(len(each)) for of in "kv")]
+    pairs = zip(names, (out, lse, *received), (expected, expected_lse, *truth), strict=True)
     return {name: relative(mine, theirs) for name, mine, theirs in pairs}
 
 
 def alone(dtype: torch.dtype) -> dict[str, float]:
-    """Gradients of the output alone and of the log-sum-exp alone, as autograd asks for them."""
+    """Gradients of the output alone and of the log-sum-exp alone, and of queries whose keys need none."""
     torch.manual_seed(1)
     operands = [torch.randn(1, 1, 20, 16).to(dtype).requires_grad_() for _ in range(3)]
     exact = [x.detach().double().requires_grad_() for x in operands]
-    received, truth = kernels.flash(*operands, right=0), written_out(*exact, band(20, 20, None, 0))
+    received, truth = (attend(of[0], [Range(of[1], of[2], high=OWN)]) for attend, of in
+                       ((kernels.attend, operands), (written_out, exact)))  # fmt: skip
     errors = {}
     for index, name in enumerate(("through out", "through lse")):
         mine = torch.autograd.grad(received[index].sum(), operands[:2], retain_graph=True)
@@ -103,7 +137,12 @@ def alone(dtype: torch.dtype) -> dict[str, float]:
         errors |= {
             f"d{x} {name}": relative(*pair) for x, pair in zip("qk", zip(mine, theirs, strict=True), strict=True)
         }
-    return errors
+    q, k, v = operands
+    detached = kernels.attend(q, [Range(k.detach(), v.detach(), high=OWN), Range(k, v)])[0]
+    mine = torch.autograd.grad(detached.sum(), operands)
+    q, k, v = exact
+    theirs = torch.autograd.grad(written_out(q, [Range(k.detach(), v.detach(), high=OWN), Range(k, v)])[0].sum(), exact)
+    return errors | {f"d{x}, memory detached": relative(*pair) for x, *pair in zip("qkv", mine, theirs, strict=True)}
 
 
 def skipping() -> dict[str, float]:
@@ -112,11 +151,11 @@ def skipping() -> dict[str, float]:
     q, k, v, grad = (torch.randn(1, 1, 96, 16) for _ in range(4))
     k[:, :, :32], v[:, :, :32] = torch.nan, torch.nan  # two tiles of the forward pass, one of dQ
     tail = slice(64, None)  # these queries see the keys from 64 - 20 on
-    operands = [q[:, :, tail], k, v]
-    out, lse = kernels.flash(*operands, left=20, right=0)
-    expected, expected_lse = written_out(*(x.double() for x in (q[:, :, tail], k[:, :, 32:], v[:, :, 32:])),
-                                         band(32, 64, 20, 0))  # fmt: skip
-    dq, dk, dv = kernels._flash_backward(grad[:, :, tail], None, *operands, out, lse, 20, 0)
+    operands = [x.requires_grad_() for x in (q[:, :, tail].clone(), k, v)]
+    out, lse = kernels.attend(operands[0], [Range(k, v, *window(20))], offset=64)
+    close = [x.detach().double() for x in (operands[0], k[:, :, 32:], v[:, :, 32:])]
+    expected, expected_lse = written_out(close[0], [Range(*close[1:], *window(20))], offset=32)
+    dq, dk, dv = torch.autograd.grad(out, operands, grad[:, :, tail])
     assert torch.isfinite(dq).all()
     assert not dk[:, :, :32].any()
     assert not dv[:, :, :32].any()
@@ -129,7 +168,7 @@ def module() -> dict[str, float]:
     q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
     errors = {}
     for causal in (True, False):
-        expected = written_out(q.double(), k.double(), v.double(), band(40, 40, None, 0 if causal else None))[0]
+        expected = written_out(q.double(), [Range(k.double(), v.double(), high=OWN if causal else None)])[0]
         errors[f"causal={causal}"] = relative(triton.attend(q, k, v, causal, None), expected)
     return errors
 
@@ -142,10 +181,10 @@ def main() -> None:
         torch.set_default_device("cuda")
         runs += [(name, "bf16") for name in CASES]
     for name, dtype in runs:
-        heads, queries, keys, width, left, right = CASES[name]
+        heads, queries, offset, width, *each = CASES[name] if INTERPRETED else longer(*CASES[name])
         widths = (width,) if INTERPRETED else (width, 48, 64) if dtype == "fp32" else (width, 64, 96, 128)
         for channels in widths:
-            errors = parity(heads, queries, keys, channels, left, right, DTYPES[dtype])
+            errors = parity(heads, queries, offset, channels, *each, dtype=DTYPES[dtype])
             print(json.dumps([f"{name}, {channels}", dtype, errors]))
     for dtype in ("fp32", "fp16"):
         print(json.dumps(["one gradient", dtype, alone(DTYPES[dtype])]))

@@ -12,8 +12,8 @@ import pytest
 
 PROGRAM = Path(__file__).with_name("compile_flash.py")
 SHARED = {90: 232448, 80: 101376}  # bytes a block may have; the second is what devices of capability 8.6 and 8.9 have
-# architecture:bytes of an element:width. The widest heads, where the limits bind, and a width that is padded.
-BINDING = ["90:2:64", "90:2:128", "80:2:128", "90:4:64", "80:4:64", "90:2:96"]
+# architecture:bytes of an element:width[/form]. The widest heads, where the limits bind, and a width that is padded.
+BINDING = ["90:2:64", "90:2:128", "80:2:128", "90:4:64", "80:4:64", "90:2:96", "90:2:128/steps", "80:2:128/steps"]
 OTHERS = [f"{architecture}:{size}:{width}" for architecture in (90, 80) for size in (2, 4) for width in (16, 32)]
 
 

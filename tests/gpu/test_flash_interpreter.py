@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
-from ctxbench.implementations._shared.flash_table import UNBOUNDED, visible_pairs
+from ctxbench.implementations._shared.lines import Line, visible_pairs
 from ctxbench.implementations.dense import METHOD
 from ctxbench.method import Dims
 
@@ -44,7 +45,7 @@ def measure(interpret: str) -> list[list]:
 def test_forward_and_backward_agree_with_float64_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     rows = measure("1")
-    assert len(rows) == 20
+    assert len(rows) == 26
     assert not wrong(rows)
 
 
@@ -71,16 +72,46 @@ def test_formulas_of_dense_are_what_the_tracer_counts(mode: str, causal: bool) -
     assert not counted.uncounted
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (7, 7), (5, 12), (12, 5)])
-@pytest.mark.parametrize("left", [UNBOUNDED, 0, 3, 20])
-@pytest.mark.parametrize("right", [UNBOUNDED, 0, 2, 20])
-def test_visible_pairs_are_counted_one_by_one(queries: int, keys: int, left: int, right: int) -> None:
-    seen = [
-        (left == UNBOUNDED or key >= position - left) and (right == UNBOUNDED or key <= position + right)
-        for position in range(keys - queries, keys)
-        for key in range(keys)
-    ]
-    assert visible_pairs(queries, keys, left, right) == sum(seen)
+LINES = [None, Line(), Line(base=1), Line(base=-3), Line(stride=0, base=4), Line(4, 4), Line(3, 2, 2, -1), Line(4)]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (7, 7), (5, 12), (23, 11), (0, 3), (4, 0)])
+@pytest.mark.parametrize("offset", [0, 1, 9])
+def test_visible_pairs_are_counted_one_by_one(queries: int, keys: int, offset: int) -> None:
+    for low, high in itertools.product(LINES, LINES):
+        seen = sum(
+            (low is None or key >= low.at(row + offset)) and (high is None or key < high.at(row + offset))
+            for row in range(queries)
+            for key in range(keys)
+        )
+        assert visible_pairs(queries, keys, low, high, offset) == seen, (low, high)
+
+
+def test_lines_that_would_turn_back_are_refused() -> None:
+    for line in (Line(step=0), Line(stride=-1)):
+        with pytest.raises(ValueError, match="step at least 1 and stride at least 0"):
+            visible_pairs(3, 3, line)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset": -1}, "offset must be at least 0, received -1"),
+        ({"ranges": 0}, "1 to 3 ranges, received 0"),
+        ({"ranges": 4}, "1 to 3 ranges, received 4"),
+        ({"heads": 4}, "heads of q be a multiple of theirs"),
+        ({"dtype": torch.float64}, "all fp32, fp16 or bf16"),
+        ({"width": 512}, "at most"),
+    ],
+)
+def test_what_kernels_cannot_take_is_refused(change: dict, message: str) -> None:
+    pytest.importorskip("triton")
+    from ctxbench.implementations._shared.ranges import Range, attend
+
+    case = {"offset": 0, "ranges": 1, "heads": 3, "dtype": torch.float32, "width": 8} | change
+    q, k = (torch.zeros(1, heads, 4, case["width"], dtype=case["dtype"]) for heads in (6, case["heads"]))
+    with pytest.raises(ValueError, match=message):
+        attend(q, [Range(k, k)] * case["ranges"], offset=case["offset"])
 
 
 @pytest.mark.parametrize(
