@@ -22,6 +22,7 @@ COMMANDS = {
     "forecast": "Time and memory of cells nobody measured, with intervals.",
     "advise": "Which method for a length, a memory limit and a use; why not the others.",
     "verify": "Measure random cells of a run again: do they repeat?",
+    "history": "Runs of one machine in order of time: what became faster or slower, and when.",
     "merge": "Several runs, or the parts of one plan, as one run.",
     "report": "Write the HTML report of one or more runs.",
     "export": "Rows as CSV, Parquet, Markdown, LaTeX, pytest-benchmark JSON; figures.",
