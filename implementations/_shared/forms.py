@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
-from sympy import Expr, Integer, Min, Piecewise, floor, sympify
+from sympy import Expr, Integer, Min, Piecewise, Rational, floor, sympify
 
+from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, d, f, h
 from ctxbench.cost.terms import (
     FUSED_BACKWARD,
@@ -17,6 +19,7 @@ from ctxbench.cost.terms import (
     tensor,
     when_ffn,
 )
+from ctxbench.implementations._shared.flash_table import BACKWARD
 from ctxbench.implementations._shared.staircase import BLOCK
 
 
@@ -46,10 +49,22 @@ def block_terms(tokens: Expr | int, pairs: Expr | int) -> dict[str, Expr]:
     return {"projections": L * projections(tokens), "attention": L * attention(pairs), "ffn": block_ffn(tokens)}
 
 
+def core_backward(impl: str) -> Expr:
+    """Backward pass of an attention core, in forward passes: twice, unless probabilities are computed again."""
+    return {"blocked": FUSED_BACKWARD, "triton": Rational(BACKWARD)}.get(impl, Integer(2))
+
+
+def replayed(plain: Cost, streamed: Cost) -> Cost:
+    """The cost of replays, of ``plain`` launches and of a stream: every whole segment hands on what it has to.
+
+    The buffers of a recording outlive the call that made them, so that no peak of one call has a formula.
+    """
+    return dataclasses.replace(plain, flops=streamed.flops, peak_bytes=None)
+
+
 def trained(forward: Mapping[str, Expr], impl: str = "reference") -> dict[str, Expr]:
     """FLOPs of forward and backward: three times the maps; attention too, unless ``blocked`` computes it again."""
-    core = FUSED_BACKWARD if impl == "blocked" else 2
-    return {term: cost * (1 + core if term == "attention" else 3) for term, cost in forward.items()}
+    return {term: cost * (1 + core_backward(impl) if term == "attention" else 3) for term, cost in forward.items()}
 
 
 def block_ffn(tokens: Expr | int) -> Expr:

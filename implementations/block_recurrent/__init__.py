@@ -26,6 +26,23 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:OPERATORS", note="keeps all scores, windows one after the other"),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="fused attention to states, windows in blocks"),
+        Impl(
+            "triton",
+            run=f"{__name__}.triton:OPERATORS",
+            needs=("triton",),
+            devices=("cuda",),
+            support=f"{__name__}.params:triton_support",
+            note="our kernels: windows in one launch, states without a mask; no bias",
+        ),
+        Impl(
+            "graph",
+            run=f"{__name__}.triton:OPERATORS",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "stream"),
+            support=f"{__name__}.params:graph_support",
+            note="as triton, but windows after the first are replayed from a recording: no launches from Python",
+        ),
     ),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",

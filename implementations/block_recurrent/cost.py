@@ -6,7 +6,7 @@ from sympy import Expr, Integer, Min, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor
+from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor
 from ctxbench.implementations._shared.biased_window_forms import (
     BLOCK,
     block_pairs,
@@ -14,7 +14,13 @@ from ctxbench.implementations._shared.biased_window_forms import (
     streamed_pairs,
     window_parameters,
 )
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters
+from ctxbench.implementations._shared.forms import (
+    block_ffn,
+    block_parameters,
+    core_backward,
+    position_parameters,
+    replayed,
+)
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
 from ctxbench.implementations.block_recurrent.peak import peak
 
@@ -24,6 +30,8 @@ WHOLE = floor(T / W)
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: BlockRecurrentParams) -> Cost:
     """One impl in one mode. ``stream`` takes a window a call, so that no window is split."""
+    if impl == "graph":
+        return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
     lstm = params.gate == "lstm"
     tokens: Expr = Integer(1) if mode == "decode" else T
     updates, keys = _updates(mode)
@@ -39,7 +47,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BlockRecurre
     }
     flops = {**terms, "window": L * attention(_executed(impl, mode, params))}
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
+        core = core_backward(impl)
         products = ("window", "read", "write")
         flops = {term: value * (1 + core if term in products else 3) for term, value in flops.items()}
         terms = {term: 3 * value for term, value in terms.items()}
@@ -68,6 +76,8 @@ def _updates(mode: str) -> tuple[Expr, Expr]:
 def _executed(impl: str, mode: str, params: BlockRecurrentParams) -> Expr:
     if mode == "decode":
         return Min(T, W - 1) + 1
+    if impl == "triton":
+        return seen_pairs(W)
     block = params.window if impl == "reference" else BLOCK
     if mode == "stream":
         return streamed_pairs(params.window, W, block)

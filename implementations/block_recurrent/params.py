@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.method import Dims, Params, param
+from ctxbench.implementations._shared import flash_table, graph_table
+from ctxbench.method import Dims, Params, Support, no, param
 
 FROM_TOP = 3  # the recurrent layer, counted from the top; in shallower stacks the lowest layer
 
@@ -36,3 +37,17 @@ def recurrent_layer(num_layers: int) -> int:
 def reach(dims: Dims, params: BlockRecurrentParams, i: int) -> range:
     """Input positions that may influence output ``i``: windows, and everything earlier through the states."""
     return range(i + 1)
+
+
+def triton_support(dims: Dims, params: BlockRecurrentParams, device: str, dtype: str) -> Support:
+    """What the kernels hold in registers; they add nothing to scores."""
+    if dims.position == "t5":
+        return no("the kernels have no gradient of a bias that is learned, which t5's is: take the position none")
+    if dims.position == "alibi":
+        return no("the kernels add nothing to scores, and alibi does: take the position none")
+    return flash_table.support(dims, dtype)
+
+
+def graph_support(dims: Dims, params: BlockRecurrentParams, device: str, dtype: str) -> Support:
+    """Of the kernels, and of replays, which begin when there is a window to look back at."""
+    return triton_support(dims, params, device, dtype) and graph_table.support(dims, params.window, 1)

@@ -1,7 +1,7 @@
 """Block attention with a state: full attention inside blocks, and a few vectors that pass from block to block."""
 
 from ctxbench.implementations.block_state.params import BlockStateParams
-from ctxbench.method import Claim, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="block_state",
@@ -24,6 +24,25 @@ METHOD = Method(
         Impl(
             "blocked", run=f"{__name__}.blocked:attend", support=f"{__name__}.params:fused_support",
             note="fused attention inside a block",
+        ),
+        Impl(
+            "triton",
+            run=f"{__name__}.triton:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            positions=("none", *ROPE),
+            support=f"{__name__}.params:triton_support",
+            note="our kernels inside a block, without a mask where a call continues it",
+        ),
+        Impl(
+            "graph",
+            run=f"{__name__}.triton:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "stream"),
+            positions=("none", *ROPE),
+            support=f"{__name__}.params:graph_support",
+            note="as triton, but whole blocks are replayed from a recording: no launches from Python",
         ),
     ),
     cost=f"{__name__}.cost:cost",

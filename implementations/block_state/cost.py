@@ -10,7 +10,6 @@ from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, e, param
 from ctxbench.cost.terms import (
-    FUSED_BACKWARD,
     attention,
     linear,
     linear_parameters,
@@ -18,7 +17,13 @@ from ctxbench.cost.terms import (
     tensor,
     triangle,
 )
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters
+from ctxbench.implementations._shared.forms import (
+    block_ffn,
+    block_parameters,
+    core_backward,
+    position_parameters,
+    replayed,
+)
 from ctxbench.implementations.block_state.params import BlockStateParams
 from ctxbench.implementations.block_state.peak import peak
 
@@ -30,6 +35,8 @@ SOME = Min(REST, 1)
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: BlockStateParams) -> Cost:
     """One impl in one mode. ``stream`` takes a block a call, so that no block is split."""
+    if impl == "graph":
+        return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
     states = L if params.variant == "layer" else Integer(1)
     made = linear(B * k, 2 * d, d) + linear(B * k, d, d) if params.update == "mlp" else 2 * linear(B * k, d, 3 * d)
     rows, seen, executed = _work(mode, impl)
@@ -41,7 +48,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BlockStatePa
     }
     flops = {**algorithmic, "attention": L * attention(executed)}
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
+        core = core_backward(impl)
         flops = {term: value * (1 + core if term == "attention" else 3) for term, value in flops.items()}
         algorithmic = {term: 3 * value for term, value in algorithmic.items()}
     unit = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ctxbench.implementations._shared import flash_table, graph_table
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 
@@ -45,3 +46,13 @@ def fused_support(dims: Dims, params: BlockStateParams, device: str, dtype: str)
     if dims.position in ("t5", "alibi"):
         return no(f"the fused causal kernel adds no bias by distance, which {dims.position} is")
     return YES
+
+
+def triton_support(dims: Dims, params: BlockStateParams, device: str, dtype: str) -> Support:
+    """What the kernels hold in registers."""
+    return flash_table.support(dims, dtype)
+
+
+def graph_support(dims: Dims, params: BlockStateParams, device: str, dtype: str) -> Support:
+    """Of the kernels, and of replays."""
+    return flash_table.support(dims, dtype) and graph_table.support(dims, params.block_len)

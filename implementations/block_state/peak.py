@@ -49,7 +49,7 @@ def _block(impl: str, n: Expr, outputs: Expr, cached: bool) -> Expr:
 def _core(impl: str, n: Expr | int, keys: Expr) -> Expr:
     """Scores twice with mask and its inverse, or with the output; fused: the output and its statistics."""
     n = sympify(n)
-    if impl == "blocked":
+    if impl in ("blocked", "triton"):
         return row(n) + 4 * B * h * n
     return 2 * tensor(B, h, n, keys) + n * keys + largest(n * keys, row(n))
 

@@ -24,6 +24,23 @@ METHOD = Method(
             "reference", run=f"{__name__}.reference:OPERATORS", note="keeps all scores, empty slots are rows of zeros"
         ),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="fused attention, one null slot for all empty ones"),
+        Impl(
+            "triton",
+            run=f"{__name__}.triton:OPERATORS",
+            needs=("triton",),
+            devices=("cuda",),
+            support=f"{__name__}.params:triton_support",
+            note="our kernels, the null slot in closed form; no bias",
+        ),
+        Impl(
+            "graph",
+            run=f"{__name__}.triton:OPERATORS",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "stream"),
+            support=f"{__name__}.params:graph_support",
+            note="as triton, but windows with full memories are replayed from a recording: no launches from Python",
+        ),
     ),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",

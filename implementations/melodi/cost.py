@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sympy import Expr, Integer, Min, ceiling, floor, sympify
+from sympy import Expr, Integer, Min, Rational, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, f, h
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, ffn, linear, linear_parameters, tensor, when_ffn
-from ctxbench.implementations._shared.forms import position_parameters
+from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, tensor, when_ffn
+from ctxbench.implementations._shared.flash_table import BACKWARD, DQ_ALONE
+from ctxbench.implementations._shared.forms import core_backward, position_parameters, replayed
 from ctxbench.implementations.melodi.params import MelodiParams
 from ctxbench.implementations.melodi.peaks import FULL, M, P, S, U, W, peak
 from ctxbench.method import ROPE
@@ -49,6 +50,8 @@ def windows(mode: str) -> Windows:
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams) -> Cost:
     """One impl in one mode. ``stream`` takes a window a call."""
+    if impl == "graph":
+        return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
     call = windows(mode)
     has_long = Integer(1 if params.long_slots else 0)
     row_forward = 8 * d**2  # projections of one row
@@ -62,15 +65,18 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         "memory": linear(B * call.handed_on * handed, d, 2 * d),
     }
     flops = dict(algorithmic)
-    flops["attention"] = L * attention(_pairs(call, executed=True))
-    flops["recall"] = has_long * attention(_recalled(call, null=1) if impl == "blocked" else call.asking * M)
+    if impl != "triton":
+        flops["attention"] = L * attention(_pairs(call, executed=True))
+        flops["recall"] = has_long * attention(_recalled(call, null=1) if impl == "blocked" else call.asking * M)
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
+        core, any_closed = core_backward(impl), Min(call.closed, 1)
+        first = any_closed * (W + U) + (1 - any_closed) * T  # rows of the first window
         fused = ("attention", "recall")
         flops = {term: forward * (1 + core if term in fused else 3) for term, forward in flops.items()}
         if impl == "reference":  # the first window recalls zeros, which ask for no gradient
-            any_closed = Min(call.closed, 1)
-            flops["recall"] -= has_long * attention((any_closed * (W + U) + (1 - any_closed) * T) * M)
+            flops["recall"] -= has_long * attention(first * M)
+        if impl == "triton":  # its short-term memory neither
+            flops["attention"] -= L * attention(first * S) * Rational(BACKWARD - DQ_ALONE)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
     return Cost(
         algorithmic=algorithmic,
@@ -78,7 +84,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         num_parameters=_parameters(position, params),
         state_bytes=L * (2 * tensor(B, S, d) + 3 * tensor(B, T - W * floor(T / W), d))
         + has_long * 2 * tensor(B, Min(M, P * floor(T / W)), d),
-        peak_bytes=None if position in ROPE else peak(impl, mode, params),
+        peak_bytes=None if position in ROPE or impl == "triton" else peak(impl, mode, params),
         depth=L if mode == "decode" else ceiling(T / W) + L - 1,
     )
 

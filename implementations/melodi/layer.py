@@ -83,11 +83,16 @@ class MelodiLayer(nn.Module):
         normed = self.norm(rows)
         first = self.params.short_slots + memory.out.shape[1]  # the short-term memory comes before the window
         q = self._unit(self.q(normed)) * self.scale.abs()[:, None, None]
-        k = torch.cat((memory.k, self.position.rotate(self._unit(self.k(normed)), first)), dim=2)
-        v = torch.cat((memory.v, split_heads(self.v(normed), self.num_heads)), dim=2)
+        k = self.position.rotate(self._unit(self.k(normed)), first)
+        v = split_heads(self.v(normed), self.num_heads)
         del normed
         turned = self.position.rotate(q, first)
-        mixed = self.operators.attend(turned, k[:, :, :-1], v[:, :, :-1], bias)  # nobody sees the last row
+        if self.operators.takes_bias or (keep and summary is None):
+            k = torch.cat((memory.k, k), dim=2)
+            v = torch.cat((memory.v, v), dim=2)
+            mixed = self.operators.attend(turned, k[:, :, :-1], v[:, :, :-1], bias)  # nobody sees the last row
+        else:
+            mixed = self.operators.attend_apart(turned, memory.k, memory.v, k, v)
         del turned
         if self.gate is not None:
             empty = self.params.long_slots - memory.long_k.shape[2]

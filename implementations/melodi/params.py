@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.method import Dims, Params, param
+from ctxbench.implementations._shared import flash_table, graph_table
+from ctxbench.method import Dims, Params, Support, no, param
 
 RELEASED = "released configuration"
 
@@ -55,3 +56,19 @@ def reach(dims: Dims, params: MelodiParams, i: int) -> frozenset[int]:
     """
     first = 0 if params.short_slots or params.long_slots else i - i % params.window
     return frozenset(range(first, i + 1))
+
+
+def triton_support(dims: Dims, params: MelodiParams, device: str, dtype: str) -> Support:
+    """What the kernels hold in registers; they add nothing to scores."""
+    if dims.position in ("t5", "alibi"):
+        return no(
+            f"the kernels have no gradient of a bias that is learned, and {dims.position}'s is multiplied by a learned "
+            "scale: take the position none or rope"
+        )
+    return flash_table.support(dims, dtype)
+
+
+def graph_support(dims: Dims, params: MelodiParams, device: str, dtype: str) -> Support:
+    """Of the kernels, and of replays, which begin when the long-term memory is full."""
+    filled = -(-params.long_slots // params.long_per_window)
+    return triton_support(dims, params, device, dtype) and graph_table.support(dims, params.window, filled)

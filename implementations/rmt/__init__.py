@@ -24,6 +24,23 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores of a segment, with a mask"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention, no mask; the same loop over segments"),
+        Impl(
+            "triton",
+            run=f"{__name__}.triton:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            support=f"{__name__}.params:triton_support",
+            note="one launch of our kernels a piece, in xl too",
+        ),
+        Impl(
+            "graph",
+            run=f"{__name__}.triton:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "stream"),
+            support=f"{__name__}.params:graph_support",
+            note="as triton, but whole segments are replayed from a recording: no launches from Python",
+        ),
     ),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",

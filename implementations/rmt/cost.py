@@ -6,14 +6,16 @@ from sympy import Expr, Integer, Min, Mod, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, ffn, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_parameters
+from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, projections, tensor, triangle
+from ctxbench.implementations._shared.forms import block_parameters, core_backward, replayed
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.implementations.rmt.peaks import REST, M, S, peak
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -> Cost:
     """One impl in one mode. ``stream`` takes a segment a call, so that no segment is split."""
+    if impl == "graph":
+        return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
     full = params.variant == "xl"
     begun, written, tokens = _segments(mode)
     rows = tokens + M * (begun + written)
@@ -25,11 +27,11 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -
     }
     flops = {
         "projections": L * projections(rows) - linear(B * unread, d, d),
-        "attention": L * attention(_pairs(mode, written, full, impl)),
+        "attention": L * attention(_pairs(mode, written, full, "visible" if impl == "triton" else impl)),
         "ffn": L * ffn(rows) - ffn(unread),
     }
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
+        core = core_backward(impl)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
     return Cost(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.method import Dims, Params, param
+from ctxbench.implementations._shared import flash_table, graph_table
+from ctxbench.method import Dims, Params, Support, param
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,13 @@ def reach(dims: Dims, params: RMTParams, i: int) -> frozenset[int]:
     A set and not a range, which would promise gradients at its ends: a call, or a cut, passes values alone.
     """
     return frozenset(range(i + 1))
+
+
+def triton_support(dims: Dims, params: RMTParams, device: str, dtype: str) -> Support:
+    """What the kernels hold in registers."""
+    return flash_table.support(dims, dtype)
+
+
+def graph_support(dims: Dims, params: RMTParams, device: str, dtype: str) -> Support:
+    """Of the kernels, and of replays."""
+    return flash_table.support(dims, dtype) and graph_table.support(dims, params.segment_len)

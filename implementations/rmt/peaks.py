@@ -15,10 +15,12 @@ M = param("num_memory")
 S = param("segment_len")
 WHOLE = floor(T / S)
 REST = Mod(T, S)
+FUSED = ("blocked", "triton")
 
 
 def peak(impl: str, mode: str, full: bool) -> Expr | None:
-    """Bytes of one impl in one mode."""
+    """Bytes of one impl in one mode; ``triton`` has neither parts to join, as the mask ``full`` has, nor masks."""
+    full = full and impl != "triton"
     if mode == "decode":
         return _decode(impl, full)
     if mode == "stream":
@@ -41,7 +43,7 @@ def _mixing(impl: str, n: Expr, K: Expr, full: bool, fresh: bool) -> Expr:
 
     ``fresh``: keys and values are the piece's own, so it has read tokens, and heads lie strided.
     """
-    if impl == "blocked":
+    if impl in FUSED:
         joined = row(2 * n + (M if fresh else 0)) if full else row(n)
         return largest(joined, row(n) + 4 * B * h * n)
     copied = some(B - 1) * row(K) if fresh else Integer(0)  # strided heads of several rows: no batch of matrices
@@ -100,7 +102,7 @@ def _train(impl: str, full: bool) -> Expr:
     whole = _saved(impl, full, S + 2 * M, S + M)
     saved = written * whole + _saved(impl, full, M + rest, rest)
     joined = saved + some(written) * row(T + M * written) + row(T)
-    if impl == "blocked":
+    if impl in FUSED:
         return joined
     top = e * d * d + when_ffn(2 * e * d * f)  # gradients of weights, as far as they are there
     last = saved + row(T) + _softmax(M + rest, rest) + top

@@ -6,8 +6,8 @@ from sympy import Eq, Expr, Integer, Min, Piecewise, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor, triangle
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, replayed
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.implementations.segment_recurrent.peaks import peak
 from ctxbench.implementations.segment_recurrent.sizes import ADDED, REST, WHOLE, M, S, items_after, sum_of_items
@@ -17,11 +17,15 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: SegmentRecur
     """One impl in one mode. ``stream`` takes a segment a call, so that no segment is split."""
     if impl == "as_written":
         return _sketch(mode)
+    if impl == "graph":
+        return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
+    diagonal = impl.startswith("diagonal")
     forward = _terms(mode, "visible")
-    how = impl if impl == "reference" else _alignment(params)
+    kernels = "triton" if impl in ("triton", "diagonal_triton") else "reference" if impl == "reference" else "blocked"
+    how = {"reference": "reference", "triton": "visible"}.get(kernels) or _alignment(params)
     flops = _terms(mode, how)
     if mode == "train":
-        core = 2 if impl == "reference" else FUSED_BACKWARD
+        core = core_backward(kernels)
         flops = _trained(flops, 1 + core, params)
         forward = _trained(forward, Integer(3), params)
     return Cost(
@@ -29,7 +33,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: SegmentRecur
         flops=flops,
         num_parameters=_parameters(),
         state_bytes=_state_bytes(),
-        peak_bytes=peak(how, mode) if impl != "diagonal" and position == "none" else None,
+        peak_bytes=peak("triton" if impl == "triton" else how, mode) if not diagonal and position == "none" else None,
         depth=_depth(impl, mode),
     )
 
@@ -45,7 +49,7 @@ def _depth(impl: str, mode: str) -> Expr:
     segments = ceiling(T / S)
     if mode == "decode":
         return L
-    return segments + L - 1 if impl == "diagonal" and mode != "stream" else segments * L
+    return segments + L - 1 if impl.startswith("diagonal") and mode != "stream" else segments * L
 
 
 def _terms(mode: str, how: str) -> dict[str, Expr]:

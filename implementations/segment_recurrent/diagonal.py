@@ -17,6 +17,7 @@ from torch import nn
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations.segment_recurrent.blocked import attend
 from ctxbench.implementations.segment_recurrent.layer import (
+    Operator,
     SegmentRecurrentLayer,
     SegmentRecurrentStack,
     State,
@@ -29,8 +30,10 @@ from ctxbench.method import Dims, Output
 class DiagonalStack(SegmentRecurrentStack):
     """The layers and weights of ``blocked`` in another order; a cell that fits no other is the layer's own step."""
 
+    operator: Operator = staticmethod(attend)
+
     def __init__(self, dims: Dims, params: SegmentRecurrentParams):
-        super().__init__(layers_of(dims, params, attend))
+        super().__init__(layers_of(dims, params, self.operator))
         self.params = params
 
     def forward(self, x: torch.Tensor, state: tuple[Any, ...] | None = None) -> Output:
@@ -91,13 +94,16 @@ class DiagonalStack(SegmentRecurrentStack):
             return merge_heads(mixed).unflatten(0, (len(cells), B))
 
         oldest = -memory.shape[2]
-        k = torch.cat((turned(memory, "k", oldest), turned(x, "k", 0)), dim=2)
-        v = torch.cat((heads(memory, "v"), heads(x, "v")), dim=2)
-        mixed = attend(turned(x, "q", 0), k, v, True, self.params.memory_len <= S)
+        known, k, v = (turned(memory, "k", oldest), heads(memory, "v")), turned(x, "k", 0), heads(x, "v")
+        if getattr(self.operator, "apart", False):
+            mixed = self.operator(turned(x, "q", 0), k, v, True, True, known)
+        else:
+            k, v = (torch.cat(parts, dim=2) for parts in zip(known, (k, v), strict=True))
+            mixed = self.operator(turned(x, "q", 0), k, v, True, self.params.memory_len <= S)
         x = norm(x + weights("o", merged(mixed), first), "norm_self")
         if memory.shape[2]:
             read_k = turned(memory, "read_k", oldest)
-            mixed = attend(turned(x, "read_q", 0), read_k, heads(memory, "read_v"), False, False)
+            mixed = self.operator(turned(x, "read_q", 0), read_k, heads(memory, "read_v"), False, False)
             x = x + weights("read_o", merged(mixed), first)
         x = norm(x, "norm_read")
         if layers[0].ffn is not None:

@@ -50,7 +50,7 @@ class State(NamedTuple):
         return State(self.memory.detach(), keys, self.tail.detach(), self.tokens)
 
 
-Operator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, bool], torch.Tensor]
+Operator = Callable[..., torch.Tensor]  # of q, k, v, causal, begins; one that is ``apart`` also takes the memory's k, v
 
 
 class SegmentRecurrentLayer(nn.Module):
@@ -88,7 +88,8 @@ class SegmentRecurrentLayer(nn.Module):
         if begins:
             memory = self.cut(memory, tokens // S)
             keys = self.look_at(memory)
-        y, keys = self.piece(x.contiguous(), keys, begins)  # of several rows, else each map would copy it
+        ends = (tokens + x.shape[1]) % S == 0
+        y, keys = self.piece(x.contiguous(), keys, begins, ends)  # of several rows, else each map would copy it
         tail = self.extended(tail, y, tokens % S)
         tokens += x.shape[1]
         if tokens % S:
@@ -111,13 +112,19 @@ class SegmentRecurrentLayer(nn.Module):
         oldest = -memory.shape[1]
         return Keys(self.position.rotate(k, oldest), v, self.position.rotate(read_k, oldest), read_v)
 
-    def piece(self, x: torch.Tensor, keys: Keys, begins: bool) -> tuple[torch.Tensor, Keys]:
-        """Consecutive tokens of one segment, ``[B, n, d_model]``: outputs, and the keys of all its tokens so far."""
+    def piece(self, x: torch.Tensor, keys: Keys, begins: bool, ends: bool) -> tuple[torch.Tensor, Keys]:
+        """Consecutive tokens of one segment, ``[B, n, d_model]``: outputs, and the keys of all its tokens so far.
+
+        These may be without the piece's own where it ``ends`` the segment: nobody will ask.
+        """
         fill = keys.k.shape[2] - keys.read_k.shape[2]
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         q, k = self.position.rotate(q, fill), self.position.rotate(k, fill)
-        k, v = torch.cat((keys.k, k), dim=2), torch.cat((keys.v, v), dim=2)
-        mixed = self.operator(q, k, v, True, begins and self.params.memory_len <= self.params.segment_len)
+        if ends and getattr(self.operator, "apart", False):
+            mixed = self.operator(q, k, v, True, begins, (keys.k, keys.v))
+        else:
+            k, v = torch.cat((keys.k, k), dim=2), torch.cat((keys.v, v), dim=2)
+            mixed = self.operator(q, k, v, True, begins and self.params.memory_len <= self.params.segment_len)
         del q
         x = self.norm_self(x + self.o(merge_heads(mixed)))
         del mixed
@@ -198,11 +205,11 @@ def layers_of(dims: Dims, params: SegmentRecurrentParams, operator: Operator) ->
 
 
 def build(dims: Dims, params: SegmentRecurrentParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Equal weights in every impl but ``as_written``, which brings a stack of its own, as ``diagonal`` does."""
+    """Equal weights in every impl but ``as_written``, which brings a stack of its own, as diagonal schedules do."""
     from ctxbench.implementations.segment_recurrent import METHOD
 
     run = load(METHOD.impl(impl).run)
-    if impl in ("as_written", "diagonal"):
+    if isinstance(run, type):
         return run(dims, params).to(device, dtype)
     stack = replaying(SegmentRecurrentStack, params.segment_len) if impl == "graph" else SegmentRecurrentStack
     return stack(layers_of(dims, params, run)).to(device, dtype)

@@ -1,7 +1,7 @@
 """Allocator peaks of the segment-recurrent transformer: what is alive together at the worst moment.
 
 A row is ``B n d`` elements of n tokens or items. ``impl`` is ``reference``, or how ``blocked`` aligns its queries with
-the keys: ``padded`` with rows of zeros, ``masked``, or ``visible`` where a query comes alone.
+the keys: ``padded`` with rows of zeros, ``masked``, or ``visible`` where a query comes alone; ``triton`` needs neither.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def some(count: Expr | int) -> Expr:
 
 def _mixing(impl: str, n: Expr | int, m: Expr) -> Expr:
     """Inside the first look, beside queries, keys and values: scores and mask, or the result behind padded queries."""
+    if impl == "triton":
+        return row(n) + 4 * B * h * n
     if impl in ("masked", "visible"):
         return row(n) + 4 * B * h * n + some(n - 1) * some(m) * (e + 1) * n * (m + n)  # booleans, and in the dtype
     if impl == "padded":
@@ -42,7 +44,7 @@ def _mixing(impl: str, n: Expr | int, m: Expr) -> Expr:
 def _piece(impl: str, n: Expr | int, m: Expr, items: Expr, begins: bool) -> Expr:
     """A piece of n tokens after m rows that they see, ``items`` of them memory, projected anew where it ``begins``."""
     made = 4 * row(items) if begins else row(0)
-    both = made + 2 * row(m + n)
+    both = made + 2 * row(n if impl == "triton" and begins else m + n)  # a whole segment is joined to nothing
     stages = [both + 3 * row(n), both + row(n) + _mixing(impl, n, m), both + when_ffn(row(n) + 2 * tensor(B, n, f))]
     if impl == "reference":  # strided heads of several rows cannot be one batch of matrices
         stages.append(both + 3 * row(n) + 2 * tensor(B, h, n, items) + some(B - 1) * row(items))

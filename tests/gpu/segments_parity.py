@@ -1,0 +1,76 @@
+"""Hold the triton impls of methods with segments to laws of the conformance kit; JSON lines of what each law answered.
+
+On the CUDA device with the shipped tiles, or, where TRITON_INTERPRET is 1, in Triton's interpreter with small ones and
+in float32 alone; see ``flash_parity``. Every answer but ``held`` is a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ctxbench.implementations._shared import decode, decode_table, ranges
+from ctxbench.implementations._shared.flash_table import Config
+from ctxbench.method import Dims, Method
+from ctxbench.registry import discover
+from ctxbench.testing import LAWS
+from ctxbench.testing.case import Case
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TILES = {"forward": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(16, 16, 4, 1)}
+FORMS = {  # method, position, parameters, lengths
+    "rmt": ("rmt", "none", {"num_memory": 3, "segment_len": 20}, (47,)),
+    "rmt, memory tokens that see each other": (
+        "rmt", "rope", {"num_memory": 3, "segment_len": 20, "variant": "xl"}, (1, 47)),
+    "rmt, gradients cut": ("rmt", "none", {"num_memory": 1, "segment_len": 7, "variant": "xl", "bptt_depth": 0}, (21,)),
+    "block_state": ("block_state", "none", {"num_states": 2, "block_len": 23}, (1, 49)),
+    "block_state, one state a layer": ("block_state", "rope", {"block_len": 9, "variant": "layer"}, (19,)),
+    "segment_recurrent": ("segment_recurrent", "none", {"memory_len": 18, "segment_len": 17}, (1, 55)),
+    "segment_recurrent, long memory": ("segment_recurrent", "rope", {"memory_len": 21, "segment_len": 6}, (25,)),
+    "block_recurrent": ("block_recurrent", "none", {"window": 19, "num_states": 5}, (1, 45)),
+    "block_recurrent, lstm": ("block_recurrent", "none", {"window": 5, "num_states": 18, "gate": "lstm"}, (12,)),
+    "melodi": (
+        "melodi", "none", {"window": 15, "summary_tokens": 3, "short_slots": 3, "long_slots": 7, "long_per_window": 3},
+        (1, 53)),
+    "melodi, no memory": (
+        "melodi", "rope", {"window": 18, "summary_tokens": 0, "short_slots": 0, "long_slots": 0}, (40,)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chosen(Case):
+    """A case at lengths of our choice, because the interpreter takes milliseconds a tile."""
+
+    chosen: tuple[int, ...] = ()
+
+    def lengths(self, mode: str = "forward", most: int = 12) -> list[int]:
+        return list(self.chosen)
+
+
+def interpretable(method: Method) -> Method:
+    """The method with its reference and with a triton impl that runs on CPU tensors, in float32."""
+    impl = method.impl("triton")
+    here = replace(impl, devices=("cpu", "cuda"), dtypes=("fp32",) if INTERPRETED else ("fp32", "bf16"))
+    return replace(method, impls=(method.impl("reference"), here))
+
+
+def main(laws: Sequence[str] = ("agreement", "streaming_equals_whole", "decode_continues")) -> None:
+    if INTERPRETED:
+        ranges.config = lambda kernel, *_: TILES[kernel]
+        decode.config = lambda *_: decode_table.Config(16, 16, 4, 1)
+    for form, (name, position, values, lengths) in FORMS.items():
+        method = interpretable(discover()[name])
+        dims = Dims(seq_len=lengths[-1], batch_size=1, d_model=32, num_heads=2, num_layers=2, d_ff=0, position=position)
+        case = Chosen(
+            method, "triton", method.params().replace(**values), dims, method.modes, "cpu" if INTERPRETED else "cuda",
+            chosen=lengths,
+        )  # fmt: skip
+        for law in laws:
+            finding = LAWS[law](case)
+            print(json.dumps([form, law, finding.status, finding.message]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Triton and graph impls of methods with segments: the kit's laws in the interpreter, exact counts, and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ctxbench.cost import Cost, evaluate, total
+from ctxbench.cost.symbols import bindings
+from ctxbench.cost.trace import Trace, trace
+from ctxbench.method import Dims, Method, Params
+from ctxbench.registry import discover
+
+FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # method, position, parameters
+    "rmt": ("rmt", "none", {"num_memory": 3, "segment_len": 40}),
+    "rmt xl": ("rmt", "none", {"num_memory": 3, "segment_len": 40, "variant": "xl"}),
+    "block_state": ("block_state", "none", {"num_states": 2, "block_len": 50}),
+    "block_state layer": ("block_state", "rope", {"block_len": 50, "variant": "layer", "update": "gru"}),
+    "segment_recurrent": ("segment_recurrent", "none", {"memory_len": 30, "segment_len": 40}),
+    "segment_recurrent cut": ("segment_recurrent", "rope", {"memory_len": 50, "segment_len": 40, "bptt_depth": 1}),
+    "block_recurrent": ("block_recurrent", "none", {"window": 40, "num_states": 24}),
+    "melodi": (
+        "melodi",
+        "none",
+        {"window": 40, "summary_tokens": 4, "short_slots": 4, "long_slots": 7, "long_per_window": 3},
+    ),
+    "melodi short": ("melodi", "rope", {"window": 40, "summary_tokens": 0, "short_slots": 3, "long_slots": 0}),
+}
+LENGTHS = {"forward": (1, 39, 40, 80, 283), "train": (1, 40, 121, 283), "stream": (40, 283), "decode": (1, 39, 40, 283)}
+
+
+def method_and_params(form: str) -> tuple[Method, Params]:
+    method = discover()[FORMS[form][0]]
+    return method, method.params().replace(**FORMS[form][2])
+
+
+def counted_and_formula(form: str, impl: str, mode: str, length: int, **sizes: int) -> tuple[Trace, Cost, Any]:
+    (method, params), position = method_and_params(form), FORMS[form][1]
+    dims = Dims(**{"seq_len": length, "num_layers": 2, "batch_size": 2, "d_model": 64, "d_ff": 96, **sizes},
+                position=position)  # fmt: skip
+    traced = trace(method, dims, params, impl, mode, "fp32")
+    assert not traced.untraceable, traced.untraceable
+    cost = method.cost_of(impl, mode, True, position, params)
+    return traced, cost, bindings(dims, params, 4, method.segment_len(params))
+
+
+@pytest.mark.parametrize("mode", LENGTHS)
+@pytest.mark.parametrize("form", FORMS)
+def test_formulas_are_what_the_tracer_counts(form: str, mode: str) -> None:
+    pytest.importorskip("triton")
+    for length in LENGTHS[mode]:
+        traced, cost, values = counted_and_formula(form, "triton", mode, length)
+        assert evaluate(total(cost.flops), values) == traced.flops, (length, traced.by_op)
+        assert not traced.uncounted
+        method, params = method_and_params(form)
+        reference = method.cost_of("reference", mode, True, FORMS[form][1], params)
+        assert evaluate(total(cost.algorithmic), values) == evaluate(total(reference.algorithmic), values)
+
+
+@pytest.mark.parametrize("mode", ["forward", "stream"])
+@pytest.mark.parametrize("form", FORMS)
+def test_replays_cost_what_a_stream_does(form: str, mode: str) -> None:
+    pytest.importorskip("triton")
+    for length in (39, 80, 283):
+        traced, cost, values = counted_and_formula(form, "graph", mode, length)
+        assert evaluate(total(cost.flops), values) == traced.flops, (length, traced.by_op)
+
+
+@pytest.mark.parametrize("mode", LENGTHS)
+@pytest.mark.parametrize("form", ["rmt", "rmt xl", "block_state", "segment_recurrent"])
+def test_peaks_are_near_the_tracers(form: str, mode: str) -> None:
+    pytest.importorskip("triton")
+    sizes = {"batch_size": 1, "d_model": 128, "num_layers": 1, "d_ff": 512}
+    traced, cost, values = counted_and_formula(form, "triton", mode, 4096, **sizes)
+    if cost.peak_bytes is not None:
+        assert abs(traced.peak_bytes / evaluate(cost.peak_bytes, values) - 1) <= 0.03
+
+
+def test_methods_hold_the_laws_in_the_interpreter(program) -> None:
+    answers = program("segments_parity.py", interpret=True)
+    assert len(answers) == 33
+    assert not [answer for answer in answers if answer[2] != "held"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_methods_hold_the_laws_on_the_device(program) -> None:
+    answers = program("segments_parity.py", interpret=False)
+    assert not [answer for answer in answers if answer[2] != "held"]
+
+
+@pytest.mark.parametrize(
+    ("name", "impl", "changes", "reason"),
+    [
+        ("rmt", "triton", {}, ""),
+        ("rmt", "triton", {"device": "cpu"}, "runs on cuda"),
+        ("rmt", "triton", {"dtype": "fp64"}, "not in fp64"),
+        ("rmt", "graph", {"seq_len": 1023}, "at least 2 of 512 tokens, received 1023 tokens, which hold 1"),
+        ("rmt", "graph", {"mode": "train"}, "has the modes forward, stream"),
+        ("rmt", "graph", {"device": "cpu"}, "runs on cuda"),
+        ("segment_recurrent", "graph", {"seq_len": 2048}, "after 4 while the state still grows"),
+        ("segment_recurrent", "graph", {"seq_len": 3072}, ""),
+        ("melodi", "triton", {"position": "t5"}, "no gradient of a bias that is learned"),
+        ("melodi", "triton", {"position": "alibi"}, "multiplied by a learned scale"),
+        ("melodi", "graph", {"position": "rope"}, "after 128 while"),
+        ("block_recurrent", "triton", {"position": "t5"}, "no gradient of a bias"),
+        ("block_recurrent", "triton", {"position": "alibi"}, "add nothing to scores"),
+        ("block_recurrent", "graph", {}, ""),
+        ("block_state", "triton", {"position": "t5"}, "takes the positions none"),
+    ],
+)
+def test_support_says_why_not(monkeypatch, name: str, impl: str, changes: dict[str, Any], reason: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as where triton is installed
+    method = discover()[name]
+    asked = {"mode": "forward", "device": "cuda", "dtype": "bf16", "seq_len": 8192, "position": "none", **changes}
+    mode, device, dtype = (asked.pop(key) for key in ("mode", "device", "dtype"))
+    answer = method.impl_support(method.impl(impl), mode, Dims(**asked), method.params(), device, dtype)
+    assert bool(answer) is not bool(reason)
+    assert reason in answer.reason
