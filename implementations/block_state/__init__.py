@@ -26,6 +26,10 @@ METHOD = Method(
             note="fused attention inside a block",
         ),
         Impl(
+            "diagonal", run=f"{__name__}.blocked:attend", support=f"{__name__}.params:diagonal_support",
+            note="as blocked, but block t of layer l together with block t + 1 of layer l - 1; variant layer",
+        ),
+        Impl(
             "triton",
             run=f"{__name__}.triton:attend",
             needs=("triton",),
@@ -33,6 +37,15 @@ METHOD = Method(
             positions=("none", *ROPE),
             support=f"{__name__}.params:triton_support",
             note="our kernels inside a block, without a mask where a call continues it",
+        ),
+        Impl(
+            "diagonal_triton",
+            run=f"{__name__}.triton:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            positions=("none", *ROPE),
+            support=f"{__name__}.params:diagonal_triton_support",
+            note="as diagonal, with one launch of our kernels for all cells of a diagonal",
         ),
         Impl(
             "graph",

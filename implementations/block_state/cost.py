@@ -48,7 +48,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BlockStatePa
     }
     flops = {**algorithmic, "attention": L * attention(executed)}
     if mode == "train":
-        core = core_backward(impl)
+        core = core_backward({"diagonal": "blocked", "diagonal_triton": "triton"}.get(impl, impl))
         flops = {term: value * (1 + core if term == "attention" else 3) for term, value in flops.items()}
         algorithmic = {term: 3 * value for term, value in algorithmic.items()}
     unit = (
@@ -64,7 +64,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BlockStatePa
         flops=flops,
         num_parameters=layers + states * (unit + k * d),
         state_bytes=states * (tensor(B, k, d) + Max(e, 4) * B * d) + 2 * L * tensor(B, cached, d),
-        peak_bytes=peak(impl, mode, params.variant) if position == "none" else None,
+        peak_bytes=peak(impl, mode, params.variant) if position == "none" and not impl.startswith("diag") else None,
         depth=L + blocks - 1 if params.variant == "layer" else L * blocks,
     )
 

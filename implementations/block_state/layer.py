@@ -158,8 +158,10 @@ class BlockStateStack(nn.Module):
 
 
 def build(dims: Dims, params: BlockStateParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """The stack; impls differ in the operator, and ``graph`` in the loop over blocks."""
+    """The stack; impls differ in the operator, ``graph`` and diagonal ones in the order of blocks and layers."""
     from ctxbench.implementations.block_state import METHOD
 
-    stack = replaying(BlockStateStack, params.block_len) if impl == "graph" else BlockStateStack
+    stack: Any = replaying(BlockStateStack, params.block_len) if impl == "graph" else BlockStateStack
+    if impl in ("diagonal", "diagonal_triton"):
+        stack = load(f"{__package__}.diagonal:DiagonalStack")
     return stack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)

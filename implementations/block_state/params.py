@@ -56,3 +56,18 @@ def triton_support(dims: Dims, params: BlockStateParams, device: str, dtype: str
 def graph_support(dims: Dims, params: BlockStateParams, device: str, dtype: str) -> Support:
     """Of the kernels, and of replays."""
     return flash_table.support(dims, dtype) and graph_table.support(dims, params.block_len)
+
+
+def diagonal_support(dims: Dims, params: BlockStateParams, device: str, dtype: str) -> Support:
+    """Cells are independent where a state stays in its layer."""
+    if params.variant != "layer":
+        return no(
+            f"in the variant {params.variant} a state leaves at the top and enters at the bottom, so no two cells of "
+            "blocks and layers are independent: take the variant layer"
+        )
+    return fused_support(dims, params, device, dtype)
+
+
+def diagonal_triton_support(dims: Dims, params: BlockStateParams, device: str, dtype: str) -> Support:
+    """Of a diagonal, and of the kernels."""
+    return diagonal_support(dims, params, device, dtype) and flash_table.support(dims, dtype)

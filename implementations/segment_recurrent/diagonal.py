@@ -12,9 +12,9 @@ import itertools
 from typing import Any
 
 import torch
-from torch import nn
 
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
+from ctxbench.implementations._shared.diagonal import Weights, diagonals
 from ctxbench.implementations.segment_recurrent.blocked import attend
 from ctxbench.implementations.segment_recurrent.layer import (
     Operator,
@@ -41,8 +41,7 @@ class DiagonalStack(SegmentRecurrentStack):
         hidden = list(x.split(self.layers[0].pieces(states[0].tokens, x.shape[1]), dim=1))
         segments, depth = len(hidden), len(self.layers)
         weights = Weights(self.layers) if min(segments, depth) > 1 else None
-        for diagonal in range(segments + depth - 1):
-            layers = range(max(0, diagonal - segments + 1), min(depth, diagonal + 1))
+        for diagonal, layers in enumerate(diagonals(segments, depth)):
             shapes = {layer: self.shape(hidden[diagonal - layer], states, layer) for layer in layers}
             for _, run in itertools.groupby(layers, shapes.__getitem__):
                 group = list(run)
@@ -119,18 +118,3 @@ class DiagonalStack(SegmentRecurrentStack):
             (y, State(after, *layer.no_segment(B), state.tokens + S))
             for layer, y, after, (_, state) in zip(layers, x, memories, cells, strict=True)
         ]
-
-
-class Weights:
-    """Linear maps of all layers, stacked: ``weights(name, x, first)`` with ``x: [G, B, n, d]`` of G layers."""
-
-    def __init__(self, layers: nn.ModuleList):
-        names = [name for name, part in layers[0].named_modules() if isinstance(part, nn.Linear)]
-        self.stacked = {}
-        for name in names:
-            maps: list[Any] = [layer.get_submodule(name) for layer in layers]
-            self.stacked[name] = tuple(torch.stack([getattr(one, kind) for one in maps]) for kind in ("weight", "bias"))
-
-    def __call__(self, name: str, x: torch.Tensor, first: int) -> torch.Tensor:
-        weight, bias = (part[first : first + len(x)] for part in self.stacked[name])
-        return torch.baddbmm(bias[:, None], x.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, x.shape[1:3])

@@ -5,16 +5,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
 from typing import Any
 
-import triton
-from compile_flash import examine
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compile_flash import compile_function, examine
 
 from ctxbench.implementations._shared import decode, decode_table
 from ctxbench.implementations._shared.flash_table import padded
@@ -33,23 +28,10 @@ def compile_kernel(kernel: str, width: int, itemsize: int, architecture: int) ->
     pointers = {"LSE": "*fp32", "PARTIAL_LSE": "*fp32", "PARTIAL": "*fp32"}
     if kernel == "partial":
         pointers["OUT"] = "*fp32"
-    dtype = {2: "*bf16", 4: "*fp32"}[itemsize]
-    signature: dict[str, str] = {}
-    values: dict[tuple[int], Any] = {}
-    aligned: dict[tuple[int], list[list[Any]]] = {}
-    for index, parameter in enumerate(function.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name], values[index,] = "constexpr", constants[name]
-        elif name in SIZES or name == "scale":
-            signature[name] = "fp32" if name == "scale" else "i32"
-        else:
-            signature[name] = "i32" if name.islower() else pointers.get(name, dtype)
-            aligned[index,] = [["tt.divisibility", 16]]
-    options = {"num_warps": WARPS[kernel], "num_stages": chosen.stages}
-    with contextlib.redirect_stdout(io.StringIO()):  # a failing assembler prints the whole program
-        source = ASTSource(function, signature, values, aligned)
-        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return compile_function(
+        function, constants, {2: "bf16", 4: "fp32"}[itemsize], pointers, SIZES, architecture, WARPS[kernel],
+        chosen.stages,
+    )  # fmt: skip
 
 
 def main(wanted: list[str]) -> None:

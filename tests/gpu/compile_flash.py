@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,34 +50,42 @@ def compile_kernel(
     }  # fmt: skip
     line = ("i32",) * 4
     one = (f"*{dtype}", f"*{dtype}", *["i32"] * 8, line, line)
+    fields = range(8)  # of a range: pointers and strides
+    tuples: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
+        "ranges": ((one,) * len(kinds), [(which, field) for which in range(len(kinds)) for field in fields]),
+        "keys": (one, [(field,) for field in fields]),
+    }
+    return compile_function(
+        function, constants, dtype, POINTERS, ("heads", "T"), architecture, chosen.warps, chosen.stages, tuples
+    )
+
+
+def compile_function(
+    function: Any, constants: Mapping[str, Any], dtype: str, pointers: Mapping[str, str], sizes: Collection[str],
+    architecture: int, warps: int, stages: int, tuples: Mapping[str, tuple[Any, list[tuple[int, ...]]]] | None = None,
+) -> Any:  # fmt: skip
+    """Compile a kernel whose pointers are in capitals, to ``dtype`` unless ``pointers`` says otherwise.
+
+    ``sizes`` are integers that are multiples of nothing, ``scale`` is a float, ``tuples`` come with their type and the
+    paths to their pointers and strides; all other arguments are strides.
+    """
     signature, values, attributes = {}, {}, {}
-
-    def aligned(*path: int) -> None:
-        attributes[path] = [["tt.divisibility", 16]]
-
     for index, parameter in enumerate(function.params):
-        name = parameter.name
+        name, paths = parameter.name, []
         if parameter.is_constexpr:
             signature[name], values[index,] = "constexpr", constants[name]
-        elif name in ("heads", "T"):
-            signature[name] = "i32"
-        elif name == "scale":
-            signature[name] = "fp32"
-        elif name in ("ranges", "keys"):
-            signature[name] = (one,) * len(kinds) if name == "ranges" else one
-            for where in ((index, which) for which in range(len(kinds))) if name == "ranges" else ((index,),):
-                for field in range(8):
-                    aligned(*where, field)
+        elif name in sizes or name == "scale":
+            signature[name] = "fp32" if name == "scale" else "i32"
+        elif tuples and name in tuples:
+            signature[name], paths = tuples[name]
         else:
-            signature[name] = "i32" if name.islower() else POINTERS.get(name, f"*{dtype}")
-            aligned(index)
+            signature[name], paths = "i32" if name.islower() else pointers.get(name, f"*{dtype}"), [()]
+        for path in paths:
+            attributes[index, *path] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, values, attributes)
+    options = {"num_warps": warps, "num_stages": stages}
     with contextlib.redirect_stdout(io.StringIO()):  # a failing assembler prints the whole program
-        return triton.compile(
-            source,
-            target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": chosen.warps, "num_stages": chosen.stages},
-        )
+        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def examine(compiled: Any) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def test_cuda_agrees_with_cpu_in_float32(method, impl):
 
 @pytest.mark.parametrize(("method", "impl"), METHODS, ids=lambda value: getattr(value, "name", value))
 def test_allocator_peak_is_near_the_tracers(method, impl):
+    if impl == "graph":
+        pytest.skip("what a recorded step needs is allocated once, before the call that is measured")
     params = method.params()
     dims = Dims(seq_len=4096, num_layers=method.fewest_layers(params),
                 causal=method.causal[0] if method.causal else False, position=method.positions[0])  # fmt: skip

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,41 +14,17 @@ from ctxbench.implementations._shared.lines import Line, visible_pairs
 from ctxbench.implementations.dense import METHOD
 from ctxbench.method import Dims
 
-PROGRAM = Path(__file__).with_name("flash_parity.py")
-# Roundings of independent elements an error is made of, in units of the dtype. fp16: probabilities, their gradient, the
-# output and the result. fp32: the exponent multiplies the scores' own rounding by their size, a handful.
-TOLERANCE = {"bf16": 4 * 2.0**-8, "fp16": 4 * 2.0**-11, "fp32": 16 * 2.0**-24}
 
-
-def wrong(rows: list[list]) -> list[tuple]:
-    """Errors beyond the tolerance of their dtype; the log-sum-exp stays in float32."""
-    return [
-        (case, dtype, name, error)
-        for case, dtype, errors in rows
-        for name, error in errors.items()
-        if not error <= TOLERANCE["fp32" if name == "lse" else dtype]
-    ]
-
-
-def measure(interpret: str) -> list[list]:
-    environment = os.environ | {"TRITON_INTERPRET": interpret}
-    done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_forward_and_backward_agree_with_float64_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    rows = measure("1")
+def test_forward_and_backward_agree_with_float64_in_the_interpreter(program, wrong) -> None:
+    rows = program("flash_parity.py", interpret=True)
     assert len(rows) == 26
     assert not wrong(rows)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_forward_and_backward_agree_with_float64_on_the_device() -> None:
-    pytest.importorskip("triton")
-    rows = measure("0")
+def test_forward_and_backward_agree_with_float64_on_the_device(program, wrong) -> None:
+    rows = program("flash_parity.py", interpret=False)
     assert {dtype for _case, dtype, _errors in rows} == {"bf16", "fp16", "fp32"}
     assert not wrong(rows)
 

@@ -16,7 +16,8 @@ from ctxbench.cost.trace import Meter, trace
 from ctxbench.implementations.block_state import METHOD
 from ctxbench.implementations.block_state.params import BlockStateParams
 from ctxbench.method import Dims
-from ctxbench.testing import laws_for, streamed
+from ctxbench.testing import HELD, LAWS, laws_for, streamed
+from ctxbench.testing.case import Case
 from ctxbench.workload import map_state, num_parameters, prepare, state_bytes, tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "block_state.npz"
@@ -219,3 +220,23 @@ def test_fused_kernel_refuses_a_bias_by_distance():
     )
     assert not answer.ok
     assert "bias by distance" in answer.reason
+
+
+@pytest.mark.parametrize("name", ["layer/gru", "layer/mlp"])
+@pytest.mark.parametrize(
+    "law",
+    ["agreement", "streaming_equals_whole", "state_shapes", "flops_equal_formula", "two_training_steps", "purity"],
+)
+def test_diagonals_keep_the_laws(law: str, name: str) -> None:
+    case = Case(METHOD, "diagonal", PARITY[name], SIZES.replace(num_layers=3), METHOD.modes)
+    assert LAWS[law](case).status == HELD
+
+
+def test_diagonals_need_a_state_in_every_layer() -> None:
+    for impl in ("diagonal", "diagonal_triton"):
+        answer = METHOD.impl_support(METHOD.impl(impl), "forward", SIZES, PARITY["bottom/gru"], "cuda", "fp32")
+        assert not answer
+    assert (
+        "take the variant layer"
+        in METHOD.impl_support(METHOD.impl("diagonal"), "forward", SIZES, PARITY["bottom/gru"], "cpu", "fp32").reason
+    )
