@@ -26,14 +26,18 @@ SIGNS = {"faster": "-", "slower": "+", "same": "=", "unclear": "?", "invalid": "
 @click.argument("b", metavar="B")
 @click.option("--fail-on", metavar="slower:5%", help="Exit with 3 when a cell is slower by at least this.")
 @click.option("--normalise", is_flag=True, help="Admit different machines, in units of the reference kernels.")
+@click.option("--again", is_flag=True, help="Measure the unclear cells again, with enough processes, then decide.")
 @click.option("--calibrate", is_flag=True, help="A and B measured the same code: store the machine's noise floor.")
 @common_options
-def command(a: str, b: str, fail_on: str | None, normalise: bool, calibrate: bool, ctx: Common) -> None:
+def command(
+    a: str, b: str, fail_on: str | None, normalise: bool, again: bool, calibrate: bool, ctx: Common
+) -> None:  # fmt: skip
     """Compare run B with run A, cell by cell; RUN:IMPL takes one impl of a run.
 
     A verdict rests on process medians: faster or slower needs an exact rank test at 1 % over all cells and a ratio
     beyond the machine's noise floor, same needs an interval inside +-2 %. Everything else is unclear, and the reason
-    stands beside it. `ctxbench run --processes 8` measures enough to decide.
+    stands beside it. `ctxbench run --processes 8` measures enough to decide; --again does that for the unclear cells of
+    a run that this machine and this version of the code measured, in folders of their own.
     """
     from ctxbench.analysis.compare import compare
 
@@ -45,15 +49,20 @@ def command(a: str, b: str, fail_on: str | None, normalise: bool, calibrate: boo
     if calibrate:
         _calibrate(left, right, found, ctx)
         return
+    if again:
+        from ctxbench.cli.remeasure import with_fresh_rows
+
+        left, right = with_fresh_rows(left, right, found, ctx)
+        found = compare(left, right, normalise)
     failing = found.regressions(threshold) if threshold else []
     _refuse_fine_gate(threshold, found, ctx)
     code = Exit.REGRESSION if failing else Exit.CELLS_FAILED if threshold and found.broken() else Exit.OK
-    again = _again(left, right, found)
+    commands = _again(left, right, found)
     if ctx.json:
         plain: dict[str, Any] = msgspec.to_builtins(found)
-        ctx.emit({**plain, "counts": found.counts(), "exit_code": int(code), "measure_again": again})
+        ctx.emit({**plain, "counts": found.counts(), "exit_code": int(code), "measure_again": commands})
     else:
-        _print(left, right, found, again, ctx)
+        _print(left, right, found, commands, ctx)
         if threshold:
             _print_gate(threshold, failing, found)
     if code != Exit.OK:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +11,15 @@ import click
 import msgspec
 
 from ctxbench.cli.common import Common, common_options, table
-from ctxbench.config import Config, change_limits, require_devices
-from ctxbench.errors import Exit, RunFolderError, UserError
-from ctxbench.registry import Registry
-from ctxbench.rows import Row
+from ctxbench.cli.remeasure import measure, stored_config
+from ctxbench.config import change_limits, require_devices
+from ctxbench.errors import Exit, UserError
 from ctxbench.run import session
-from ctxbench.run.progress import reporter
 from ctxbench.run.store import new_folder, read_rows
 from ctxbench.suite import Limits
 from ctxbench.units import format_seconds, format_tokens
 
 if TYPE_CHECKING:
-    from ctxbench.analysis.runs import Run
     from ctxbench.analysis.verify import Repeat, Verification
 
 
@@ -49,13 +44,13 @@ def command(run: Path, count: int, seed: int | None, budget: str | None, out: Pa
     then = read_run(run)
     seed = secrets.randbelow(10**6) if seed is None else seed
     chosen = choose(then, count, seed)
-    config = change_limits(_config(then, chosen, registry), Limits(budget=budget))
+    config = change_limits(stored_config(then, {row.method for row in chosen}, registry), Limits(budget=budget))
     require_devices(config)
     check_machine(then, {"environment": session.fingerprint()}, chosen)
     folder = out or new_folder(run.resolve().parent, "verify")
     if (folder / "rows.jsonl").exists():
         raise UserError(f"{folder} holds a run already\n  accepted: --out NEW, or nothing for a new folder beside RUN")
-    interrupted = _measure(config, registry, folder, chosen, ctx)
+    interrupted = measure(config, registry, folder, {row.cell for row in chosen}, ctx)
     found = verify(then, chosen, read_rows(folder), str(folder), seed)
     for note in software_changes(then.info, read_run(folder).info if found.judged else then.info):
         ctx.note(note)
@@ -67,49 +62,6 @@ def command(run: Path, count: int, seed: int | None, budget: str | None, out: Pa
         _print(found)
     if code != Exit.OK:
         sys.exit(int(code))
-
-
-def _config(then: Run, chosen: list[Row], registry: Registry) -> Config:
-    """The configuration the run was measured with.
-
-    Raises:
-        RunFolderError: run.json has none that this version can read.
-        UserError: a method of the chosen cells is not there now.
-    """
-    missing = sorted({row.method for row in chosen} - set(registry.entries))
-    if missing:
-        raise UserError(
-            f"{then.name} measures {', '.join(missing)}, which is not installed\n"
-            f"  accepted: {', '.join(registry.names())}\n  name the folder of a plug-in with --plugin PATH"
-        )
-    try:
-        config = msgspec.convert(then.info.get("config"), Config)
-    except msgspec.ValidationError as error:
-        raise RunFolderError(
-            f"{then.folder / 'run.json'} has no configuration that this version can repeat: {error}\n"
-            "  measure it again with `ctxbench run`"
-        ) from None
-    return msgspec.structs.replace(config, methods=[name for name in config.methods if name in registry.entries])
-
-
-def _measure(config: Config, registry: Registry, folder: Path, chosen: list[Row], ctx: Common) -> bool:
-    """Measure the chosen cells; True when interrupted."""
-    progress = reporter(ctx.progress_console(), ctx.quiet)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    command_line = shlex.join(["ctxbench", *sys.argv[1:]])
-    try:
-        summary, _ = session.execute(
-            config, registry, folder, command_line, progress=progress, only={row.cell for row in chosen}
-        )
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    for note in summary.notes:
-        ctx.note(note)
-    return summary.interrupted
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _print(found: Verification) -> None:

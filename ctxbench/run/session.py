@@ -133,13 +133,7 @@ def _header(store: Store, plan: Plan, registry: Registry, command: str) -> dict[
         "suite": config.suite,
         "created_at": earlier.get("created_at", now()),
         "command": earlier.get("command", command),
-        "versions": {
-            "ctxbench": __version__,
-            "protocol": PROTOCOL,
-            "python": platform.python_version(),
-            "torch": torch_version(),
-            "packages": _packages(registry),
-        },
+        "versions": versions(registry),
         "config": msgspec.to_builtins(config),
         "comparable": config.comparable,
         "plan": {"cells": len(plan.cells), "counts": plan.counts(), "whole": plan.whole, "digest": plan.digest},
@@ -147,6 +141,17 @@ def _header(store: Store, plan: Plan, registry: Registry, command: str) -> dict[
         "environment": earlier.get("environment", {}),
         "calibration": earlier.get("calibration", {}),
         "sessions": earlier.get("sessions", []),
+    }
+
+
+def versions(registry: Registry) -> dict[str, Any]:
+    """The software that is here now, as ``run.json`` writes it."""
+    return {
+        "ctxbench": __version__,
+        "protocol": PROTOCOL,
+        "python": platform.python_version(),
+        "torch": torch_version(),
+        "packages": _packages(registry),
     }
 
 

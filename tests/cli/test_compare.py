@@ -110,3 +110,48 @@ def test_other_machines_and_missing_folders_are_usage_errors(runs: Any, ctxbench
     assert "invalid" in ctxbench("compare", "a", "b", "--normalise").out
     assert ctxbench("compare", "a", "nowhere").code == 2
     assert ctxbench("compare", "a", "nowhere:blocked").code == 2
+
+
+class TestAgain:
+    """``--again`` on a planted machine: it measures only what is unclear, and only where that repeats the run."""
+
+    SMALL = ("run", "--methods", "dense", "--impls", "blocked", "--seq", "64..256", "--device", "cpu", "--no-report")
+
+    @pytest.fixture
+    def pair(self, instant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctxbench: Any) -> Any:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        here = {"cpu": {"model": "Here", "cores_usable": 2}, "git": {"commit": "1" * 40}}
+        monkeypatch.setattr("ctxbench.run.session.fingerprint", lambda: here)
+        for name in ("a", "b"):
+            assert ctxbench(*self.SMALL, "--processes", "3", "--out", f"runs/{name}").code == 0
+        instant.tasks.clear()
+        return instant
+
+    def change(self, name: str, **environment: Any) -> None:
+        with Store.open(Path("runs") / name) as store:
+            store.write_header({**store.header, "environment": {**store.header["environment"], **environment}})
+
+    def test_unclear_cells_are_measured_with_enough_processes_and_decided(self, pair: Any, ctxbench: Any) -> None:
+        before = Path("runs/a/rows.jsonl").read_bytes()
+        assert "3 unclear" in ctxbench("compare", "runs/a", "runs/b").out
+        done = ctxbench("compare", "runs/a", "runs/b", "--again")
+        assert (done.code, "3 cells: 3 same" in done.out) == (0, True)
+        assert "3 of 3 unclear cells of a were measured again" in done.err
+        assert sum(task.kind == "time" for task in pair.tasks) == 2 * 3 * 8
+        assert Path("runs/a/rows.jsonl").read_bytes() == before
+        assert len(list(Path("runs").glob("*-again-*"))) == 2
+
+    def test_a_run_of_other_code_keeps_its_rows(self, pair: Any, ctxbench: Any) -> None:
+        self.change("a", git={"commit": "2" * 40})
+        done = ctxbench("compare", "runs/a", "runs/b", "--again")
+        assert "a cannot be measured again here: the software differs: commit 222222222 and 111111111" in done.err
+        assert len(list(Path("runs").glob("*-again-*"))) == 1
+
+    def test_where_nothing_can_be_repeated_it_says_why(self, pair: Any, ctxbench: Any) -> None:
+        self.change("a", git={"commit": "1" * 40, "changed": True})
+        self.change("b", git={"commit": "3" * 40})
+        refused = ctxbench("compare", "runs/a", "runs/b", "--again")
+        assert refused.code == 2
+        for text in ("a cannot be measured again here: its source or today's", "b cannot", "leave --again out"):
+            assert text in refused.err
+        assert not pair.tasks
