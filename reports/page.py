@@ -24,18 +24,41 @@ from ctxbench.analysis.runs import read_runs
 from ctxbench.errors import RunFolderError
 from ctxbench.registry import Registry, discover
 from ctxbench.reports.report import Report
-from ctxbench.reports.sections import audit, head, memory, methods, model, overview, protocol, table
+from ctxbench.reports.sections import (
+    audit,
+    compare,
+    crossovers,
+    head,
+    history,
+    memory,
+    methods,
+    model,
+    overview,
+    protocol,
+    roofline,
+    table,
+    tradeoffs,
+)
 from ctxbench.rows import encode
 
-SECTIONS = {
-    "overview": ("Overview", overview),
-    "model": ("Measured against the model", model),
-    "audit": ("Claims against the rows", audit),
-    "memory": ("Memory sizes", memory),
-    "table": ("Table", table),
-    "methods": ("Methods", methods),
-    "protocol": ("Protocol and environment", protocol),
-}
+SECTIONS: dict[str, tuple[str, str, Any]] = {
+    "compare": ("Comparison", "Comparison", compare),
+    "overview": ("Overview", "Overview", overview),
+    "history": ("History", "History", history),
+    "model": ("Measured against the model", "Model", model),
+    "memory": ("Memory sizes", "Memory sizes", memory),
+    "roofline": ("Roofline", "Roofline", roofline),
+    "tradeoffs": ("Time against memory", "Trade-offs", tradeoffs),
+    "crossovers": ("Who is faster where", "Crossovers", crossovers),
+    "audit": ("Claims against the rows", "Claims", audit),
+    "table": ("Table", "Table", table),
+    "methods": ("Methods", "Methods", methods),
+    "protocol": ("Protocol and environment", "Protocol", protocol),
+}  # in the order a reader asks; a section that is not always ``wanted`` says so; title, name in the bar, module
+
+
+TAME, WILD = bytes.maketrans(b"<&", b",."), bytes.maketrans(b",.", b"<&")  # of base 85, what means something in HTML
+SCRIPTS = ("core", "charts", "overview", "table", "controls")  # the last one starts the page
 
 
 def write(
@@ -65,11 +88,13 @@ def write(
 def render(report: Report, static: bool = False) -> str:
     """The page as text; ``static`` leaves out everything that needs a script."""
     parts = {"head": head.context(report)}
-    parts |= {name: module.context(report) for name, (_, module) in SECTIONS.items()}
+    chosen = {name: part for name, part in SECTIONS.items() if getattr(part[-1], "wanted", lambda _: True)(report)}
+    parts |= {name: module.context(report) for name, (*_, module) in chosen.items()}
     template = _environment().get_template("page.j2")
     return template.render(
         title=report.title,
-        sections={name: heading for name, (heading, _) in SECTIONS.items()},
+        sections={name: heading for name, (heading, _, _) in chosen.items()},
+        brief={name: brief for name, (_, brief, _) in chosen.items()},
         version=__version__,
         css=_asset("report.css"),
         static=static,
@@ -81,20 +106,26 @@ def render(report: Report, static: bool = False) -> str:
 def _interactive(report: Report) -> dict[str, Any]:
     """Scripts, and the data they draw."""
     return {
-        "scripts": [_asset("report.js"), _asset("table.js")],
+        "scripts": [_asset(f"{name}.js") for name in SCRIPTS],
         "plotly": plotly_script(),
         "figures": pack(json.dumps(_finite(report.figures), separators=(",", ":"), allow_nan=False)),
         "rows": pack(_rows(report)),
     }
 
 
-def pack(text: str) -> str:
-    """Gzip and base64: what the page unpacks in the browser. Nothing in it can end a script element."""
-    return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
+def pack(text: str) -> Markup:
+    """Gzip and base 85: what the page unpacks in the browser. Nothing in it can end a script element."""
+    packed = base64.b85encode(gzip.compress(text.encode(), compresslevel=9, mtime=0))
+    return Markup(packed.translate(TAME).decode())
+
+
+def unpack(text: str) -> str:
+    """What was packed, as the browser reads it."""
+    return gzip.decompress(base64.b85decode(text.encode().translate(WILD))).decode()
 
 
 @lru_cache(maxsize=1)
-def plotly_script() -> str:
+def plotly_script() -> Markup:
     """The installed plotly package's own library, packed."""
     return pack((importlib.resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"))
 

@@ -49,14 +49,14 @@ class Status:
     words: str
 
 
-_HOURGLASS = [(-1, 1), (1, 1), (-1, -1), (1, -1), (-1, 1)]
+_BOWTIE = [(-1, -1), (-1, 1), (1, -1), (1, 1), (-1, -1)]
 STATUSES = {
     "ok": Status("circle", "o", "●", "measured"),
     "unstable": Status("circle", "o", "◐", "measured, precision not reached"),
     "unsupported": Status("line-ew-open", "_", "–", "not supported"),
     "skipped": Status("triangle-right-open", ">", "▷", "skipped"),
     "oom": Status("x-thin-open", "x", "✕", "out of memory"),
-    "timeout": Status("hourglass-open", _HOURGLASS, "⧖", "timeout"),
+    "timeout": Status("bowtie-open", _BOWTIE, "\u22c8", "timeout"),
     "killed": Status("cross-thin-open", "+", "+", "killed"),
     "gate_failed": Status("diamond-x-open", "D", "◈", "gate failed"),
     "error": Status("asterisk-open", (6, 2, 0), "✱", "error"),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import msgspec
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from ctxbench.analysis.curves import Curve, curves
+from ctxbench.analysis.forecast import Forecaster
 from ctxbench.analysis.frame import View, fastest, to_frame, views
 from ctxbench.analysis.runs import Run
+from ctxbench.cost.machine import built_in
+from ctxbench.cost.roofline import Ceilings
 from ctxbench.method import Method
 from ctxbench.registry import Registry
 from ctxbench.reports.figures import canvas
@@ -26,6 +31,20 @@ class Chart:
     key: str
     caption: str
     svg: Markup
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Curves that may be compared: one run, one mode, device, dtype and size; memory sizes stay together."""
+
+    run: Run
+    label: str
+    curves: list[Curve]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths at which anything was measured."""
+        return sorted({row.seq_len for curve in self.curves for row in curve.rows})
 
 
 @dataclass
@@ -57,6 +76,47 @@ class Report:
         """Colour, marker, dash and width by series."""
         return looks(self.frame)
 
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """What can be compared with each other, the setting with the most measurements first."""
+        groups: dict[tuple[str, str], Setting] = {}
+        for run in self.runs:
+            for curve in curves(run.rows):
+                key = (run.name, repr(curve.setting))
+                groups.setdefault(key, Setting(run, "", [])).curves.append(curve)
+        known = list(groups.values())
+        axes: dict[str, set[Any]] = {}
+        for setting in known:
+            for name, value in {"run": setting.run.name, **setting.curves[0].setting}.items():
+                axes.setdefault(name, set()).add(value)
+        found = []
+        for setting in known:
+            values = {"run": setting.run.name, **setting.curves[0].setting}
+            label = ", ".join(f"{name} {value}" for name, value in values.items() if len(axes[name]) > 1)
+            found.append(Setting(setting.run, label, setting.curves))
+        return sorted(found, key=lambda setting: -sum(len(curve.rows) for curve in setting.curves))
+
+    @cached_property
+    def series_of(self) -> Mapping[str, str]:
+        """The series that a cell belongs to, by the cell's key."""
+        return dict(zip(self.frame["cell"], self.frame["series"], strict=True))
+
+    def forecaster(self, setting: Setting) -> Forecaster:
+        """Fits and formulas for the cells of a setting; no ceiling enters what is asked of it here."""
+        rows = setting.run.rows
+        return Forecaster(self.registry, built_in(rows[0].device, rows[0].threads), rows)
+
+    def ceilings(self, view: View) -> Ceilings | None:
+        """What the device of a view was measured to reach; None in a run that left no calibration."""
+        run, device = view.frame["run"].iloc[0], view.frame["device"].iloc[0]
+        info = next((each.info for each in self.runs if each.name == run), {})
+        stored = info.get("calibration")
+        try:
+            found = msgspec.convert(stored[device] if isinstance(stored, Mapping) else None, Ceilings)
+        except (KeyError, TypeError, msgspec.ValidationError):
+            return None
+        return found if found.calibrated and found.flops_per_s else None
+
     def shown(self, view: View) -> set[str]:
         """The series a chart shows at first: the fastest of each method."""
         return set(fastest(view.frame).values())
@@ -75,7 +135,10 @@ class Report:
             value = value.get(key)
         return value
 
-    def chart(self, key: str, caption: str, interactive: dict[str, Any], static: Figure) -> Chart:
-        """Register the two forms of a figure."""
+    def chart(
+        self, key: str, caption: str, interactive: dict[str, Any], static: Callable[[], Figure], draw: bool = True
+    ) -> Chart:
+        """Register the two forms of a figure; ``draw=False`` for one that is reached by a control alone."""
         self.figures[key] = interactive
-        return Chart(key, caption, Markup(canvas.inline_svg(static, caption)))  # texts are escaped by matplotlib
+        # Texts are escaped by matplotlib.
+        return Chart(key, caption, Markup(canvas.inline_svg(static(), caption)) if draw else Markup(""))

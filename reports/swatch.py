@@ -1,9 +1,14 @@
-"""The key to a method: its line and marker as a small SVG."""
+"""The key to a method: its line and marker as a small SVG, and the legend made of them."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import pandas as pd
 from markupsafe import Markup
 
+from ctxbench.analysis.printable import printable
 from ctxbench.reports.palette import DASHES, Style
 
 # Outlines in a box of 10 x 10 around the origin, as Plotly draws the symbols.
@@ -27,3 +32,17 @@ def swatch(style: Style, marker: bool = True) -> Markup:
         f'<path d="M-15 0H15" stroke="{style.color}" stroke-width="{style.width}"{dash}/>'
         f"{SHAPES[style.marker] if marker else ''}</svg>"
     )
+
+
+def legend(
+    frame: pd.DataFrame, methods: Mapping[str, Style], series: Mapping[str, Style], shown: Collection[str]
+) -> list[dict[str, Any]]:
+    """An entry a method with one chip for each of its series in the frame; ``shown`` are pressed at first."""
+    entries = []
+    for name, rows in frame.groupby("method", sort=True):
+        start = f"{printable(str(name))} / "
+        chips = [{"label": label, "name": label.removeprefix(start), "impl": impl, "shown": label in shown,
+                  "line": swatch(series[label], marker=False)}
+                 for label, impl in rows[["series", "impl"]].drop_duplicates().itertuples(index=False)]  # fmt: skip
+        entries.append({"name": printable(str(name)), "swatch": swatch(methods[str(name)]), "series": chips})
+    return entries

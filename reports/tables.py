@@ -28,22 +28,31 @@ BRIEF = {
     "flops_formula": "FLOPs (formula)", "flops_counted": "counted / formula", "state_measured": "state",
     "gate_error": "gate error", "warnings": "warnings", "reason": "reason",
 }  # fmt: skip
+MORE = {
+    "latency_low_s": "low", "latency_high_s": "high", "cpu_s": "CPU time", "n_processes": "processes",
+    "n_samples": "samples", "stop": "stopped by", "peak_resident": "resident peak", "peak_formula": "peak (formula)",
+    "parameters_measured": "parameters", "forecast_s": "forecast", "energy_j": "energy (J)",
+}  # fmt: skip
 OPTIONAL = ("run", "mode", "device", "dtype", "batch_size", "d_model", "num_heads", "num_layers", "d_ff", "causal",
             "position", "threads")  # fmt: skip
 
 
-def columns(frame: pd.DataFrame) -> dict[str, str]:
-    """Columns of the page's table with their titles: the usual ones, and every axis that takes several values."""
+def columns(frame: pd.DataFrame, more: bool = False) -> dict[str, str]:
+    """Columns of the page's table with their titles: the usual ones, and every axis that takes several values.
+
+    ``more`` adds those that a reader may ask for, as far as any row fills them.
+    """
     varying = [name for name in OPTIONAL if frame[name].nunique(dropna=False) > 1]
     names = ["method", "impl", *varying, *list(BRIEF)[2:]]
     if frame["memory"].isna().all():
         names.remove("memory")
-    return {name: BRIEF.get(name, name.replace("_", " ")) for name in names}
+    asked = [name for name in MORE if more and not frame[name].isin(["", "{}", 0]).all() and frame[name].notna().any()]
+    return {name: BRIEF.get(name) or MORE.get(name) or name.replace("_", " ") for name in (*names, *asked)}
 
 
-def entries(frame: pd.DataFrame) -> list[list[Value]]:
+def entries(frame: pd.DataFrame, more: bool = False) -> list[list[Value]]:
     """Every row of the frame as the entries of :func:`columns`."""
-    names = columns(frame)
+    names = columns(frame, more)
     return [[_entry(row, name) for name in names] for row in records(frame)]
 
 
@@ -70,14 +79,16 @@ def _entry(row: dict[str, Any], name: str) -> Value:
 def _text(name: str, value: Any) -> str:
     if name in ("seq_len", "memory"):
         return format_tokens(int(value))
-    if name == "latency_s":
+    if name in ("latency_s", "latency_low_s", "latency_high_s", "cpu_s", "forecast_s"):
         return scales.text(value, "s")
-    if name in ("peak_allocated", "state_measured"):
+    if name in ("peak_allocated", "peak_resident", "peak_formula", "state_measured"):
         return scales.text(float(value), "B")
     if name == "flops_formula":
         return scales.text(float(value), "FLOP")
     if name == "gate_error":
         return f"{value:.1e}"
+    if name in ("n_processes", "n_samples"):
+        return str(int(value))
     return f"{value:,.0f}" if value >= 100 else significant(value).removesuffix(".00")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,9 +63,11 @@ def flatten(row: Row, run: str = "") -> dict[str, Any]:
         "cpu_s": latency.cpu_median if latency else None,
         "n_samples": sum(map(len, latency.samples)) if latency else 0,
         "n_processes": latency.n_processes if latency else 0,
+        "stop": _counted(latency.stop) if latency else "",
         "tokens_per_s": row.tokens_per_s,
         "peak_allocated": peak.allocated if peak else None,
         "peak_resident": peak.resident if peak else None,
+        "meter": peak.meter if peak else "",
         "peak_traced": peak.traced if peak else None,
         "peak_formula": peak.formula if peak else None,
         "state_measured": state.measured if state else None,
@@ -87,6 +90,12 @@ def flatten(row: Row, run: str = "") -> dict[str, Any]:
         "started_at": row.started_at,
         "elapsed_s": row.elapsed_s,
     }
+
+
+def _counted(stop: Sequence[str]) -> str:
+    """Which rules ended sampling, with the number of processes each: ``2 x precision, 1 x budget``."""
+    counts = Counter(stop)
+    return ", ".join(name if len(stop) == 1 else f"{count} x {name}" for name, count in counts.items())
 
 
 def to_frame(runs: Sequence[Run]) -> pd.DataFrame:

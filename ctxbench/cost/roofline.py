@@ -171,4 +171,9 @@ def _least_traffic(cell: Cell, figures: Figures) -> float:
         return figures.bytes_moved
     tokens = cell.batch_size * (1 if cell.mode == "decode" else cell.seq_len)
     state = figures.state_bytes if cell.mode == "decode" else 0
-    return cell.itemsize * (2 * tokens * cell.d_model + figures.num_parameters) + state
+    return least_bytes(cell.itemsize, tokens, cell.d_model, figures.num_parameters, state)
+
+
+def least_bytes(itemsize: int, tokens: int, d_model: int, num_parameters: int, state_bytes: int = 0) -> int:
+    """Bytes no program avoids: inputs, outputs, weights and a state that is read, each touched once."""
+    return itemsize * (2 * tokens * d_model + num_parameters) + state_bytes

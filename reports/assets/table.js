@@ -3,40 +3,70 @@
 {
   const table = $("#cells"), body = table.tBodies[0], rows = [...body.rows], filter = $("#filter");
   const records = unpack("#rows-data").then((text) => ({ text, rows: text.trim().split("\n").map((line) => JSON.parse(line)) }));
+  const heads = $$("th", table), names = heads.map((head) => head.dataset.name), titles = heads.map((head) => head.textContent);
   const key = (row, i) => row.cells[i].dataset.v ?? row.cells[i].textContent.trim();
   const close = () => $$(".detail", body).forEach((row) => { $("button", row.previousElementSibling).setAttribute("aria-expanded", "false"); row.remove(); });
-  $$("th", table).forEach((head, i) => {
-    const button = create("button", head.textContent, { type: "button" });
-    head.replaceChildren(button);
-    button.addEventListener("click", () => {
-      const up = head.getAttribute("aria-sort") !== "ascending", sign = up ? 1 : -1, number = head.classList.contains("n");
-      $$("th", table).forEach((other) => { other.removeAttribute("aria-sort"); $("button", other).textContent = $("button", other).textContent.replace(/ [▲▼]$/, ""); });
-      head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      button.textContent += up ? " ▲" : " ▼";
-      close();
-      const order = (a, b) => (a === "" || b === "" ? (a === "") - (b === "") : sign * (number ? a - b : a.localeCompare(b)));
-      body.append(...rows.sort((a, b) => order(key(a, i), key(b, i))));
+  declare("q", ""); declare("sort", ""); declare("columns", heads.filter((head) => !("optional" in head.dataset)).map((head) => head.dataset.name));
+
+  const sort = () => {
+    const i = names.indexOf(state.sort.replace(/^-/, "")), up = !state.sort.startsWith("-");
+    heads.forEach((head, j) => {
+      head.removeAttribute("aria-sort");
+      if (j === i) head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      $("button", head).textContent = titles[j] + (j === i ? (up ? " ▲" : " ▼") : "");
     });
+    if (i < 0) return;
+    const number = heads[i].classList.contains("n"), sign = up ? 1 : -1;
+    const order = (a, b) => (a === "" || b === "" ? (a === "") - (b === "") : sign * (number ? a - b : a.localeCompare(b)));
+    close();
+    body.append(...rows.sort((a, b) => order(key(a, i), key(b, i))));
+  };
+  heads.forEach((head, i) => {
+    const button = create("button", titles[i], { type: "button" });
+    head.replaceChildren(button);
+    button.addEventListener("click", () => { state.sort = state.sort === names[i] ? `-${names[i]}` : names[i]; sort(); commit(); });
   });
+
   const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
   const narrow = () => {
     close();
-    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
     rows.forEach((row) => { row.hidden = !words.every((word) => texts.get(row).includes(word)); });
     $("#matches").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} cells`;
   };
-  filter.addEventListener("input", narrow);
+  filter.addEventListener("input", () => { state.q = filter.value; narrow(); commit(); });
+
+  // Which columns are shown: a style sheet hides the others, in the details' rows too nothing moves.
+  const apply = () => { $("#columns").textContent = names.map((name, i) => (state.columns.includes(name) ? "" : `#cells tr:not(.detail) > :nth-child(${i + 1}) { display: none; }`)).join(" "); };
+  const picker = $("#picker");
+  names.forEach((name, i) => {
+    const box = create("input", "", { type: "checkbox", value: name }), line = create("label");
+    line.append(box, titles[i]);
+    picker.append(line);
+    if (!i) box.disabled = true;
+    box.addEventListener("change", () => { state.columns = names.filter((other) => $(`input[value="${other}"]`, picker).checked); apply(); commit(); });
+  });
+  const query = given();
+  state.q = filter.value = query.get("q") ?? "";
+  if (names.includes((query.get("sort") ?? "").replace(/^-/, ""))) state.sort = query.get("sort");
+  if (query.has("columns")) state.columns = names.filter((name, i) => !i || query.getAll("columns").includes(name));
+  $$("input", picker).forEach((box) => { box.checked = state.columns.includes(box.value); });
+  document.addEventListener("click", ({ target }) => { if (!target.closest(".menu")) $(".menu").open = false; });
+  document.addEventListener("keydown", ({ key: pressed }) => { if (pressed === "Escape") $(".menu").open = false; });
+  sort(); apply(); narrow();
+
   const ESCAPES = {
     markdown: (text) => text.replace(/[\\`*_{}[\]<>|#]/g, "\\$&"),
     latex: (text) => text.replace(/[\\&%$#_{}~^]/g, (c) => ({ "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}" })[c] || `\\${c}`).replace(/±/g, "$\\pm$").replace(/µ/g, "$\\mu$"),
     csv: (text) => (/[",\n]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text) };
   $$("[data-table]").forEach((button) => button.addEventListener("click", () => {
-    const kind = button.dataset.table, heads = $$("th", table).map((head) => head.textContent.replace(/ [▲▼]$/, ""));
-    const lines = [heads, ...rows.filter((row) => !row.hidden).sort((a, b) => a.rowIndex - b.rowIndex).map((row) => [...row.cells].map((cell) => cell.lastElementChild?.tagName === "BDI" ? cell.lastElementChild.textContent : cell.textContent.trim()))].map((line) => line.map(ESCAPES[kind]));
-    const rule = `| ${heads.map((_, i) => (table.rows[0].cells[i].classList.contains("n") ? "---:" : "---")).join(" | ")} |`;
+    const kind = button.dataset.table, seen = names.map((name) => state.columns.includes(name)), wanted = (list) => list.filter((_, i) => seen[i]);
+    const lines = [wanted(titles), ...rows.filter((row) => !row.hidden).sort((a, b) => a.rowIndex - b.rowIndex).map((row) => wanted([...row.cells]).map((cell) => cell.lastChild?.textContent.trim() ?? ""))].map((line) => line.map(ESCAPES[kind]));
+    const sides = wanted(heads).map((head) => head.classList.contains("n"));
+    const rule = `| ${sides.map((right) => (right ? "---:" : "---")).join(" | ")} |`;
     copy({ csv: () => lines.map((line) => line.join(",")).join("\n"),
       markdown: () => lines.map((line) => `| ${line.join(" | ")} |`).toSpliced(1, 0, rule).join("\n"),
-      latex: () => `\\begin{tabular}{${heads.map((_, i) => (table.rows[0].cells[i].classList.contains("n") ? "r" : "l")).join("")}}\n${lines.map((line) => `${line.join(" & ")} \\\\`).toSpliced(1, 0, "\\hline").join("\n")}\n\\end{tabular}` }[kind]());
+      latex: () => `\\begin{tabular}{${sides.map((right) => (right ? "r" : "l")).join("")}}\n${lines.map((line) => `${line.join(" & ")} \\\\`).toSpliced(1, 0, "\\hline").join("\n")}\n\\end{tabular}` }[kind]());
   }));
   const strip = (samples) => {
     const all = samples.flat(), low = Math.min(...all), span = Math.max(...all) - low || 1, ns = "http://www.w3.org/2000/svg";
@@ -73,10 +103,5 @@
     };
     row.addEventListener("click", () => { if (!getSelection().toString()) toggle(); });
   });
-  narrow();
-  $("#download").addEventListener("click", async () => {
-    const link = create("a", "", { download: "rows.jsonl", href: URL.createObjectURL(new Blob([(await records).text])) });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  });
+  $("#download").addEventListener("click", async () => save(new Blob([(await records).text]), "rows.jsonl"));
 }

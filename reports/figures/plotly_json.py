@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import html
 import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pandas as pd
+
 from ctxbench.analysis.printable import printable
+from ctxbench.reports.palette import Style
 
 GRID, INK = "#8a8f98", "#6b7280"  # replaced in the browser by the colours of the theme
 
@@ -45,3 +49,54 @@ def axis(**changes: Any) -> dict[str, Any]:
 def ticks(positions: list[Any], texts: list[str]) -> dict[str, Any]:
     """A fixed list of ticks."""
     return {"tickmode": "array", "tickvals": positions, "ticktext": texts}
+
+
+def note(x: float, y: float, text: str, **changes: Any) -> dict[str, Any]:
+    """A text beside a point of two logarithmic axes; ``text`` is escaped already."""
+    from math import log10
+
+    return {"x": log10(x), "y": log10(y), "text": text, "showarrow": False, "font": {"size": 11}, "xanchor": "left",
+            "yanchor": "middle", **changes}  # fmt: skip
+
+
+Bounds = tuple[Iterable[float], Iterable[float]]
+
+
+def scatter(
+    x: Iterable[float], y: Iterable[float], texts: Iterable[str], *, mode: str = "lines+markers", role: str = "data",
+    series: str = "", style: Style | None = None, visible: bool = True, symbols: Sequence[str] | None = None,
+    sizes: Sequence[float] | None = None, x_bounds: Bounds | None = None, y_bounds: Bounds | None = None, **looks: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A trace in the look of its series, or in the ink of the page (``role="ink"``); bounds become bars."""
+    xs, ys = [_number(value) for value in x], [_number(value) for value in y]
+    trace: dict[str, Any] = {
+        "type": "scatter", "mode": mode, "x": xs, "y": ys, "text": [hover(text) for text in texts],
+        "hovertemplate": "%{text}<extra></extra>", "visible": visible, "meta": {"role": role, "series": series},
+    }  # fmt: skip
+    if style is None:
+        return trace | {"line": {"color": INK}, "marker": {"color": INK}} | looks
+    trace |= {
+        "name": hover(series),
+        "line": {"color": style.color, "width": style.width, "dash": style.dash},
+        "marker": {"color": style.color, "symbol": symbols or style.marker, "size": sizes or style.size},
+    }
+    if sizes:  # Plotly gives markers of several sizes a line of another colour
+        trace["marker"] |= {"opacity": 1, "line": {"width": 1.5, "color": style.color}}
+    for name, values, bounds in (("error_x", xs, x_bounds), ("error_y", ys, y_bounds)):
+        if bounds:
+            trace[name] = bars(values, *bounds, style.color)
+    return trace | looks
+
+
+def bars(values: Sequence[float | None], low: Iterable[float], high: Iterable[float], color: str) -> dict[str, Any]:
+    """Bars from the low to the high ends around values."""
+    ends = [(value or 0.0, _number(a), _number(b)) for value, a, b in zip(values, low, high, strict=True)]
+    return {
+        "type": "data", "symmetric": False, "array": [max(0.0, (b if b is not None else v) - v) for v, _, b in ends],
+        "arrayminus": [max(0.0, v - (a if a is not None else v)) for v, a, _ in ends], "thickness": 1, "width": 2,
+        "color": color,
+    }  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)

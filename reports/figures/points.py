@@ -107,6 +107,10 @@ def _measured_text(row: Mapping[str, Any], metric: Metric, source: str, value: f
         lines.append(f"interval {scales.text(low, metric.unit)} to {scales.text(high, metric.unit)}")
     if metric is LATENCY:
         lines.append(f"{row['n_samples']} samples in {row['n_processes']} processes")
+        if row["stop"]:
+            lines.append(f"sampling ended by {row['stop']}")
+    if metric is MEMORY and row["meter"]:
+        lines.append(f"meter: {row['meter']}")
     if row["status"] != "ok":
         lines.append(status_of(row["status"]).words + (f": {row['reason']}" if row["reason"] else ""))
     return "\n".join(lines)

@@ -12,7 +12,10 @@ UNITS = {
     "s": ((1e-9, "ns"), (1e-6, "\u00b5s"), (1e-3, "ms"), (1.0, "s"), (1e3, "ks")),
     "B": ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"), (2.0**40, "TiB")),
     "FLOP": tuple((10.0 ** (3 * i), f"{prefix}FLOP") for i, prefix in enumerate(("", "k", "M", "G", "T", "P", "E"))),
+    "FLOP/s": tuple((10.0 ** (3 * i), f"{prefix}FLOP/s") for i, prefix in enumerate(("", "k", "M", "G", "T", "P"))),
+    "B/s": ((1.0, "B/s"), (2.0**10, "KiB/s"), (2.0**20, "MiB/s"), (2.0**30, "GiB/s"), (2.0**40, "TiB/s")),
     "x": ((1.0, "\u00d7"),),
+    "": ((1.0, ""),),
 }
 
 
@@ -22,7 +25,8 @@ def text(value: float, unit: str) -> str:
         return "0"
     scales = UNITS[unit]
     factor, name = next((scale for scale in reversed(scales) if abs(value) >= scale[0] * 0.9995), scales[0])
-    return f"{value / factor:.3g} {name}"
+    shown = value / factor
+    return f"{f'{shown:,.0f}' if shown >= 1000 else f'{shown:.3g}'} {name}".rstrip()
 
 
 def log_ticks(values: Iterable[float], unit: str, most: int = 7) -> tuple[list[float], list[str]]:

@@ -8,10 +8,10 @@ import pandas as pd
 
 from ctxbench.analysis.frame import MEASURED, views
 from ctxbench.reports.figures import memory, scales
-from ctxbench.reports.figures.points import LATENCY, MEMORY
+from ctxbench.reports.figures.points import LATENCY, MEMORY, Metric
 from ctxbench.reports.palette import status_of
-from ctxbench.reports.report import Report
-from ctxbench.reports.swatch import swatch
+from ctxbench.reports.report import Chart, Report
+from ctxbench.reports.swatch import legend
 from ctxbench.units import format_tokens
 
 
@@ -24,16 +24,26 @@ def context(report: Report) -> dict[str, Any]:
         return {"sentence": _single(report), "maps": [], "charts": []}
     measured = swept[swept["status"].isin(MEASURED)]
     length = _fixed_length(measured if len(measured) else swept)
-    charts = []
-    for metric in (LATENCY, MEMORY):
-        table = memory.at_length(swept, length, metric)
-        caption = f"{metric.title} at {format_tokens(length)} tokens against memory size"
-        figure = report.chart(f"memory-{metric.key}", caption, memory.interactive(table, metric, report.looks),
-                              memory.static(table, metric, report.looks))  # fmt: skip
-        charts.append({"metric": metric, "chart": figure})
+    lengths = sorted(int(each) for each in swept["seq_len"].unique())
+    charts = [{"metric": metric, "chart": _charts(report, swept, metric, lengths, length)}
+              for metric in (LATENCY, MEMORY)]  # fmt: skip
     fixed = sorted(set(view.frame["method"]) - set(swept["method"]))
     return {"sentence": "", "charts": charts, "maps": _maps(swept), "length": format_tokens(length), "fixed": fixed,
-            "key": [(series, swatch(report.looks[series])) for series in sorted(set(swept["series"]))]}  # fmt: skip
+            "lengths": [format_tokens(each) for each in lengths], "at": lengths.index(length),
+            "legend": legend(swept, report.styles, report.looks, set(swept["series"]))}  # fmt: skip
+
+
+def _charts(report: Report, swept: pd.DataFrame, metric: Metric, lengths: list[int], usual: int) -> Chart:
+    """A chart for every length, of which the usual one is shown first."""
+    charts = {}
+    for index, length in enumerate(lengths):
+        table = memory.at_length(swept, length, metric)
+        charts[length] = report.chart(
+            f"memory-{metric.key}-{index}", f"{metric.title} at {format_tokens(length)} tokens against memory size",
+            memory.interactive(table, metric, report.looks),
+            lambda table=table: memory.static(table, metric, report.looks), draw=length == usual,
+        )  # fmt: skip
+    return charts[usual]
 
 
 def _fixed_length(rows: pd.DataFrame) -> int:

@@ -54,7 +54,7 @@ def _card(report: Report, rows: pd.DataFrame, label: str) -> dict[str, Any]:
         style = report.styles[first["method"]]
         key = f"model-{len(report.figures)}"
         caption = f"{title}: time per call and scaled formula, residual in percent, local slope"
-        card["chart"] = report.chart(key, caption, model.interactive(table, style), model.static(table, style))
+        card["chart"] = report.chart(key, caption, model.interactive(table, style), lambda: model.static(table, style))
         card["verdict"] = _verdict(table)
     card["formulas"], card["trouble"] = formulas(report.method(first["method"]), first)
     card["tables"] = [("FLOPs", *cost_table(rows)), ("Peak memory", *peak_table(rows))]

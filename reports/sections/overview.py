@@ -5,24 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from ctxbench.analysis.frame import View
-from ctxbench.analysis.printable import printable
 from ctxbench.reports.figures import overview
 from ctxbench.reports.figures.points import METRICS
 from ctxbench.reports.palette import STATUSES
 from ctxbench.reports.report import Report
-from ctxbench.reports.swatch import swatch
+from ctxbench.reports.swatch import legend
+from ctxbench.units import format_tokens
 
 
 def context(report: Report) -> dict[str, Any]:
     """What ``overview.j2`` prints."""
     shown = report.shown(report.views[0])
-    methods = []
-    for name, rows in report.frame.groupby("method", sort=True):
-        start = f"{printable(str(name))} / "
-        series = [{"label": label, "name": label.removeprefix(start), "impl": impl, "shown": label in shown,
-                   "line": swatch(report.looks[label], marker=False)}
-                  for label, impl in rows[["series", "impl"]].drop_duplicates().itertuples(index=False)]  # fmt: skip
-        methods.append({"name": name, "swatch": swatch(report.styles[str(name)]), "series": series})
+    order = _by_memory(report.views)
     present = [name for name in STATUSES if name in set(report.frame["status"])]
     return {
         "views": [
@@ -33,10 +27,24 @@ def context(report: Report) -> dict[str, Any]:
             }
             for index, view in enumerate(report.views)
         ],
-        "legend": methods,
+        "legend": legend(report.frame, report.styles, report.looks, shown),
         "impls": sorted(report.frame["impl"].unique()),
+        "sizes": [_size(report.views[index]) for index in order],
+        "order": order,
+        "start": order.index(0) if order else 0,
         "symbols": [STATUSES[name] for name in present if name not in ("ok", "unstable")],
     }
+
+
+def _by_memory(views: list[View]) -> list[int]:
+    """Indices of the views by memory size, where they differ in nothing else; else none."""
+    sizes = [view.values.get("memory") if set(view.values) == {"memory"} else None for view in views]
+    known = [size for size in sizes if size is not None]
+    return sorted(range(len(views)), key=lambda index: known[index]) if len(known) == len(views) > 1 else []
+
+
+def _size(view: View) -> str:
+    return format_tokens(int(view.values["memory"]))
 
 
 def _charts(report: Report, view: View, index: int) -> list[dict[str, Any]]:
@@ -49,7 +57,7 @@ def _charts(report: Report, view: View, index: int) -> list[dict[str, Any]]:
             f"overview-{metric.key}-{index}",
             caption,
             overview.interactive(table, metric, report.looks, shown),
-            overview.static(table, metric, report.looks, shown),
+            lambda table=table, metric=metric: overview.static(table, metric, report.looks, shown),
         )
         charts.append({"metric": metric, "chart": chart})
     return charts

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ctxbench.cell import Cell
@@ -37,7 +38,7 @@ def make_row(method: str, impl: str, seq_len: int, status: str = "ok", seed: int
     cell = Cell(method=method, impl=impl, seq_len=seq_len, threads=2, **cell_fields)
     work = flops(method, seq_len, memory)
     executed = work * (2 if impl == "reference" else 1)
-    rate = (8e9 if impl == "reference" else 3e10) * (1 + len(method) % 5 / 4)
+    rate = changes.pop("speed", 1.0) * (8e9 if impl == "reference" else 3e10) * (1 + len(method) % 5 / 4)
     seconds = 4e-5 + executed / rate
     peak = seq_len * WIDTH * 4 * (5 + len(method) % 6) + (seq_len * seq_len * 8 if impl == "reference" else 0)
     forecast = Forecast(
@@ -52,6 +53,7 @@ def make_row(method: str, impl: str, seq_len: int, status: str = "ok", seed: int
             "latency_s": Latency(median=medians[1], low=medians[0], high=medians[2], samples=samples, n_processes=3,
                                  cpu_median=medians[1] * 1.8, stop=["precision", "precision", "budget"], outliers=1),
             "tokens_per_s": seq_len / medians[1],
+            "bytes_moved": 8 * peak + 4 * LAYER,
             "peak_bytes": PeakBytes(allocated=peak, resident=peak + 300 * KIB, traced=peak, formula=peak, agree=True,
                                     meter="events"),
             "state_bytes": StateBytes(measured=2 * WIDTH * seq_len * 4, formula=2 * WIDTH * seq_len * 4),
@@ -70,6 +72,8 @@ def write_run(folder: Path, rows: list[Row], info: dict | None = None) -> Path:
     default = {
         "schema": "ctxbench.run/1", "command": ["ctxbench", "run", "scaling", "--methods", "all"], "suite": "scaling",
         "versions": {"torch": "2.13.0"}, "environment": {"cpu": {"model": "Example CPU", "cores_usable": 2}},
+        "calibration": {"cpu": {"flops_per_s": {"fp32": 9.0e10, "bf16": 1.8e11}, "bytes_per_s": 2.0e10,
+                                "calibrated": True, "device": "cpu", "threads": 2}},
         "config": {"limits": {"budget_s": 600, "cell_timeout_s": 120}},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(default if info is None else info))
@@ -128,6 +132,46 @@ def memory_rows() -> list[Row]:
     return rows
 
 
+def rich_rows() -> list[Row]:
+    """Six methods, four with several memory sizes, one that is ahead on short sequences alone, two dtypes of one."""
+    rows = [make_row("dense", impl, length, speed=3.0) for impl in ("blocked", "reference") for length in LENGTHS[:6]]
+    speeds = {"longformer": 0.9, "memory_bank": 0.5, "transformer_xl": 0.7, "routing": 1.1}
+    for method, speed in speeds.items():
+        for memory in (256, 512, 1024):
+            rows += [make_row(method, "blocked", length, memory=memory, speed=speed) for length in LENGTHS[:7]]
+    return [*rows, *(make_row("pyramid", "reference", length, speed=2.0) for length in LENGTHS[:6])]
+
+
+def again(rows: list[Row], seed: int, factor: float = 1.0) -> list[Row]:
+    """The same cells measured another time, the blocked impl of two methods by a factor slower."""
+    return [_again(row, random.Random(f"{row.cell}{seed}"), factor) for row in rows]
+
+
+def _again(row: Row, noise: random.Random, factor: float) -> Row:
+    if row.latency_s is None:
+        return row
+    slow = factor if row.method in ("longformer", "transformer_xl") and row.impl == "blocked" else 1.0
+    samples = [[slow * v * noise.gauss(1, 0.01) for v in process] for process in row.latency_s.samples]
+    medians = sorted(sorted(process)[len(process) // 2] for process in samples)
+    middle = medians[len(medians) // 2]
+    latency = msgspec.structs.replace(row.latency_s, samples=samples, median=middle, low=medians[0], high=medians[-1])
+    return msgspec.structs.replace(row, latency_s=latency)
+
+
+def many_processes(rows: list[Row], count: int = 8) -> list[Row]:
+    """The rows with so many processes that a comparison can decide."""
+    made = []
+    for row in rows:
+        noise = random.Random(row.cell)
+        if row.latency_s is not None:
+            median = row.latency_s.median
+            samples = [[median * noise.gauss(1, 0.01) for _ in range(5)] for _ in range(count)]
+            latency = msgspec.structs.replace(row.latency_s, samples=samples, n_processes=count, contended=[])
+            row = msgspec.structs.replace(row, latency_s=latency)
+        made.append(row)
+    return made
+
+
 def large_rows() -> list[Row]:
     """Twenty methods at eight lengths."""
     return [make_row(f"method_{index:02d}", "blocked", length) for index in range(20) for length in LENGTHS]
@@ -143,7 +187,14 @@ def tiny_rows() -> list[Row]:
     ]
 
 
-ROWS = {"tiny": tiny_rows, "scaling": scaling_rows, "hostile": hostile_rows, "memory": memory_rows, "large": large_rows}
+ROWS = {
+    "rich": rich_rows,
+    "tiny": tiny_rows,
+    "scaling": scaling_rows,
+    "hostile": hostile_rows,
+    "memory": memory_rows,
+    "large": large_rows,
+}
 
 
 @pytest.fixture(scope="session")

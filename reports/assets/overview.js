@@ -1,0 +1,79 @@
+"use strict";
+// The legends, which all charts follow, and the charts over the length: scale, unit, baseline.
+$$("[data-methods]").forEach((list) => {
+  const wanted = JSON.parse(list.dataset.methods);
+  list.append(...$$("#overview .legend li").filter((item) => wanted.includes($(".name", item).textContent)).map((item) => item.cloneNode(true)));
+});
+const preset = JSON.parse($("#views").textContent), chips = $$(".chip");
+const methodOf = new Map(chips.map((chip) => [chip.dataset.series, $(".name", chip.closest("li")).textContent]));
+if (!("view" in state)) declare("view", "0"); // a single view has no control
+let shown = new Set();
+const shownMethods = () => new Set([...shown].map((series) => methodOf.get(series)));
+const chosen = () => {
+  const fits = ({ dataset }) => state.impl === "all" || (state.impl === "fastest" ? preset[state.view].includes(dataset.series) : `=${dataset.impl}` === state.impl);
+  return new Set(chips.filter(fits).map((chip) => chip.dataset.series));
+};
+// In the address: the few that are shown, or what differs from the choice of implementations.
+["only", "on", "off"].forEach((name) => declare(name, []));
+const noteShown = () => {
+  const usual = chosen(), on = [...shown].filter((name) => !usual.has(name)), off = [...usual].filter((name) => !shown.has(name));
+  const few = shown.size < 4 && on.length + off.length > shown.size;
+  Object.assign(state, few ? { only: [...shown], on: [], off: [] } : { only: [], on, off });
+  if (few && !shown.size) state.only = [""];
+};
+const recall = () => {
+  const query = given();
+  shown = query.has("only") ? new Set(query.getAll("only").filter((name) => methodOf.has(name))) : chosen();
+  query.getAll("on").filter((name) => methodOf.has(name)).forEach((name) => shown.add(name));
+  query.getAll("off").forEach((name) => shown.delete(name));
+  noteShown();
+};
+
+// One chart over the length in the present state: which series, which unit, which scale.
+const overview = (spec) => {
+  const { unit, lengths } = spec.layout.meta, relative = state.value.startsWith("/"), log = state.scale === "log";
+  const base = relative ? spec.data.find((t) => t.meta.series === state.value.slice(1) && t.meta.role === "measured") : null;
+  const factor = (x) => (!relative ? (state.value === "token" ? 1 / x : 1) : 1 / (base?.y[base.x.indexOf(x)] ?? NaN));
+  const scaled = (values, xs) => values.map((value, i) => (value === null || Number.isNaN(factor(xs[i])) ? null : value * factor(xs[i])));
+  const used = relative ? "x" : unit, seen = [];
+  let lane = 0, lost = 0;
+  const data = spec.data.map((trace) => {
+    const copy = { ...trace, visible: shown.has(trace.meta.series) };
+    if (trace.meta.role === "missing") return { ...copy, y: trace.y.map(() => (copy.visible ? lane : 0)), lanes: copy.visible ? (lane += 1) : 0 };
+    copy.y = scaled(trace.y, trace.x);
+    if (copy.visible) { seen.push(...copy.y.filter((y) => y > 0)); lost += trace.y.filter((y, i) => y !== null && copy.y[i] === null).length; }
+    if (trace.error_y && copy.visible) seen.push(...copy.y.flatMap((y, i) => (y === null ? [] : [y + factor(trace.x[i]) * trace.error_y.array[i], y - factor(trace.x[i]) * trace.error_y.arrayminus[i]])).filter((y) => y > 0));
+    if (trace.error_y) copy.error_y = { ...trace.error_y, array: scaled(trace.error_y.array, trace.x), arrayminus: scaled(trace.error_y.arrayminus, trace.x) };
+    copy.hovertemplate = state.value === "absolute" ? trace.hovertemplate : `%{text}<br>${relative ? "%{y:.3g} times the baseline" : "%{customdata} per token"}<extra></extra>`;
+    if (state.value === "token") copy.customdata = copy.y.map((y) => (y === null ? "" : label(y, unit)));
+    return copy;
+  });
+  const [low, high] = seen.length ? [Math.min(...seen), Math.max(...seen)] : [1, 10], room = (high / low) ** 0.06 * 1.15;
+  const span = log ? [low / room, high * room] : [0, high * 1.06], top = lane ? 1 - Math.min(0.4, 0.032 * lane + 0.02) : 1;
+  const values = ticks(...span, used, log), xs = spec.layout.xaxis.tickvals, end = Math.max(...lengths);
+  const far = xs.filter((x) => log || x >= end / 9);
+  const layout = { ...spec.layout,
+    xaxis: { ...spec.layout.xaxis, type: state.scale, range: log ? spec.layout.xaxis.range : [-0.03 * end, 1.05 * end], tickvals: far, ticktext: far.map((x) => spec.layout.xaxis.ticktext[xs.indexOf(x)]) },
+    yaxis: { ...spec.layout.yaxis, type: state.scale, range: log ? span.map(Math.log10) : span, domain: [0, top], tickvals: values, ticktext: values.map((value) => label(value, used)) },
+    yaxis2: { ...spec.layout.yaxis2, domain: [Math.min(top + 0.02, 0.99), 1], range: [lane - 0.5, -0.5] } };
+  return { data, layout, lost };
+};
+
+const update = () => {
+  chips.forEach((chip) => chip.setAttribute("aria-pressed", shown.has(chip.dataset.series)));
+  const specs = $$("#overview .plot").map((plot) => figures[keyOf(plot)]).filter((spec) => spec?.layout.meta);
+  const lost = state.value.startsWith("/") ? specs.reduce((sum, spec) => sum + overview(spec).lost, 0) : 0;
+  $("#overview-note").textContent = lost ? `${lost} points are not drawn: ${state.value.slice(1)} was not measured at their length.` : "";
+  $$("#overview .note[data-note]").forEach((note) => {
+    note.textContent = state.value.startsWith("/") ? `relative to ${state.value.slice(1)}` : note.dataset.note + (state.value === "token" ? ", per token" : "");
+  });
+  noteShown();
+  commit();
+  repaint();
+};
+const alone = (name) => { shown = shown.size === 1 && shown.has(name) ? chosen() : new Set([name]); update(); };
+chips.forEach((chip) => {
+  const name = chip.dataset.series;
+  chip.addEventListener("click", (event) => { if (event.shiftKey) return alone(name); if (!shown.delete(name)) shown.add(name); update(); });
+  chip.addEventListener("dblclick", () => alone(name));
+});

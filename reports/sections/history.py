@@ -1,0 +1,55 @@
+"""Several runs of one machine: what every cell took from run to run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ctxbench.analysis.noise import identity
+from ctxbench.analysis.runs import Run
+from ctxbench.reports.figures import history
+from ctxbench.reports.report import Report
+from ctxbench.reports.swatch import legend
+from ctxbench.units import format_tokens
+
+
+def wanted(report: Report) -> bool:
+    """Whether there is anything to follow: three runs or more, two of which at least share a machine."""
+    return len(report.runs) > 2
+
+
+def context(report: Report) -> dict[str, Any]:
+    """What ``history.j2`` prints, for the machine that most of the runs are from."""
+    runs, others = machine_runs(report.runs)
+    order = {run.name: str(run.info.get("created_at") or run.name)[:16].replace("T", " ") for run in runs}
+    table = history.data(report.frame, order)
+    if table.empty:
+        return {"sentence": "No cell was measured in two of these runs on one machine.", "others": others}
+    lengths = sorted(set(table["seq_len"]))
+    usual = max(lengths, key=lambda length: (int((table["seq_len"] == length).sum()), length))
+    shown = report.shown(report.views[0])
+    charts = [
+        report.chart(
+            f"history-{i}", f"Time per call at {format_tokens(length)} tokens over the runs, in units of the first",
+            history.interactive(table[table["seq_len"] == length], order, report.looks, shown),
+            lambda length=length: history.static(table[table["seq_len"] == length], order, report.looks, shown),
+            draw=length == usual,
+        )
+        for i, length in enumerate(lengths)
+    ]  # fmt: skip
+    return {
+        "sentence": "", "others": others, "chart": charts[lengths.index(usual)],
+        "lengths": [format_tokens(length) for length in lengths], "at": lengths.index(usual),
+        "length": format_tokens(usual), "runs": list(order.items()),
+        "legend": legend(report.frame, report.styles, report.looks, shown),
+    }  # fmt: skip
+
+
+def machine_runs(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """The runs of the machine that has the most of them, the oldest first, and the names of the others."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        devices = sorted({row.device for row in run.rows})
+        groups.setdefault(repr([identity(run.info, device) for device in devices]), []).append(run)
+    chosen = max(groups.values(), key=len)
+    chosen.sort(key=lambda run: str(run.info.get("created_at") or min((r.started_at for r in run.rows), default="")))
+    return chosen, [run.name for run in runs if run not in chosen]
