@@ -6,7 +6,7 @@ cells with one t + l are independent: their weights are stacked and each map is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,22 @@ def diagonals(segments: int, depth: int) -> Iterator[range]:
 
 
 class Weights:
-    """Linear maps of all layers, stacked: ``weights(name, x, first)`` with ``x: [G, B, n, d]`` of G layers."""
+    """Linear maps of all layers, stacked: ``weights(name, x, first)`` with ``x: [G, B, n, d]`` of G layers.
 
-    def __init__(self, layers: nn.ModuleList):
-        names = [name for name, part in layers[0].named_modules() if isinstance(part, nn.Linear)]
-        self.stacked = {}
+    ``names`` of maps that all layers have, with or without bias; by default those of the first layer.
+    """
+
+    def __init__(self, layers: nn.ModuleList, names: Sequence[str] = ()):
+        names = names or [name for name, part in layers[0].named_modules() if isinstance(part, nn.Linear)]
+        self.stacked: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         for name in names:
             maps: list[Any] = [layer.get_submodule(name) for layer in layers]
-            self.stacked[name] = tuple(torch.stack([getattr(one, kind) for one in maps]) for kind in ("weight", "bias"))
+            bias = None if maps[0].bias is None else torch.stack([one.bias for one in maps])
+            self.stacked[name] = torch.stack([one.weight for one in maps]), bias
 
     def __call__(self, name: str, x: torch.Tensor, first: int) -> torch.Tensor:
-        weight, bias = (part[first : first + len(x)] for part in self.stacked[name])
-        return torch.baddbmm(bias[:, None], x.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, x.shape[1:3])
+        weight, bias = self.stacked[name]
+        rows, turned = x.flatten(1, 2), weight[first : first + len(x)].transpose(1, 2)
+        if bias is None:
+            return torch.bmm(rows, turned).unflatten(1, x.shape[1:3])
+        return torch.baddbmm(bias[first : first + len(x), None], rows, turned).unflatten(1, x.shape[1:3])

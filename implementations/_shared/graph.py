@@ -56,12 +56,16 @@ class Buffers(NamedTuple):
 class Recording:
     """Two recorded steps of ``step(x, state) -> (y, state)``, from one set of buffers into the other and back.
 
-    ``x`` and ``state`` are examples, of whose shapes all others will be.
+    ``x`` and ``state`` are examples, of whose shapes all others will be. ``weights`` are kept, so that no other tensor
+    takes the places the recording reads.
     """
 
-    def __init__(self, step: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]], x: torch.Tensor, state: Any):
+    def __init__(
+        self, step: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]], x: torch.Tensor, state: Any,
+        weights: list[torch.Tensor],
+    ):  # fmt: skip
         leaves, self.structure = pytree.tree_flatten(state)
-        self.step, self.leaves = step, leaves
+        self.step, self.leaves, self.weights = step, leaves, weights
         self.moved = [0] * len(leaves)  # what one step adds to the numbers in a state
         self.sets = [Buffers(_place(x), _place(x), [_place(leaf) for leaf in _tensors(leaves)]) for _ in range(2)]
         self.replays = [record(partial(self._act, turn), x.device) for turn in range(2)]
@@ -110,13 +114,17 @@ class Replaying(nn.Module):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self._keeps: dict[Any, bool] = {}  # shapes of a state -> whether a whole segment leaves them as they are
-        self._made: tuple[Any, Any, Recording] | None = None
+        self._made: tuple[Any, Recording] | None = None
 
     def forward(self, x: torch.Tensor, state: Any = None) -> Output:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (self.training or x.requires_grad):
             raise RuntimeError(
                 "a recorded step gives no gradients: call it under torch.no_grad(), or train with another impl"
             )
+        with torch.no_grad():
+            return self._forward(x, state)
+
+    def _forward(self, x: torch.Tensor, state: Any) -> Output:
         carried = self.init_state(x.shape[0]) if state is None else state  # type: ignore[operator]
         y, at = torch.empty_like(x), 0
         while at < x.shape[1]:
@@ -141,8 +149,8 @@ class Replaying(nn.Module):
         key = (x.shape, x.dtype, x.device, shapes, places, torch.is_inference_mode_enabled())
         if self._made is None or self._made[0] != key:
             self._made = None  # frees the buffers of the old one first
-            self._made = (key, weights, Recording(super().forward, x, state))  # weights: so that places stay taken
-        return self._made[2]
+            self._made = (key, Recording(super().forward, x, state, weights))
+        return self._made[1]
 
 
 def replaying(stack: type[nn.Module], segment: int) -> type[nn.Module]:

@@ -52,6 +52,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
     """One impl in one mode. ``stream`` takes a window a call."""
     if impl == "graph":
         return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
+    kernels = "triton" if impl == "diagonal_triton" else impl  # the same products in another order
     call = windows(mode)
     has_long = Integer(1 if params.long_slots else 0)
     row_forward = 8 * d**2  # projections of one row
@@ -65,17 +66,17 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         "memory": linear(B * call.handed_on * handed, d, 2 * d),
     }
     flops = dict(algorithmic)
-    if impl != "triton":
+    if kernels != "triton":
         flops["attention"] = L * attention(_pairs(call, executed=True))
         flops["recall"] = has_long * attention(_recalled(call, null=1) if impl == "blocked" else call.asking * M)
     if mode == "train":
-        core, any_closed = core_backward(impl), Min(call.closed, 1)
+        core, any_closed = core_backward(kernels), Min(call.closed, 1)
         first = any_closed * (W + U) + (1 - any_closed) * T  # rows of the first window
         fused = ("attention", "recall")
         flops = {term: forward * (1 + core if term in fused else 3) for term, forward in flops.items()}
         if impl == "reference":  # the first window recalls zeros, which ask for no gradient
             flops["recall"] -= has_long * attention(first * M)
-        if impl == "triton":  # its short-term memory neither
+        if kernels == "triton":  # its short-term memory neither
             flops["attention"] -= L * attention(first * S) * Rational(BACKWARD - DQ_ALONE)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
     return Cost(
@@ -84,7 +85,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         num_parameters=_parameters(position, params),
         state_bytes=L * (2 * tensor(B, S, d) + 3 * tensor(B, T - W * floor(T / W), d))
         + has_long * 2 * tensor(B, Min(M, P * floor(T / W)), d),
-        peak_bytes=None if position in ROPE or impl == "triton" else peak(impl, mode, params),
+        peak_bytes=None if position in ROPE or kernels == "triton" else peak(impl, mode, params),
         depth=L if mode == "decode" else ceiling(T / W) + L - 1,
     )
 

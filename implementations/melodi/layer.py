@@ -185,15 +185,25 @@ class MelodiStack(nn.Module):
         self.layers = nn.ModuleList(MelodiLayer(dims, params, i, operators) for i in range(dims.num_layers))
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
+        carried = state is not None
+        y, after = self.windows(x, self.init_state(x.shape[0]) if state is None else state, carried)
+        if not carried:
+            return Output(y)
+        layers = tuple(Memory(*(part.detach() for part in each)) for each in after.layers)
+        return Output(y, State(layers, after.tokens))
+
+    def windows(self, x: torch.Tensor, state: State, follows: bool) -> tuple[torch.Tensor, State]:
+        """Outputs of consecutive tokens; the state after them where anything ``follows`` that reads it."""
         B, W = x.shape[0], self.params.window
-        memories, tokens = self.init_state(B) if state is None else state
+        memories, tokens = state
+        del state  # else the memories it came with would live through all windows
         outputs: list[torch.Tensor] = []
         biases: list[torch.Tensor | None] = []
         biased: tuple[int, int] | None = None  # rows and keys that they are for
         while x.shape[1]:
             piece, x = x[:, : W - tokens % W], x[:, W - tokens % W :]
             tokens += piece.shape[1]
-            goes_on = state is not None or x.shape[1] > 0  # else nobody reads what the window would hand on
+            goes_on = follows or x.shape[1] > 0  # else nobody reads what the window would hand on
             ends = tokens % W == 0 and goes_on
             rows = piece
             if ends and self.summary is not None:
@@ -211,10 +221,7 @@ class MelodiStack(nn.Module):
             outputs.append(rows[:, : piece.shape[1]])
             del rows, memory, after, bias  # else the last would live while the next are made
         biases.clear()
-        y = torch.cat(outputs, dim=1)
-        if state is None:
-            return Output(y)
-        return Output(y, State(tuple(Memory(*(part.detach() for part in each)) for each in memories), tokens))
+        return torch.cat(outputs, dim=1), State(memories, tokens)
 
     def init_state(self, batch_size: int) -> State:
         """Empty memories: zero keys and values that everybody sees."""
@@ -232,8 +239,10 @@ class MelodiStack(nn.Module):
 
 
 def build(dims: Dims, params: MelodiParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Stack of ``num_layers`` layers; impls differ in ``attend`` and ``recall``, ``graph`` in the loop over windows."""
+    """Impls differ in two operators; ``graph`` and ``diagonal_triton`` also in the order of windows and layers."""
     from ctxbench.implementations.melodi import METHOD
 
-    stack = replaying(MelodiStack, params.window) if impl == "graph" else MelodiStack
+    stack: Any = replaying(MelodiStack, params.window) if impl == "graph" else MelodiStack
+    if impl == "diagonal_triton":
+        stack = load(f"{__package__}.diagonal:DiagonalStack")
     return stack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)

@@ -1,13 +1,15 @@
 """Hold the triton impls of methods with segments to laws of the conformance kit; JSON lines of what each law answered.
 
-On the CUDA device with the shipped tiles, or, where TRITON_INTERPRET is 1, in Triton's interpreter with small ones and
-in float32 alone; see ``flash_parity``. Every answer but ``held`` is a failure.
+``python segments_parity.py [FORM ...]``; without arguments all forms. On the CUDA device with the shipped tiles, or,
+where TRITON_INTERPRET is 1, in Triton's interpreter with small ones and in float32 alone; see ``flash_parity``. Every
+answer but ``held`` is a failure.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass, replace
 
 from ctxbench.implementations._shared import decode, decode_table, ranges
@@ -39,9 +41,13 @@ FORMS = {  # method, position, layers, parameters, lengths
     "melodi, no memory": (
         "melodi", "rope", 1, {"window": 18, "summary_tokens": 0, "short_slots": 0, "long_slots": 0}, (40,)),
     "diagonals": ("segment_recurrent", "none", 3, {"memory_len": 3, "segment_len": 5}, (23,)),
+    "diagonals of windows": (
+        "melodi", "rope", 4,
+        {"window": 5, "summary_tokens": 2, "short_slots": 3, "long_slots": 3, "long_per_window": 2},
+        (23,)),
     "diagonals of states": ("block_state", "none", 3, {"block_len": 5, "variant": "layer"}, (18,)),
 }  # fmt: skip
-IMPLS = {"diagonals": "diagonal_triton", "diagonals of states": "diagonal_triton"}
+IMPLS = dict.fromkeys(("diagonals", "diagonals of windows", "diagonals of states"), "diagonal_triton")
 AGREEMENT_ALONE = ("rmt, gradients cut", "block_state, one state a layer", "block_recurrent, lstm", *IMPLS)
 
 
@@ -61,11 +67,12 @@ def here(method: Method, impl: str) -> Method:
     return replace(method, impls=(method.impl("reference"), chosen))
 
 
-def main() -> None:
+def main(wanted: list[str]) -> None:
     if INTERPRETED:
         ranges.config = lambda kernel, *_: TILES[kernel]
         decode.config = lambda *_: decode_table.Config(16, 16, 4, 1)
-    for form, (name, position, layers, values, lengths) in FORMS.items():
+    for form in wanted or FORMS:
+        name, position, layers, values, lengths = FORMS[form]
         impl = IMPLS.get(form, "triton")
         method = here(discover()[name], impl)
         dims = Dims(
@@ -82,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -130,7 +130,7 @@ def test_states_are_values(form, recorded, monkeypatch) -> None:
     assert torch.equal(ya, again)
     torch.testing.assert_close(ya, expected[0])
     torch.testing.assert_close(yb, expected[1])
-    places = {_storage(place) for replay in replayed._made[2].sets for place in (replay.x, replay.y, *replay.state)}
+    places = {_storage(place) for replay in replayed._made[1].sets for place in (replay.x, replay.y, *replay.state)}
     assert not places & {_storage(one) for one in tensors((ya, early, after))}
 
 
@@ -154,5 +154,20 @@ def test_weights_may_change_their_values_and_their_places(recorded, monkeypatch)
 
 def test_gradients_are_refused(monkeypatch) -> None:
     _, replayed = pair("rmt", monkeypatch)
+    x = tokens_of(2 * SEGMENT)
     with pytest.raises(RuntimeError, match="gives no gradients"):
-        replayed(tokens_of(2 * SEGMENT))
+        replayed(x)
+    replayed.eval()
+    assert not replayed(x).y.requires_grad
+    with pytest.raises(RuntimeError, match="gives no gradients"):
+        replayed(x.requires_grad_())
+
+
+def test_nothing_of_a_call_is_kept_for_the_next(recorded, monkeypatch) -> None:
+    """The law of the conformance kit, which looks for tensors on the module."""
+    _, replayed = pair("rmt", monkeypatch)
+    replayed.eval()
+    replayed(tokens_of(5 * SEGMENT))
+    assert recorded
+    kept = [leaf for value in vars(replayed).values() for leaf in pytree.tree_leaves(value)]
+    assert not [leaf for leaf in kept if isinstance(leaf, torch.Tensor) and leaf not in set(replayed.parameters())]
