@@ -29,8 +29,8 @@ class DiagonalStack(BlockStateStack):
         blocks = list(x[:, : x.shape[1] // b * b].split(b, dim=1)) if x.shape[1] >= b else []
         rest = x[:, len(blocks) * b :]
         if blocks:
-            y, state = self.whole(blocks, state, follows=carried or rest.shape[1] > 0)
-            outputs += y
+            made, state = self.whole(blocks, state, follows=carried or rest.shape[1] > 0)
+            outputs += made
         if rest.shape[1]:
             y, state = self.advance(rest, state, follows=carried)
             outputs.append(y)

@@ -16,7 +16,7 @@ from torch.nn.functional import relu
 
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations._shared.diagonal import Weights, diagonals
-from ctxbench.implementations.melodi.layer import MelodiLayer, MelodiStack, Memory, State
+from ctxbench.implementations.melodi.layer import MelodiStack, Memory, State
 
 
 class DiagonalStack(MelodiStack):
@@ -71,7 +71,7 @@ class DiagonalStack(MelodiStack):
         self, weights: Weights, first: int, cells: list[tuple[torch.Tensor, Memory]]
     ) -> list[tuple[torch.Tensor, Memory]]:
         """Whole windows ``[B, W + U, d_model]`` in layers from ``first`` on, none of which has a long-term memory."""
-        layers: list[MelodiLayer] = list(self.layers)[first : first + len(cells)]  # type: ignore[arg-type]
+        layers: list[Any] = list(self.layers)[first : first + len(cells)]
         x, begin, H = torch.stack([rows for rows, _ in cells]), self.params.short_slots, layers[0].num_heads
 
         def norm(rows: torch.Tensor, name: str) -> torch.Tensor:
