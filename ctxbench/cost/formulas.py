@@ -134,6 +134,12 @@ def _addmm_in_place(bias: Any, a: Any, b: Any, **_: Any) -> int:
     return int(2 * a.numel() * b.shape[1])
 
 
+@formula(aten._embedding_bag, aten._embedding_bag_forward_only)
+def _embedding_bag(table: Any, indices: Any, *args: Any, per_sample_weights: Any = None, **_: Any) -> int:
+    weights = args[4] if len(args) > 4 else per_sample_weights
+    return 0 if weights is None else int(2 * indices.numel() * table.shape[1])
+
+
 @formula(aten.addbmm)
 def _addbmm(bias: Any, a: Any, b: Any, **_: Any) -> int:
     return int(2 * a.numel() * b.shape[2])

@@ -1,8 +1,8 @@
 """Local attention in blocks, and a lookup that never holds the scores of a whole segment.
 
-``dense`` is fused attention without a mask: all of a segment's memory lies before it. ``topk`` scores a slab of queries
-at a time, keeps the indices of the best keys alone, and gathers their pairs; the backward pass gathers them again.
-X = B H, n queries, m pairs in memory, K retrieved, D head width.
+``dense`` is fused attention without a mask: all of a segment's memory lies before it. ``topk`` scores a slab at a time,
+some queries of one head, keeps the indices of the best keys alone, and sums their values as a weighted bag, which
+copies none of them; the backward pass gathers them. X = B H, n queries, m pairs in memory, K retrieved, D head width.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from ctxbench.implementations._shared.biased_window import attend_blocks
+from ctxbench.implementations._shared.selection import best, padded
 
 SLAB = 1 << 20  # scores at once: with float32 they stay in a last-level cache
 ROWS = 128  # fewest queries of a slab, so that its product runs at full speed
@@ -33,13 +34,25 @@ class _TopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int) -> torch.Tensor:
+        X, n, _ = q.shape
+        m, width = k.shape[1], padded(k.shape[1], top_k)
         out = torch.empty_like(q)
-        chosen = torch.empty(*q.shape[:2], top_k, dtype=torch.int32, device=q.device)
-        weights = q.new_empty(*q.shape[:2], top_k)
-        for rows in _slabs(q, k):
-            best, index = torch.topk(q[:, rows] @ k.transpose(1, 2), top_k, dim=2, sorted=False)
-            weights[:, rows], chosen[:, rows] = best.softmax(dim=2), index
-            out[:, rows] = _weighted(weights[:, rows], _picked(v, index))
+        chosen = torch.empty(X, n, top_k, dtype=torch.int32, device=q.device)
+        weights = q.new_empty(X, n, top_k)
+        count, step = _slab(X, n, width)
+        buffer = q.new_full((count, step, width), float("-inf"))
+        for heads in _ranges(X, count):
+            keys = [k[head].contiguous() for head in heads]  # each slab of queries reads them again
+            for rows in (slice(part.start, part.stop) for part in _ranges(n, step)):
+                queries = q[heads.start : heads.stop, rows]
+                scores = buffer[: len(queries), : queries.shape[1]]
+                for one, key, place in zip(queries, keys, scores, strict=True):
+                    torch.mm(one, key.T, out=place[:, :m])
+                values, index = best(scores.flatten(0, 1), top_k)
+                chosen[heads.start : heads.stop, rows] = index.view(*scores.shape[:2], top_k)
+                weights[heads.start : heads.stop, rows] = values.softmax(dim=1).view(*scores.shape[:2], top_k)
+            for head in heads:
+                out[head] = _weighted(weights[head], v[head], chosen[head])
         ctx.save_for_backward(k, v, chosen, weights)
         return out
 
@@ -48,29 +61,31 @@ class _TopK(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         k, v, chosen, weights = ctx.saved_tensors
         dq = torch.empty_like(grad)
-        for rows in _slabs(grad, k):
-            index, p = chosen[:, rows].long(), weights[:, rows]
-            by_weight = (_picked(v, index) @ grad[:, rows].unsqueeze(3)).squeeze(3)
-            ds = torch._softmax_backward_data(by_weight, p, 2, p.dtype)
-            dq[:, rows] = _weighted(ds, _picked(k, index))
+        for head, (index, p, above) in enumerate(zip(chosen, weights, grad, strict=True)):
+            by_weight = torch.empty_like(p)
+            for part in _ranges(len(above), ROWS):
+                rows = slice(part.start, part.stop)
+                values = v[head].index_select(0, index[rows].flatten()).unflatten(0, index[rows].shape)  # [rows, K, D]
+                by_weight[rows] = (values @ above[rows].unsqueeze(2)).squeeze(2)
+            ds = torch._softmax_backward_data(by_weight, p, 1, p.dtype)
+            dq[head] = _weighted(ds, k[head], index)
         return dq, None, None, None
 
 
-def _slabs(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
-    """Ranges of queries whose scores stay within SLAB."""
-    rows = max(ROWS, SLAB // (len(k) * k.shape[1]))
-    return (slice(first, first + rows) for first in range(0, q.shape[1], rows))
+def _slab(X: int, n: int, width: int) -> tuple[int, int]:
+    """How many of X and how many queries have so wide scores together."""
+    rows = min(n, max(ROWS, SLAB // width))
+    return min(X, max(1, SLAB // (rows * width))), rows
 
 
-def _picked(stream: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of ``stream: [X, m, D]`` at ``index: [X, n, K]``: ``[X, n, K, D]``."""
-    batch = torch.arange(len(stream), device=stream.device)[:, None, None]
-    return stream[batch, index]
+def _ranges(count: int, step: int) -> Iterator[range]:
+    """Parts of ``range(count)``, ``step`` long but for the last one."""
+    return (range(first, min(first + step, count)) for first in range(0, count, step))
 
 
-def _weighted(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Sum of ``rows: [X, n, K, D]`` by ``weights: [X, n, K]``: ``[X, n, D]``."""
-    return (weights.unsqueeze(2) @ rows).squeeze(2)
+def _weighted(weights: torch.Tensor, stream: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Sum of the rows of ``stream: [m, D]`` at ``index: [n, K]`` by ``weights: [n, K]``: ``[n, D]``."""
+    return embedding_bag(index, stream, mode="sum", per_sample_weights=weights)
 
 
 OPERATORS = (attend_blocks, lookup)

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import Meter, trace
+from ctxbench.implementations._shared.selection import best, padded
 from ctxbench.implementations.memorizing import METHOD, blocked, reference
 from ctxbench.implementations.memorizing.params import MemorizingParams, memory_layer, reach
 from ctxbench.method import Dims
@@ -142,12 +143,25 @@ def test_dense_lookup_is_plain_attention_and_so_is_top_k_of_everything(lookup):
     assert not torch.allclose(lookup(q, k, v, 8), expected)
 
 
+@pytest.mark.parametrize("equal", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize(("width", "count"), [(9, 3), (13, 3), (49, 3), (1000, 5), (8191, 32), (64, 1), (5, 1)])
+def test_the_tournament_finds_what_a_sort_finds(width, count, equal):
+    values = torch.randint(9, (6, width)).float() if equal else torch.rand(6, width)
+    found, columns = best(values, count)
+    torch.testing.assert_close(found, values.gather(1, columns), rtol=0, atol=0)
+    expected = values.sort(dim=1, descending=True).values[:, :count]
+    torch.testing.assert_close(found.sort(dim=1, descending=True).values, expected, rtol=0, atol=0)
+    assert all(len(set(row)) == count for row in columns.tolist())
+    assert columns.max() < width
+    longer = torch.nn.functional.pad(values, (0, padded(width, count) - width), value=float("-inf"))
+    torch.testing.assert_close(best(longer, count), (found, columns), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("lookup", [reference.lookup, blocked.lookup], ids=["reference", "blocked"])
 def test_top_k_reads_exactly_the_best_keys(lookup):
     q, k, v = (torch.randn(1, 1, n, 4, dtype=torch.float64) for n in (3, 10, 10))
     scores = (q @ k.transpose(2, 3))[0, 0]
-    for row, best in enumerate(scores.topk(4).indices):
-        chosen = best.sort().values
+    for row, chosen in enumerate(scores.topk(4).indices.sort().values):
         alone = scaled_dot_product_attention(q[:, :, row : row + 1], k[:, :, chosen], v[:, :, chosen], scale=1.0)
         torch.testing.assert_close(lookup(q, k, v, 4)[:, :, row : row + 1], alone, rtol=0, atol=1e-12)
 
