@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ctxbench.implementations._shared.selection import best
+
 
 class Centroids(NamedTuple):
     """What a layer learns without gradients: ``means = sums / counts`` up to smoothing.
@@ -41,7 +43,8 @@ def assigned(vectors: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
 def taken(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
     """The ``w`` tokens nearest to every centroid, ascending: ``[B, H, K, w]``. A token may be in many or in none."""
     similarity = means @ vectors.detach().transpose(2, 3)  # [B, H, K, T]
-    return similarity.topk(w, dim=3, sorted=False).indices.sort(dim=3).values
+    _, nearest = best(similarity.flatten(0, 2), w)
+    return nearest.sort(dim=1).values.view(*similarity.shape[:3], w)
 
 
 def cluster_sizes(ids: torch.Tensor, num_clusters: int) -> torch.Tensor:

@@ -56,7 +56,7 @@ def attend(
     """Write the result of ``q: [n, R, D]``, ``k, v: [n, M, D]`` into ``out: [n, R, D]``."""
     for tile in tiles(q.shape[1], k.shape[1], first):
         p = _probabilities(q, k, tile, buffer)
-        out[:, tile.rows].baddbmm_(p, v[:, : tile.keys], beta=0)
+        out[:, tile.rows] = p @ v[:, : tile.keys]  # in place, the product would go through n one after the other
 
 
 def attend_backward(
