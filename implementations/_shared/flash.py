@@ -9,9 +9,12 @@ backward pass computes the probabilities again from the log-sum-exp, once by row
 keys for dK and dV: seven products instead of the five that atomic additions would need, and every run gives the same
 bits. Gradients through the log-sum-exp are exact, so that results over disjoint keys can be merged.
 
-What kernels call ``keys`` is one range: ``(K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, group, S, low, high)``
-with strides in elements, ``group`` query heads a key head and lines ``(base, step, stride, shift)`` over the rows of
-the query tensor; LOW and HIGH are the kinds of its lines.
+What kernels call ``keys`` is one range: ``(K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, group, S, low, high,
+every, ahead, SINCE)`` with strides in elements, ``group`` query heads a key head and lines ``(base, step, stride,
+shift)`` over the rows of the query tensor; LOW and HIGH are the kinds of its lines. Key j is ``j * every + ahead - i``
+tokens after row i; by that distance a bias is added where BIAS says so: SLOPES, minus a number a head times its size,
+or TABLE, one of ``2 farthest + 1`` numbers a head, of which the first and the last serve everything farther. Where
+KNOWN is not set, key j is hidden from the rows before ``SINCE[j]``, in whatever tile.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -26,6 +29,7 @@ from ctxbench.implementations._shared import lines
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 OPEN, LEVEL, SLOPE = (tl.constexpr(kind) for kind in (lines.OPEN, lines.LEVEL, lines.SLOPE))
+PLAIN, SLOPES, TABLE = (tl.constexpr(kind) for kind in (lines.PLAIN, lines.SLOPES, lines.TABLE))
 
 
 @triton.jit
@@ -54,22 +58,26 @@ def _row_past(line, key, T, KIND: tl.constexpr):
 
 
 @triton.jit
-def _tiles(first, end, all_first, all_end, BLOCK: tl.constexpr):
+def _tiles(first, end, all_first, all_end, near_first, near_end, BLOCK: tl.constexpr):
     """Tiles of the other side that meet ``first .. end``, and those that lie wholly in ``all_first .. all_end``.
 
-    Returns ``first <= inner <= outer <= last``, or ``last < first`` for none: the tiles ``first .. last`` are visited,
-    and ``inner .. outer`` of them need no mask.
+    Returns ``first <= inner <= near <= past <= outer <= last``, or ``last < first`` for none. The tiles ``first ..
+    last`` are visited; ``inner .. near`` and ``past .. outer`` need no mask and have one bias for all their pairs,
+    because they do not meet ``near_first .. near_end``.
     """
     first, last = first // BLOCK, tl.cdiv(end, BLOCK)
     inner = tl.minimum(tl.maximum(tl.cdiv(all_first, BLOCK), first), last)
     outer = tl.minimum(tl.maximum(all_end // BLOCK, inner), last)
-    return first, inner, outer, last
+    near = tl.minimum(tl.maximum(near_first // BLOCK, inner), outer)
+    past = tl.minimum(tl.maximum(tl.cdiv(near_end, BLOCK), near), outer)
+    return first, inner, near, past, outer, last
 
 
 @triton.jit
 def _tiles_of_rows(
-    start, ROWS: tl.constexpr, T, S, low, high, COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
-):
+    start, T, S, low, high, ahead, farthest, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """Tiles of keys that a tile of rows meets."""
     final = tl.minimum(start + ROWS, T) - 1
     first, all_first, end, all_end = 0, 0, S, S
@@ -77,13 +85,17 @@ def _tiles_of_rows(
         first, all_first = _key_at(low, start, S, LOW), _key_at(low, final, S, LOW)
     if HIGH != OPEN:
         end, all_end = _key_at(high, final, S, HIGH), _key_at(high, start, S, HIGH)
-    return _tiles(first, end, all_first, all_end, COLUMNS)
+    near_first, near_end = S, S
+    if BIAS == TABLE:
+        near_first, near_end = tl.maximum(start - ahead - farthest + 1, 0), tl.maximum(final - ahead + farthest, 0)
+    return _tiles(first, end, all_first, all_end, near_first, near_end, COLUMNS)
 
 
 @triton.jit
 def _tiles_of_keys(
-    start, COLUMNS: tl.constexpr, T, S, low, high, ROWS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
-):
+    start, T, S, low, high, ahead, farthest, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """Tiles of rows that see a tile of keys."""
     final = tl.minimum(start + COLUMNS, S) - 1
     first, all_first, end, all_end = 0, 0, T, T
@@ -91,16 +103,49 @@ def _tiles_of_keys(
         first, all_first = _row_past(high, start, T, HIGH), _row_past(high, final, T, HIGH)
     if LOW != OPEN:
         end, all_end = _row_past(low, final, T, LOW), _row_past(low, start, T, LOW)
-    return _tiles(first, end, all_first, all_end, ROWS)
+    near_first, near_end = T, T
+    if BIAS == TABLE:
+        near_first, near_end = tl.maximum(start + ahead - farthest + 1, 0), tl.maximum(final + ahead + farthest, 0)
+    return _tiles(first, end, all_first, all_end, near_first, near_end, ROWS)
 
 
 @triton.jit
-def _tile(step, first, inner, outer, EDGE: tl.constexpr):
-    """The tile of one step: inside the range, or at either edge without what lies between them."""
+def _count(first, inner, near, past, outer, last, EDGE: tl.constexpr):
+    """How many tiles are within the range, or at its edges and near."""
+    count = (near - inner) + (outer - past)
+    if EDGE:
+        count = (inner - first) + (past - near) + (last - outer)
+    return count
+
+
+@triton.jit
+def _tile(step, first, inner, near, past, outer, EDGE: tl.constexpr, BIAS: tl.constexpr):
+    """The tile of one step of ``_count``, from left to right."""
     tile = inner + step
     if EDGE:
-        tile = first + step + tl.where(step < inner - first, 0, outer - inner)
+        tile = first + step + tl.where(step < inner - first, 0, near - inner)
+        tile += tl.where(step < (inner - first) + (past - near), 0, outer - past)
+    elif BIAS == TABLE:
+        tile += tl.where(step < near - inner, 0, past - near)
     return tile
+
+
+@triton.jit
+def _biased(
+    scores, biases, farthest, row, column, first_row, first_column, every, ahead, to_base_2, EDGE: tl.constexpr,
+    BIAS: tl.constexpr,
+):  # fmt: skip
+    """Scaled scores in base 2 with the bias of one head, or, without a bias, the scores as they are."""
+    if BIAS == SLOPES:
+        distance = tl.abs(column * every + ahead - row).to(tl.float32)
+        scores = scores * to_base_2 - distance * (tl.load(biases) * LOG2_E)
+    elif BIAS == TABLE:
+        if EDGE:
+            distance = tl.minimum(tl.maximum(column + ahead - row, -farthest), farthest)
+        else:
+            distance = tl.minimum(tl.maximum(first_column + ahead - first_row, -farthest), farthest)
+        scores = scores * to_base_2 + tl.load(biases + farthest + distance) * LOG2_E
+    return scores
 
 
 @triton.jit
@@ -125,6 +170,14 @@ def _seen_by(scores, row, column, T, low, high, LOW: tl.constexpr, HIGH: tl.cons
     if HIGH != OPEN:
         seen = seen & (row[None, :] >= _row_past(high, column, T, HIGH)[:, None])
     return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def _risen(scores, row, column, S, SINCE, KNOWN: tl.constexpr):
+    """Scores with minus infinity for rows before the one that a key is seen from; ``row`` and ``column`` broadcast."""
+    if not KNOWN:
+        scores = tl.where(row >= tl.load(SINCE + column, mask=column < S, other=0), scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -157,29 +210,36 @@ def _dot(a, b):
 
 @triton.jit
 def _attend_range(
-    q, top, total, acc, keys, batch, head, start, T, to_base_2,
+    q, top, total, acc, keys, biases, farthest, batch, head, start, T, to_base_2,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr,
+    HIGH: tl.constexpr, BIAS: tl.constexpr, KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Running maximum, sum and weighted values of a tile of queries, after one more range of keys."""
-    K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, group, S, low, high = keys
+    K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, group, S, low, high, every, ahead, SINCE = keys
     K += batch * k_batch + head // group * k_head
     V += batch * v_batch + head // group * v_head
     row = start + tl.arange(0, ROWS)
-    first, inner, outer, last = _tiles_of_rows(start, ROWS, T, S, low, high, COLUMNS, LOW, HIGH)
+    first, inner, near, past, outer, last = _tiles_of_rows(
+        start, T, S, low, high, ahead, farthest, ROWS, COLUMNS, LOW, HIGH, BIAS
+    )
+    factor = to_base_2
+    if BIAS != PLAIN:
+        factor = 1.0
     for part in tl.static_range(2):  # inside the range, then its edges, which alone need a mask
-        steps = outer - inner
-        if part == 1:
-            steps = (inner - first) + (last - outer)
-        for step in range(0, steps):
-            tile = _tile(step, first, inner, outer, part == 1)
+        for step in range(0, _count(first, inner, near, past, outer, last, part == 1)):
+            tile = _tile(step, first, inner, near, past, outer, part == 1, BIAS)
             k = _load(K, tile * COLUMNS, k_row, S, COLUMNS, D, WIDTH)
-            scores = _dot(q, tl.trans(k))
+            column = tile * COLUMNS + tl.arange(0, COLUMNS)
+            scores = _biased(
+                _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, tile * COLUMNS,
+                every, ahead, to_base_2, part == 1, BIAS,
+            )  # fmt: skip
+            scores = _risen(scores, row[:, None], column[None, :], S, SINCE, KNOWN)
             if part == 1:
-                scores = _seen(scores, row, tile * COLUMNS + tl.arange(0, COLUMNS), S, low, high, LOW, HIGH)
-            higher = tl.maximum(top, tl.max(scores, 1) * to_base_2)
+                scores = _seen(scores, row, column, S, low, high, LOW, HIGH)
+            higher = tl.maximum(top, tl.max(scores, 1) * factor)
             shift = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: keep inf - inf out
-            p = tl.exp2(scores * to_base_2 - shift[:, None])
+            p = tl.exp2(scores * factor - shift[:, None])
             shrink = tl.exp2(top - shift)
             total = total * shrink + tl.sum(p, 1)
             v = _load(V, tile * COLUMNS, v_row, S, COLUMNS, D, WIDTH)
@@ -190,7 +250,7 @@ def _attend_range(
 
 @triton.jit
 def forward_kernel(
-    Q, OUT, LSE, ranges, q_batch, q_head, q_row, o_batch, o_head, o_row, heads, T, scale,
+    Q, OUT, LSE, BIASES, ranges, q_batch, q_head, q_row, o_batch, o_head, o_row, heads, T, farthest, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KINDS: tl.constexpr,
     RANGES: tl.constexpr,
 ):  # fmt: skip
@@ -201,10 +261,11 @@ def forward_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)  # running maximum and sum, in units of base 2
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    biases = BIASES + head * (2 * farthest + 1)
     for which in tl.static_range(RANGES):
         top, total, acc = _attend_range(
-            q, top, total, acc, ranges[which], batch, head, start, T, scale * LOG2_E,
-            D, WIDTH, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1],
+            q, top, total, acc, ranges[which], biases, farthest, batch, head, start, T, scale * LOG2_E,
+            D, WIDTH, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1], KINDS[which][2], KINDS[which][3],
         )  # fmt: skip
     empty = total == 0.0  # queries that see no key: output 0, log-sum-exp -inf
     acc = acc / tl.where(empty, 1.0, total)[:, None]
@@ -216,28 +277,35 @@ def forward_kernel(
 
 @triton.jit
 def _dq_range(
-    acc, q, grad, lse, delta, keys, batch, head, start, T, to_base_2,
+    acc, q, grad, lse, delta, keys, biases, farthest, batch, head, start, T, to_base_2,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr,
+    HIGH: tl.constexpr, BIAS: tl.constexpr, KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, before the scale, with what one range of keys adds."""
-    K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, group, S, low, high = keys
+    K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, group, S, low, high, every, ahead, SINCE = keys
     K += batch * k_batch + head // group * k_head
     V += batch * v_batch + head // group * v_head
     row = start + tl.arange(0, ROWS)
-    first, inner, outer, last = _tiles_of_rows(start, ROWS, T, S, low, high, COLUMNS, LOW, HIGH)
+    first, inner, near, past, outer, last = _tiles_of_rows(
+        start, T, S, low, high, ahead, farthest, ROWS, COLUMNS, LOW, HIGH, BIAS
+    )
+    factor = to_base_2
+    if BIAS != PLAIN:
+        factor = 1.0
     for part in tl.static_range(2):
-        steps = outer - inner
-        if part == 1:
-            steps = (inner - first) + (last - outer)
-        for step in range(0, steps):
-            tile = _tile(step, first, inner, outer, part == 1)
+        for step in range(0, _count(first, inner, near, past, outer, last, part == 1)):
+            tile = _tile(step, first, inner, near, past, outer, part == 1, BIAS)
             k = _load(K, tile * COLUMNS, k_row, S, COLUMNS, D, WIDTH)
             v = _load(V, tile * COLUMNS, v_row, S, COLUMNS, D, WIDTH)
-            scores = _dot(q, tl.trans(k))
+            column = tile * COLUMNS + tl.arange(0, COLUMNS)
+            scores = _biased(
+                _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, tile * COLUMNS,
+                every, ahead, to_base_2, part == 1, BIAS,
+            )  # fmt: skip
+            scores = _risen(scores, row[:, None], column[None, :], S, SINCE, KNOWN)
             if part == 1:
-                scores = _seen(scores, row, tile * COLUMNS + tl.arange(0, COLUMNS), S, low, high, LOW, HIGH)
-            p = tl.exp2(scores * to_base_2 - lse[:, None])
+                scores = _seen(scores, row, column, S, low, high, LOW, HIGH)
+            p = tl.exp2(scores * factor - lse[:, None])
             ds = p * (_dot(grad, tl.trans(v)) - delta[:, None])
             acc += _dot(ds.to(k.dtype), k)
     return acc
@@ -245,8 +313,8 @@ def _dq_range(
 
 @triton.jit
 def dq_kernel(
-    Q, OUT, GRAD, LSE, GRAD_LSE, DELTA, DQ, ranges, q_batch, q_head, q_row, o_batch, o_head, o_row,
-    g_batch, g_head, g_row, dq_batch, dq_head, dq_row, heads, T, scale,
+    Q, OUT, GRAD, LSE, GRAD_LSE, DELTA, BIASES, DQ, ranges, q_batch, q_head, q_row, o_batch, o_head, o_row,
+    g_batch, g_head, g_row, dq_batch, dq_head, dq_row, heads, T, farthest, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KINDS: tl.constexpr,
     RANGES: tl.constexpr, THROUGH_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -265,26 +333,27 @@ def dq_kernel(
     lse = tl.load(LSE + of_rows + row, mask=row < T, other=0.0) * LOG2_E
     lse = tl.where(lse == float("-inf"), 0.0, lse)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    biases = BIASES + head * (2 * farthest + 1)
     for which in tl.static_range(RANGES):
         acc = _dq_range(
-            acc, q, grad, lse, delta, ranges[which], batch, head, start, T, scale * LOG2_E,
-            D, WIDTH, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1],
+            acc, q, grad, lse, delta, ranges[which], biases, farthest, batch, head, start, T, scale * LOG2_E,
+            D, WIDTH, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1], KINDS[which][2], KINDS[which][3],
         )  # fmt: skip
     _store(DQ + batch * dq_batch + head * dq_head, start, dq_row, T, acc * scale, ROWS, D, WIDTH)
 
 
 @triton.jit
 def dkv_kernel(
-    Q, GRAD, LSE, DELTA, DK, DV, keys, q_batch, q_head, q_row, g_batch, g_head, g_row,
-    dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, heads, T, scale,
+    Q, GRAD, LSE, DELTA, BIASES, DK, DV, keys, q_batch, q_head, q_row, g_batch, g_head, g_row,
+    dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, heads, T, farthest, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, GROUP: tl.constexpr,
+    HIGH: tl.constexpr, BIAS: tl.constexpr, KNOWN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradients dK and dV of one tile of keys over the GROUP query heads that share it; scores: ``[COLUMNS, ROWS]``.
 
     Grid: tiles of keys, batch x heads of the keys.
     """
-    K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, _group, S, low, high = keys
+    K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, _group, S, low, high, every, ahead, SINCE = keys
     start = tl.program_id(0) * COLUMNS  # causal: the keys that most queries see begin first
     shared = heads // GROUP
     batch, head = (tl.program_id(1) // shared).to(tl.int64), (tl.program_id(1) % shared).to(tl.int64)
@@ -293,27 +362,34 @@ def dkv_kernel(
     v = _load(V + batch * v_batch + head * v_head, start, v_row, S, COLUMNS, D, WIDTH)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH], tl.float32)
-    first, inner, outer, last = _tiles_of_keys(start, COLUMNS, T, S, low, high, ROWS, LOW, HIGH)
+    first, inner, near, past, outer, last = _tiles_of_keys(
+        start, T, S, low, high, ahead, farthest, ROWS, COLUMNS, LOW, HIGH, BIAS
+    )
+    factor = scale * LOG2_E
+    if BIAS != PLAIN:
+        factor = 1.0
     for member in range(0, GROUP):
         asking = head * GROUP + member
         queries, grads = Q + batch * q_batch + asking * q_head, GRAD + batch * g_batch + asking * g_head
         of_rows = (batch * heads + asking) * T
+        biases = BIASES + asking * (2 * farthest + 1)
         for part in tl.static_range(2):
-            steps = outer - inner
-            if part == 1:
-                steps = (inner - first) + (last - outer)
-            for step in range(0, steps):
-                tile = _tile(step, first, inner, outer, part == 1)
+            for step in range(0, _count(first, inner, near, past, outer, last, part == 1)):
+                tile = _tile(step, first, inner, near, past, outer, part == 1, BIAS)
                 row = tile * ROWS + tl.arange(0, ROWS)
                 q = _load(queries, tile * ROWS, q_row, T, ROWS, D, WIDTH)
                 grad = _load(grads, tile * ROWS, g_row, T, ROWS, D, WIDTH)
                 lse = tl.load(LSE + of_rows + row, mask=row < T, other=0.0) * LOG2_E
                 lse = tl.where(lse == float("-inf"), 0.0, lse)
                 delta = tl.load(DELTA + of_rows + row, mask=row < T, other=0.0)
-                scores = _dot(k, tl.trans(q))
+                scores = _biased(
+                    _dot(k, tl.trans(q)), biases, farthest, row[None, :], column[:, None], tile * ROWS, start,
+                    every, ahead, scale * LOG2_E, part == 1, BIAS,
+                )  # fmt: skip
+                scores = _risen(scores, row[None, :], column[:, None], S, SINCE, KNOWN)
                 if part == 1:
                     scores = _seen_by(scores, row, column, T, low, high, LOW, HIGH)
-                p = tl.exp2(scores * (scale * LOG2_E) - lse[None, :])
+                p = tl.exp2(scores * factor - lse[None, :])
                 dv += _dot(p.to(grad.dtype), grad)
                 ds = p * (_dot(v, tl.trans(grad)) - delta[None, :])
                 dk += _dot(ds.to(q.dtype), q)

@@ -43,6 +43,7 @@ CONFIGS: dict[int, dict[tuple[int, int], tuple[Config, Config, Config]]] = {
         (4, 64): (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
     },
 }
+OF_TABLE = Config(32, 32, 4, 1)  # of the gradient of a table of biases, for all: its diagonals cost more than products
 MOST_HEADS = 65535  # blocks along the second axis of a grid
 KERNELS = ("forward", "dq", "dkv")
 WIDEST = {2: 128, 4: 64}  # channels of a head by bytes of an element: beyond them, registers spill
@@ -55,7 +56,16 @@ def padded(width: int) -> int:
 
 def config(kernel: str, width: int, itemsize: int, architecture: int) -> Config:
     """The shipped launch parameters of one kernel; KeyError for a head or dtype the template does not take."""
+    if kernel == "table":
+        return OF_TABLE
     return CONFIGS[architecture][itemsize, padded(width)][KERNELS.index(kernel)]
+
+
+def listed_config(kernel: str, width: int, itemsize: int, architecture: int, size: int) -> Config:
+    """The same for the kernels over lists of blocks of ``size`` tokens: no tile larger than a block has to be."""
+    chosen, block = config(kernel, width, itemsize, architecture), padded(size)
+    rows, columns = min(chosen.rows, 64, block), min(chosen.columns, block)
+    return Config(rows, columns, chosen.warps if rows == chosen.rows else 4, chosen.stages)
 
 
 def support(dims: Dims, dtype: str) -> Support:

@@ -49,9 +49,13 @@ def block_terms(tokens: Expr | int, pairs: Expr | int) -> dict[str, Expr]:
     return {"projections": L * projections(tokens), "attention": L * attention(pairs), "ffn": block_ffn(tokens)}
 
 
-def core_backward(impl: str) -> Expr:
-    """Backward pass of an attention core, in forward passes: twice, unless probabilities are computed again."""
-    return {"blocked": FUSED_BACKWARD, "triton": Rational(BACKWARD)}.get(impl, Integer(2))
+def core_backward(impl: str, position: str = "none") -> Expr:
+    """Backward pass of an attention core, in forward passes: twice, unless probabilities are computed again.
+
+    For the gradient of T5's table the kernels compute the scores and theirs once more.
+    """
+    kernels = Rational(BACKWARD) + int(position == "t5")
+    return {"blocked": FUSED_BACKWARD, "triton": kernels}.get(impl, Integer(2))
 
 
 def replayed(plain: Cost, streamed: Cost) -> Cost:
@@ -62,9 +66,10 @@ def replayed(plain: Cost, streamed: Cost) -> Cost:
     return dataclasses.replace(plain, flops=streamed.flops, peak_bytes=None)
 
 
-def trained(forward: Mapping[str, Expr], impl: str = "reference") -> dict[str, Expr]:
-    """FLOPs of forward and backward: three times the maps; attention too, unless ``blocked`` computes it again."""
-    return {term: cost * (1 + core_backward(impl) if term == "attention" else 3) for term, cost in forward.items()}
+def trained(forward: Mapping[str, Expr], impl: str = "reference", position: str = "none") -> dict[str, Expr]:
+    """FLOPs of forward and backward: three times the maps; attention too, unless an impl computes it again."""
+    core = core_backward(impl, position)
+    return {term: cost * (1 + core if term == "attention" else 3) for term, cost in forward.items()}
 
 
 def block_ffn(tokens: Expr | int) -> Expr:

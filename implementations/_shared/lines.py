@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 OPEN, LEVEL, SLOPE, STEPS = range(4)  # no bound; the same for all queries; one key further each query; any other line
 
+PLAIN, SLOPES, TABLE = range(3)  # what is added to scores: nothing; a slope times the distance; a number by distance
+
 
 class Line(NamedTuple):
     """``floor((p + shift) / step) * stride + base``, where p is the position of a query.

@@ -58,6 +58,10 @@ class Position(nn.Module):
         """What is added to the scores of keys ``distance = j - i`` away: ``[H, *distance.shape]``, or None."""
         return None
 
+    def compact(self) -> torch.Tensor | None:
+        """The bias as kernels take it, in float32, see ``ranges.attend``: slopes ``[H]``, a table, or None."""
+        return None
+
     def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor, step: int = 1) -> torch.Tensor | None:
         """The bias of ``queries`` consecutive rows against ``keys`` consecutive columns: ``[H, queries, keys]``.
 
@@ -195,6 +199,11 @@ class T5Bias(Bias):
     def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.table(bucket(distance, self.causal)).movedim(-1, 0).to(dtype)
 
+    def compact(self) -> torch.Tensor:
+        """``[H, 2 * FARTHEST + 1]``, by distance: beyond FARTHEST all are the same."""
+        reach = torch.arange(-FARTHEST, FARTHEST + 1, device=self.table.weight.device)
+        return self.bias(reach, torch.float32)
+
 
 def bucket(distance: torch.Tensor, causal: bool) -> torch.Tensor:
     """Row of T5's table for each ``j - i``; bidirectional, the upper half of the rows is for later keys."""
@@ -219,6 +228,9 @@ class AlibiBias(Bias):
     def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         slope = self.slopes.to(torch.promote_types(dtype, torch.float32)).view(-1, *[1] * distance.dim())
         return (-slope * distance.abs()).to(dtype)  # rounded once: bfloat16 has no distance of 257
+
+    def compact(self) -> torch.Tensor:
+        return self.slopes.float()
 
 
 def slopes(num_heads: int) -> list[float]:

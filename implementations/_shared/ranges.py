@@ -22,7 +22,7 @@ import torch
 import triton
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations._shared import flash
+from ctxbench.implementations._shared import flash, flash_bias
 from ctxbench.implementations._shared.flash_table import (
     BACKWARD,
     DQ_ALONE,
@@ -32,7 +32,7 @@ from ctxbench.implementations._shared.flash_table import (
     config,
     padded,
 )
-from ctxbench.implementations._shared.lines import Line, Placed, place, placed_pairs
+from ctxbench.implementations._shared.lines import PLAIN, SLOPES, TABLE, Line, Placed, place, placed_pairs
 
 __all__ = ["Line", "Range", "attend"]
 
@@ -44,11 +44,15 @@ class Range(NamedTuple):
     v: torch.Tensor
     low: Line | None = None  # the first key a query sees, clamped to 0 .. S; None: 0
     high: Line | None = None  # one past the last, clamped likewise; None: S
+    start: int | None = None  # position of key 0, where a bias is to be added
+    every: int = 1  # tokens from one key to the next
+    since: torch.Tensor | None = None  # [S] integers: a key is hidden from queries before this position
 
 
 def attend(
-    q: torch.Tensor, ranges: Sequence[Range], *, offset: int = 0, scale: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, ranges: Sequence[Range], *, offset: int = 0, scale: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Softmax attention of ``q`` over all keys that ``ranges`` show, as one softmax.
 
     Args:
@@ -56,6 +60,9 @@ def attend(
         ranges: one to three; H is a multiple of each one's H_kv.
         offset: position of the first query, at least 0.
         scale: of the scores; None for ``D ** -0.5``.
+        bias: added to the scaled scores of ranges that have a ``start``, in float32, by the distance d of the key from
+            the query in tokens. ``[H]``: slopes, ``-bias[h] |d|``, constants. ``[H, 2 F + 1]``: a table,
+            ``bias[h, F + d]`` with d clamped to -F .. F, where ``every`` is 1; it has a gradient.
 
     Returns:
         Output ``[B, H, T, D]``, and the natural log-sum-exp of the scaled scores ``[B, H, T]`` in float32. A query that
@@ -65,12 +72,27 @@ def attend(
         ValueError: for shapes, dtypes or lines the kernels do not take.
     """
     _check(q, ranges, offset)
+    if bias is not None:
+        _check_bias(q, ranges, bias)
+        bias = bias.float().contiguous()
     lines: list[int] = []
-    for _k, _v, low, high in ranges:
-        for line in (low, high):
-            lines += place(line, offset, q.shape[2], _k.shape[2])
+    for one in ranges:
+        for line in (one.low, one.high):
+            lines += place(line, offset, q.shape[2], one.k.shape[2])
+        kind = PLAIN if bias is None or one.start is None else SLOPES if bias.dim() == 1 else TABLE
+        lines += (kind, one.every, (one.start or 0) - offset, one.since is None)
+    since = [(one.since - offset).int() for one in ranges if one.since is not None]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return _attend(q, [one.k for one in ranges], [one.v for one in ranges], lines, scale)
+    return _attend(q, [one.k for one in ranges], [one.v for one in ranges], bias, since, lines, scale)
+
+
+def _check_bias(q: torch.Tensor, ranges: Sequence[Range], bias: torch.Tensor) -> None:
+    if bias.dim() not in (1, 2) or bias.shape[0] != q.shape[1] or (bias.dim() == 2 and bias.shape[1] % 2 == 0):
+        raise ValueError(f"a bias is [H] or [H, 2 F + 1] with H = {q.shape[1]}, received {tuple(bias.shape)}")
+    if bias.dim() == 2 and any(one.start is not None and one.every != 1 for one in ranges):
+        raise ValueError("a table of biases takes keys of consecutive tokens: every must be 1")
+    if bias.dim() == 1 and bias.requires_grad:
+        raise ValueError("slopes are constants: pass them detached")
 
 
 def _check(q: torch.Tensor, ranges: Sequence[Range], offset: int) -> None:
@@ -83,7 +105,7 @@ def _check(q: torch.Tensor, ranges: Sequence[Range], offset: int) -> None:
         raise ValueError(f"one softmax spans 1 to {MOST_RANGES} ranges, received {len(ranges)}")
     if offset < 0:
         raise ValueError(f"offset must be at least 0, received {offset}")
-    for k, v, _low, _high in ranges:
+    for k, v, *_ in ranges:
         if v.shape != k.shape or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
             raise ValueError(
                 "q, k and v must agree in batch and width, k and v in all, and the heads of q be a multiple of theirs; "
@@ -124,126 +146,175 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return like if like.stride(3) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _placed(lines: list[int]) -> list[tuple[Placed, Placed]]:
-    """The lines of each range, from the integers that an operator's schema can carry."""
-    each = [Placed(*lines[at : at + 5]) for at in range(0, len(lines), 5)]
-    return list(zip(each[::2], each[1::2], strict=True))
+class Shown(NamedTuple):
+    """What of a range an operator's schema carries as integers: its lines over rows, and the places of its keys."""
+
+    low: Placed
+    high: Placed
+    bias: int
+    every: int
+    ahead: int  # key 0 is so many tokens after row 0
+    known: int  # 0: a tensor says from which row on each key is seen
+
+
+def _shown(lines: list[int]) -> list[Shown]:
+    each = (lines[at : at + 14] for at in range(0, len(lines), 14))
+    return [Shown(Placed(*one[:5]), Placed(*one[5:10]), *one[10:]) for one in each]
 
 
 def _as_kernels_read(
-    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], lines: list[int]
-) -> tuple[list[Any], tuple[tuple[int, int], ...]]:
-    """Each range as the tuple that ``flash`` describes, and the kinds of their lines."""
-    described = []
-    for k, v, (low, high) in zip(map(_rows, keys), map(_rows, values), _placed(lines), strict=True):
-        described.append((k, v, *_strides(k, v), q.shape[1] // k.shape[1], k.shape[2], low[1:], high[1:]))
-    return described, tuple((low.kind, high.kind) for low, high in _placed(lines))
+    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], since: list[torch.Tensor], lines: list[int]
+) -> tuple[list[Any], tuple[tuple[int, ...], ...]]:
+    """Each range as the tuple that ``flash`` describes, and the kinds of their lines and biases."""
+    described, shown, given = [], _shown(lines), iter(since)
+    for k, v, one in zip(map(_rows, keys), map(_rows, values), shown, strict=True):
+        group, places = q.shape[1] // k.shape[1], (one.every, one.ahead)
+        described.append(
+            (
+                k,
+                v,
+                *_strides(k, v),
+                group,
+                k.shape[2],
+                one.low[1:],
+                one.high[1:],
+                *places,
+                k if one.known else next(given),
+            )
+        )
+    return described, tuple((one.low.kind, one.high.kind, one.bias, one.known) for one in shown)
+
+
+def _farthest(bias: torch.Tensor | None) -> int:
+    return bias.shape[1] // 2 if bias is not None and bias.dim() == 2 else 0
 
 
 @torch.library.custom_op("ctxbench::attend", mutates_args=())
 def _attend(
-    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], lines: list[int], scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor | None,
+    since: list[torch.Tensor], lines: list[int], scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     q = _rows(q)
     B, H, T, _D = q.shape
     out, lse = _like(q), q.new_empty(B, H, T, dtype=torch.float32)
-    ranges, kinds = _as_kernels_read(q, keys, values, lines)
+    ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
     chosen, options = _options("forward", q)
     if out.numel():
         with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'
             flash.forward_kernel[triton.cdiv(T, chosen.rows), B * H](
-                q, out, lse, tuple(ranges), *_strides(q, out), H, T, scale, KINDS=kinds, RANGES=len(kinds), **options
-            )
+                q, out, lse, lse if bias is None else bias, tuple(ranges), *_strides(q, out), H, T, _farthest(bias),
+                scale, KINDS=kinds, RANGES=len(kinds), **options,
+            )  # fmt: skip
     return out, lse
 
 
 @torch.library.custom_op("ctxbench::attend_backward", mutates_args=())
 def _attend_backward(
     grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, keys: list[torch.Tensor],
-    values: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor, lines: list[int], scale: float,
-    wanted: list[bool],
+    values: list[torch.Tensor], bias: torch.Tensor | None, since: list[torch.Tensor], out: torch.Tensor,
+    lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """DQ, then dK and dV of each range that is ``wanted``."""
+    """DQ, that of a table of biases, and dK and dV of each range, as far as ``wanted``: the table first."""
     q, grad = _rows(q), _rows(grad)
     B, H, T, _D = q.shape
-    dq, delta = _like(q), torch.empty_like(lse)
-    gradients = [dq, *(_like(x) for k, v, want in zip(keys, values, wanted, strict=True) if want for x in (k, v))]
+    gradients = _attend_backward_fake(grad, grad_lse, q, keys, values, bias, since, out, lse, lines, scale, wanted)
     if not out.numel():
-        return [dq, *(x.zero_() for x in gradients[1:])]
-    through = lse if grad_lse is None else grad_lse.contiguous()
-    ranges, kinds = _as_kernels_read(q, keys, values, lines)
+        return [x.zero_() for x in gradients]
+    dq, delta = gradients[0], torch.empty_like(lse)
+    through, biases = lse if grad_lse is None else grad_lse.contiguous(), lse if bias is None else bias
+    ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
+    shared = H, T, _farthest(bias), scale
     with torch.cuda.device_of(q):
         chosen, options = _options("dq", q)
         flash.dq_kernel[triton.cdiv(T, chosen.rows), B * H](
-            q, out, grad, lse, through, delta, dq, tuple(ranges), *_strides(q, out, grad, dq), H, T, scale,
+            q, out, grad, lse, through, delta, biases, dq, tuple(ranges), *_strides(q, out, grad, dq), *shared,
             KINDS=kinds, RANGES=len(kinds), THROUGH_LSE=grad_lse is not None, **options,
         )  # fmt: skip
+        if bias is not None and wanted[0]:
+            chosen, options = _options("table", q)
+            tiles = triton.cdiv(T, chosen.rows)
+            sums = lse.new_zeros(tiles, B, *bias.shape)
+            flash_bias.table_kernel[tiles, B * H](
+                q, grad, lse, delta, bias, sums, tuple(ranges), *_strides(q, grad), *shared, KINDS=kinds,
+                RANGES=len(kinds), **options,
+            )  # fmt: skip
+            gradients[1] = sums.sum((0, 1))
         chosen, options = _options("dkv", q)
-        rest = iter(gradients[1:])
-        for k, one, (low, high), want in zip(keys, ranges, kinds, wanted, strict=True):
+        rest = iter(gradients[1 + wanted[0] :])
+        for k, one, (low, high, added, known), want in zip(keys, ranges, kinds, wanted[1:], strict=True):
             if want:
                 dk, dv = next(rest), next(rest)
                 if k.numel():
                     flash.dkv_kernel[triton.cdiv(k.shape[2], chosen.columns), B * k.shape[1]](
-                        q, grad, lse, delta, dk, dv, one, *_strides(q, grad, dk, dv), H, T, scale,
-                        LOW=low, HIGH=high, GROUP=H // k.shape[1], **options,
+                        q, grad, lse, delta, biases, dk, dv, one, *_strides(q, grad, dk, dv), *shared,
+                        LOW=low, HIGH=high, BIAS=added, KNOWN=known, GROUP=H // k.shape[1], **options,
                     )  # fmt: skip
     return gradients
 
 
 @_attend.register_fake
 def _attend_fake(
-    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], lines: list[int], scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor | None,
+    since: list[torch.Tensor], lines: list[int], scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @_attend_backward.register_fake
 def _attend_backward_fake(
     grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, keys: list[torch.Tensor],
-    values: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor, lines: list[int], scale: float,
-    wanted: list[bool],
+    values: list[torch.Tensor], bias: torch.Tensor | None, since: list[torch.Tensor], out: torch.Tensor,
+    lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
-    return [_like(q), *(_like(x) for k, v, want in zip(keys, values, wanted, strict=True) if want for x in (k, v))]
+    table = [torch.empty_like(bias)] if bias is not None and wanted[0] else []
+    pairs = (_like(x) for k, v, want in zip(keys, values, wanted[1:], strict=True) if want for x in (k, v))
+    return [_like(q), *table, *pairs]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, keys, values, ctx.lines, ctx.scale = inputs
-    ctx.save_for_backward(q, *output, *keys, *values)
+    q, keys, values, bias, since, ctx.lines, ctx.scale = inputs
+    ctx.ranges = len(keys)
+    ctx.save_for_backward(q, bias, *output, *keys, *values, *since)
     ctx.set_materialize_grads(False)  # most callers drop the log-sum-exp
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
-    q, out, lse, *held = ctx.saved_tensors
-    keys, values = held[: len(held) // 2], held[len(held) // 2 :]
+    q, bias, out, lse, *held = ctx.saved_tensors
+    keys, values, since = held[: ctx.ranges], held[ctx.ranges : 2 * ctx.ranges], held[2 * ctx.ranges :]
     grad = torch.zeros_like(out) if grad is None else grad
-    wanted = [k or v for k, v in zip(*ctx.needs_input_grad[1:3], strict=True)]
-    dq, *rest = _attend_backward(grad, grad_lse, q, keys, values, out, lse, ctx.lines, ctx.scale, wanted)
+    wanted = [ctx.needs_input_grad[3], *(k or v for k, v in zip(*ctx.needs_input_grad[1:3], strict=True))]
+    dq, *rest = _attend_backward(grad, grad_lse, q, keys, values, bias, since, out, lse, ctx.lines, ctx.scale, wanted)
+    table = rest.pop(0) if wanted[0] else None
     pairs = iter(zip(rest[::2], rest[1::2], strict=True))
-    each = [next(pairs) if want else (None, None) for want in wanted]
-    return dq, [dk for dk, _dv in each], [dv for _dk, dv in each], None, None
+    each = [next(pairs) if want else (None, None) for want in wanted[1:]]
+    return dq, [dk for dk, _dv in each], [dv for _dk, dv in each], table, [None] * len(since), None, None
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
 
 
 @formula(torch.ops.ctxbench.attend)
-def _attend_flops(q: Any, keys: Any, values: Any, lines: list[int], scale: float, **_: Any) -> int:
-    """Two products over the visible pairs; tiles out of sight are skipped."""
-    return sum(_range_flops(q, k, bounds) for k, bounds in zip(keys, _placed(lines), strict=True))
+def _attend_flops(
+    q: Any, keys: Any, values: Any, bias: Any, since: Any, lines: list[int], scale: float, **_: Any
+) -> int:
+    """Two products over the visible pairs; tiles out of sight are skipped. Keys hidden by ``since`` are multiplied."""
+    return sum(_range_flops(q, k, one) for k, one in zip(keys, _shown(lines), strict=True))
 
 
 @formula(torch.ops.ctxbench.attend_backward)
 def _attend_backward_flops(
-    grad: Any, grad_lse: Any, q: Any, keys: Any, values: Any, out_: Any, lse: Any, lines: list[int], scale: float,
-    wanted: list[bool], **_: Any,
+    grad: Any, grad_lse: Any, q: Any, keys: Any, values: Any, bias: Any, since: Any, out_: Any, lse: Any,
+    lines: list[int], scale: float, wanted: list[bool], **_: Any,
 ) -> int:  # fmt: skip
-    """Seven products: scores and their gradient in both kernels, then dQ, dK and dV; three where dQ alone is wanted."""
+    """Seven products: scores and their gradient in both kernels, then dQ, dK and dV; three where dQ alone is wanted.
+
+    Scores and their gradient once more for a table of biases.
+    """
     return sum(
-        int(_range_flops(q, k, bounds) * (BACKWARD if want else DQ_ALONE))
-        for k, bounds, want in zip(keys, _placed(lines), wanted, strict=True)
+        int(_range_flops(q, k, one) * ((BACKWARD if want else DQ_ALONE) + int(one.bias == TABLE and wanted[0])))
+        for k, one, want in zip(keys, _shown(lines), wanted[1:], strict=True)
     )
 
 
-def _range_flops(q: Any, k: Any, bounds: tuple[Placed, Placed]) -> int:
-    return int(4 * q.shape[0] * q.shape[1] * q.shape[3] * placed_pairs(q.shape[2], k.shape[2], *bounds))
+def _range_flops(q: Any, k: Any, one: Shown) -> int:
+    return int(4 * q.shape[0] * q.shape[1] * q.shape[3] * placed_pairs(q.shape[2], k.shape[2], one.low, one.high))

@@ -29,7 +29,7 @@ METHOD = Method(
             run=f"{__name__}.triton:attend",
             needs=("triton",),
             devices=("cuda",),
-            positions=("none", *ROPE),
+            positions=("none", "t5", "alibi", *ROPE),
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own; a decoded token's keys are split over the device",
         ),

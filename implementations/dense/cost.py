@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, Rational, floor
+from sympy import Expr, Integer, Min, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h
@@ -15,10 +15,10 @@ from ctxbench.cost.terms import (
     tensor,
     when_ffn,
 )
-from ctxbench.implementations._shared.flash_table import BACKWARD
 from ctxbench.implementations._shared.forms import (
     block_parameters,
     block_terms,
+    core_backward,
     position_parameters,
     slab_pairs,
     stack_peak,
@@ -59,7 +59,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         algorithmic |= {"distances": L * linear(needed, d, d), "positions": L * 2 * B * d * visible}
         flops |= {"distances": L * linear(projected, d, d), "positions": L * 2 * B * d * by_distance}
     if mode == "train":
-        core = {"reference": 2, "triton": Rational(BACKWARD)}.get(impl, FUSED_BACKWARD)
+        core = {"reference": 2, "triton": core_backward("triton", position)}.get(impl, FUSED_BACKWARD)
         factor = {"attention": 1 + core, "positions": 4 if slabs else 3, "distances": 2}  # the table is a constant
         algorithmic = {term: (2 if term == "distances" else 3) * forward for term, forward in algorithmic.items()}
         flops = {term: factor.get(term, 3) * forward for term, forward in flops.items()}

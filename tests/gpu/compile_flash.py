@@ -21,14 +21,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctxbench.implementations._shared import flash, flash_table, lines
+from ctxbench.implementations._shared import flash, flash_bias, flash_table, lines
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FORMS = {  # kinds of the lines of each range
-    "band": ((lines.SLOPE, lines.SLOPE),),
-    "steps": ((lines.STEPS, lines.STEPS),) * flash_table.MOST_RANGES,
+    "band": ((lines.SLOPE, lines.SLOPE, lines.PLAIN, 1),),
+    "steps": ((lines.STEPS, lines.STEPS, lines.PLAIN, 1),) * flash_table.MOST_RANGES,
+    "slopes": ((lines.SLOPE, lines.SLOPE, lines.SLOPES, 1),),
+    "table": ((lines.SLOPE, lines.SLOPE, lines.TABLE, 1),),
 }
-POINTERS = {"LSE": "*fp32", "GRAD_LSE": "*fp32", "DELTA": "*fp32"}  # the others have the dtype of the cell
+POINTERS = dict.fromkeys(
+    ("LSE", "GRAD_LSE", "DELTA", "BIASES", "SUMS"), "*fp32"
+)  # the others have the dtype of the cell
 
 
 def compile_kernel(
@@ -37,27 +41,29 @@ def compile_kernel(
     dtype: str,
     architecture: int,
     chosen: flash_table.Config,
-    kinds: tuple[tuple[int, int], ...],
+    kinds: tuple[tuple[int, ...], ...],
 ) -> Any:
-    """Compile one kernel for ranges with lines of these kinds (dK and dV: of the first).
+    """Compile one kernel for ranges with lines and biases of these kinds (dK and dV: of the first).
 
     Pointers and strides are marked as multiples of 16, as they are at run time.
     """
-    function = getattr(flash, f"{kernel}_kernel")
+    function = getattr(flash_bias if kernel == "table" else flash, f"{kernel}_kernel")
     constants = {
         "D": width, "WIDTH": flash_table.padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
-        "KINDS": kinds, "RANGES": len(kinds), "LOW": kinds[0][0], "HIGH": kinds[0][1], "GROUP": 1, "THROUGH_LSE": True,
+        "KINDS": kinds, "RANGES": len(kinds), "LOW": kinds[0][0], "HIGH": kinds[0][1], "BIAS": kinds[0][2],
+        "KNOWN": kinds[0][3], "GROUP": 1, "THROUGH_LSE": True,
     }  # fmt: skip
     line = ("i32",) * 4
-    one = (f"*{dtype}", f"*{dtype}", *["i32"] * 8, line, line)
+    one = (f"*{dtype}", f"*{dtype}", *["i32"] * 8, line, line, "i32", "i32", "*i32")
     fields = range(8)  # of a range: pointers and strides
     tuples: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
         "ranges": ((one,) * len(kinds), [(which, field) for which in range(len(kinds)) for field in fields]),
         "keys": (one, [(field,) for field in fields]),
     }
     return compile_function(
-        function, constants, dtype, POINTERS, ("heads", "T"), architecture, chosen.warps, chosen.stages, tuples
-    )
+        function, constants, dtype, POINTERS, ("heads", "T", "farthest"), architecture, chosen.warps, chosen.stages,
+        tuples,
+    )  # fmt: skip
 
 
 def compile_function(
@@ -115,7 +121,7 @@ def main(wanted: list[str]) -> None:
     for item in wanted or everything:
         target, _, form = item.partition("/")
         architecture, itemsize, width = map(int, target.split(":"))
-        for kernel in flash_table.KERNELS:
+        for kernel in (*flash_table.KERNELS, "table") if form == "table" else flash_table.KERNELS:
             chosen = flash_table.config(kernel, width, itemsize, architecture)
             dtype = {2: "bf16", 4: "fp32"}[itemsize]
             compiled = compile_kernel(kernel, width, dtype, architecture, chosen, FORMS[form or "band"])

@@ -12,6 +12,7 @@ import os
 
 import torch
 
+from ctxbench.implementations._shared import flash, flash_bias, tiles
 from ctxbench.implementations._shared import ranges as kernels
 from ctxbench.implementations._shared.flash_table import Config
 from ctxbench.implementations._shared.ranges import Line, Range
@@ -22,7 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LONGER = 1 if INTERPRETED else 7  # lengths and lines, where tiles have up to 128 rows
 SOME = ("causal", "window and cache", "fewer keys than queries", "segments, memory, state")
 # Small tiles, so that short sequences have edges on both sides and tiles that need no mask.
-TILES = {"forward": Config(32, 16, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(16, 32, 4, 1)}
+TILES = {"forward": Config(32, 16, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(16, 32, 4, 1),
+         "table": Config(16, 16, 4, 1)}  # fmt: skip
 OWN = Line(base=1)  # one past the query's own key
 
 
@@ -30,7 +32,7 @@ def window(left, right=0):
     return Line(base=-left), Line(base=1 + right)
 
 
-CASES = {  # query heads, queries, offset, width, and of each range: key heads, keys, low, high
+CASES = {  # query heads, queries, offset, width, and of each range: key heads, keys, low, high[, rise]
     "causal": (2, 75, 0, 16, (2, 75, None, OWN)),
     "full": (1, 67, 0, 32, (1, 67, None, None)),
     "shorter than a tile": (2, 5, 0, 16, (2, 5, None, OWN)),
@@ -49,8 +51,15 @@ CASES = {  # query heads, queries, offset, width, and of each range: key heads, 
         2, 83, 21, 16, (2, 104, Line(24, 24, base=-31), OWN), (1, 17, None, None), (2, 90, None, Line(5, 4, 3, -6))),
     "crossing lines": (1, 60, 0, 16, (1, 60, Line(3, 2, base=5), Line(base=-4)), (1, 3, None, Line(stride=0, base=2))),
     "nothing but a prefix": (1, 33, 0, 16, (1, 40, None, Line(stride=0, base=19)), (1, 0, None, None)),
+    "from some position on": (2, 60, 5, 16, (1, 65, Line(base=-20), OWN, 37), (2, 9, None, None, 11)),
     "level and late": (1, 50, 7, 16, (1, 57, Line(stride=0, base=13), OWN)),
 }  # fmt: skip
+
+
+# The same with a bias on the first range: slopes and tables that reach as far, so that tiles lie within and beyond.
+BIASED = {"slopes": ("causal", "both sides", "segments, memory, state"),
+          "table of 7": ("causal", "full", "cache", "both sides"),
+          "table of 30": ("segments, memory, state", "grouped heads", "window and cache", "one query")}  # fmt: skip
 
 
 def bounds(line, positions, keys, otherwise):
@@ -59,21 +68,48 @@ def bounds(line, positions, keys, otherwise):
     return torch.tensor([line.at(position) for position in positions.tolist()]).clamp(0, keys)
 
 
-def visible(queries, keys, low=None, high=None, offset=0):
+def rising(keys, rise):
+    """Positions from which on keys are seen, in no order."""
+    return torch.arange(keys) * rise % 64
+
+
+def visible(queries, keys, low=None, high=None, offset=0, since=None):
     """Which pairs ``[queries, keys]`` the lines show, from their definition."""
     positions, key = torch.arange(queries) + offset, torch.arange(keys)
     first, end = bounds(low, positions, keys, 0), bounds(high, positions, keys, keys)
-    return (key >= first[:, None]) & (key < end[:, None])
+    seen = (key >= first[:, None]) & (key < end[:, None])
+    return seen if since is None else seen & (positions[:, None] >= since)
 
 
-def written_out(q, ranges, offset=0, scale=None):
+def added(bias, ranges, queries, offset):
+    """The bias of every pair ``[H, queries, all keys]`` from its definition."""
+    rows, parts = torch.arange(queries)[:, None] + offset, []
+    for one in ranges:
+        if one.start is None:
+            parts.append(bias.new_zeros(len(bias), queries, one.k.shape[2]))
+            continue
+        distance = torch.arange(one.k.shape[2]) * one.every + one.start - rows
+        if bias.dim() == 1:
+            parts.append(-bias[:, None, None] * distance.abs())
+        else:
+            farthest = bias.shape[1] // 2
+            parts.append(bias[:, distance.clamp(-farthest, farthest) + farthest])
+    return torch.cat(parts, 2)
+
+
+def written_out(q, ranges, offset=0, scale=None, bias=None):
     """Output and log-sum-exp from the definition; rows without a key give 0."""
     k, v = (
         torch.cat([x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in each], 2)
         for each in ([one.k for one in ranges], [one.v for one in ranges])
     )
-    seen = torch.cat([visible(q.shape[2], one.k.shape[2], one.low, one.high, offset) for one in ranges], 1).to(q.device)
-    scores = (q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5)).masked_fill(~seen, -1e300)
+    seen = torch.cat(
+        [visible(q.shape[2], one.k.shape[2], one.low, one.high, offset, one.since) for one in ranges], 1
+    ).to(q.device)
+    scores = q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5)
+    if bias is not None:
+        scores = scores + added(bias, ranges, q.shape[2], offset)
+    scores = scores.masked_fill(~seen, -1e300)
     lse = scores.logsumexp(3)
     return (scores.softmax(3) * seen) @ v, torch.where(seen.any(1), lse, -torch.inf)
 
@@ -90,27 +126,74 @@ def relative(received: torch.Tensor, expected: torch.Tensor) -> float:
 
 def longer(heads, queries, offset, width, *each):
     """The same case for the tiles of a device."""
-    each = [(of, LONGER * keys, *(line and line._replace(base=LONGER * line.base) for line in lines))
+    each = [(of, LONGER * keys, *(line and line._replace(base=LONGER * line.base) for line in lines[:2]), *lines[2:])
             for of, keys, *lines in each]  # fmt: skip
     return heads, queries if queries == 1 else LONGER * queries, LONGER * offset, width, *each
 
 
-def parity(heads, queries, offset, width, *each, dtype):
+def drawn_bias(kind: str, heads: int) -> torch.Tensor | None:
+    if not kind:
+        return None
+    if kind == "slopes":
+        return torch.rand(heads) / 4
+    return torch.randn(heads, 2 * LONGER * int(kind.split()[-1]) + 1)
+
+
+class Counting:
+    """Products of the interpreted kernels: two a tile forward, three for dQ, four for dK and dV, two for a table."""
+
+    def __init__(self):
+        self.product, self.count = flash._dot, 0
+        flash._dot = flash_bias._dot = self
+
+    def __call__(self, *operands):
+        self.count += 1
+        return self.product(*operands)
+
+    def check(self, products, queries, offset, each, heads, batch=2):
+        """Hold the count against the tiles that the closed form says; ``products`` a tile, by kernel."""
+        visited = {
+            kernel: sum(tiles.visited(kernel, TILES[kernel], queries, keys, low, high, offset).tiles
+                        for _of, keys, low, high, *_ in each)
+            for kernel in products
+        }  # fmt: skip
+        expected = batch * heads * sum(visited[kernel] * products[kernel] for kernel in products)
+        assert self.count == expected, (self.count, expected)
+        self.count = 0
+
+
+def parity(heads, queries, offset, width, *each, dtype, kind=""):
     torch.manual_seed(0)
     q = torch.randn(2, queries, heads, width).transpose(1, 2)  # heads as a layer splits them
     drawn = [torch.randn(2, keys, of, width).transpose(1, 2) for of, keys, *_ in each for _ in range(2)]
     operands = [x.to(dtype).requires_grad_() for x in (q, *drawn)]
     exact = [x.detach().double().requires_grad_() for x in operands]
 
+    bias, exact_bias = drawn_bias(kind, heads), None
+    if bias is not None:
+        exact_bias = bias.double()
+    if kind.startswith("table"):
+        operands, exact = [*operands, bias.requires_grad_()], [*exact, exact_bias.requires_grad_()]
+
     def ranges(of):
-        return [Range(k, v, *lines) for k, v, (_, _, *lines) in zip(of[1::2], of[2::2], each, strict=True)]
+        first, *others = (
+            Range(*of[1 + 2 * which :][:2], low, high, since=rising(keys, *rise) if rise else None)
+            for which, (_, keys, low, high, *rise) in enumerate(each)
+        )
+        return [first._replace(start=3, every=2 if kind == "slopes" else 1), *others]
 
     scale = 0.2
-    out, lse = kernels.attend(operands[0], ranges(operands), offset=offset, scale=scale)
+    counting = Counting() if INTERPRETED and not kind else None
+    out, lse = kernels.attend(operands[0], ranges(operands), offset=offset, scale=scale, bias=bias)
+    if counting:
+        counting.check({"forward": 2}, queries, offset, each, heads)
     assert out.stride() == operands[0].stride()
-    expected, expected_lse = written_out(exact[0], ranges(exact), offset, scale)
+    expected, expected_lse = written_out(exact[0], ranges(exact), offset, scale, exact_bias)
     grad, grad_lse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
     received = torch.autograd.grad((out, lse), operands, (grad, grad_lse), retain_graph=not INTERPRETED)
+    if counting:
+        counting.check({"dq": 3, "dkv": 4}, queries, offset, each, heads)
+        flash._dot = flash_bias._dot = counting.product
     if not INTERPRETED:  # the same bits every time
         again = torch.autograd.grad((out, lse), operands, (grad, grad_lse))
         assert all(torch.equal(one, two) for one, two in zip(received, again, strict=True))
@@ -118,7 +201,9 @@ def parity(heads, queries, offset, width, *each, dtype):
     truth = torch.autograd.grad(
         (expected, expected_lse[there]), exact, (grad.double(), grad_lse.double()[there]), materialize_grads=True
     )
-    names = ["out", "lse", "dq", *(f"d{of}{which}" for which in range(len(each)) for of in "kv")]
+    names = ["out", "lse", "dq", *(f"d{of}{which}" for which in range(len(each)) for of in "kv"), "dtable"][
+        : 2 + len(received)
+    ]
     pairs = zip(names, (out, lse, *received), (expected, expected_lse, *truth), strict=True)
     return {name: relative(mine, theirs) for name, mine, theirs in pairs}
 
@@ -174,18 +259,19 @@ def module() -> dict[str, float]:
 
 
 def main() -> None:
-    runs = [(name, "fp32") for name in CASES] + [(name, "fp16") for name in SOME]
+    runs = [(name, "", "fp32") for name in CASES] + [(name, "", "fp16") for name in SOME]
+    runs += [(name, kind, "fp32") for kind, names in BIASED.items() for name in names]
     if INTERPRETED:
         kernels.config = lambda kernel, *_: TILES[kernel]
     else:
         torch.set_default_device("cuda")
-        runs += [(name, "bf16") for name in CASES]
-    for name, dtype in runs:
+        runs += [(name, kind, "bf16") for name, kind, dtype in runs if dtype == "fp32"]
+    for name, kind, dtype in runs:
         heads, queries, offset, width, *each = CASES[name] if INTERPRETED else longer(*CASES[name])
         widths = (width,) if INTERPRETED else (width, 48, 64) if dtype == "fp32" else (width, 64, 96, 128)
         for channels in widths:
-            errors = parity(heads, queries, offset, channels, *each, dtype=DTYPES[dtype])
-            print(json.dumps([f"{name}, {channels}", dtype, errors]))
+            errors = parity(heads, queries, offset, channels, *each, dtype=DTYPES[dtype], kind=kind)
+            print(json.dumps([f"{name}, {channels} {kind}", dtype, errors]))
     for dtype in ("fp32", "fp16"):
         print(json.dumps(["one gradient", dtype, alone(DTYPES[dtype])]))
     for name, check in (("tiles out of sight", skipping), ("dense", module)) if INTERPRETED else (("dense", module),):
