@@ -28,6 +28,14 @@ METHOD = Method(
             note="blocks of 64 queries against the run of keys they see; probabilities are recomputed in backward",
         ),
         Impl(
+            "triton",
+            run="ctxbench.implementations._shared.window_ranges:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            support=f"{__name__}.params:triton_support",
+            note="flash kernels of our own; band, prefix and scattered globals share one softmax",
+        ),
+        Impl(
             "as_written",
             run=f"{__name__}.as_written:SketchAttention",
             modes=("forward", "train"),

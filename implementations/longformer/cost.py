@@ -41,9 +41,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
         if impl != "as_written":
             flops["global_projections"] = L * own
     if mode == "train":
-        algorithmic, flops = trained(algorithmic), trained(flops, impl)
+        algorithmic, flops = trained(algorithmic), trained(flops, impl, position)
     kept = 2 * tensor(B, over_heads(lambda f: f.kept(T), causal, params), d)
-    known = position == "none" and not dilates_some(params)
+    known = position == "none" and not dilates_some(params) and impl != "triton"
     if params.positions:
         known = known and (mode == "forward" or (mode == "train" and impl == "blocked"))
     return Cost(
@@ -99,11 +99,7 @@ class Form:
     def visible(self) -> Expr:
         """Pairs that the mathematics needs."""
         band = T - self.globals
-        whole = floor(band / self.step)
-        more = band - whole * self.step  # residue classes with one token more than the others
-        pairs = (self.step - more) * band_pairs(whole, self.left, self.right)
-        if self.params.dilation > 1:
-            pairs += more * band_pairs(whole + 1, self.left, self.right)
+        pairs = self._band(band)
         rows = triangle(self.globals) if self.causal else self.globals * T
         met = self.met(T)
         for order, place in enumerate(self.scattered):
@@ -116,6 +112,23 @@ class Form:
             own = place + 1 if self.causal else T
             pairs += _holds(place < T) * (own + seen_by - row - column + near)
         return pairs + (band - met) * self.globals + rows
+
+    def _band(self, band: Expr) -> Expr:
+        """Pairs of a band over so many tokens, scattered globals like all others."""
+        whole = floor(band / self.step)
+        more = band - whole * self.step  # residue classes with one token more than the others
+        pairs = (self.step - more) * band_pairs(whole, self.left, self.right)
+        if self.params.dilation > 1:
+            pairs += more * band_pairs(whole + 1, self.left, self.right)
+        return pairs
+
+    def _band_from(self, first: Expr, queries: Expr) -> Expr:
+        """The same in a causal layer for the last ``queries`` of its tokens, which have ``first`` before them."""
+        return self._band(first + queries) - self._band(first)
+
+    def _seen_scattered(self, context: Expr, end: Expr) -> Expr:
+        """Pairs that the range of scattered globals adds: all queries of a call with all met."""
+        return self.met(end) * (end - context - Min(Max(self.g - context, 0), end - context))
 
     def _near(self, place: int, order: int) -> int:
         """Pairs of the band between a scattered global and those up to it."""
@@ -142,13 +155,15 @@ class Form:
             return self._call(impl, Integer(0), T)
         local, met = T - self.globals, self.met(T)
         rows = (self.globals + met) * T
+        if impl == "triton":
+            return local * (self.globals + met) + self._band(local) + rows
         if impl == "reference":
             return local * (met + T) + rows
         return local * (self.globals + met) + self._runs(Integer(0), local) + rows
 
     def executed_for_one(self, impl: str) -> Expr:
         """Pairs that an impl multiplies for one token after T others."""
-        if self.scattered:
+        if self.scattered or impl == "triton":
             return self._call(impl, T, Integer(1))
         return self.kept(T) + 1 if impl == "reference" else self.visible_to_one()
 
@@ -169,6 +184,13 @@ class Form:
         before, end = self.kept(context), context + tokens
         prefix, met = Min(Max(self.g - context, 0), tokens), self.met(end)
         local, keys = tokens - prefix, before + tokens
+        if impl == "triton":  # what is visible, and in the band also scattered globals
+            own = prefix * context + triangle(prefix)
+            own += sum(
+                ((place + 1) * _holds((end > place) & (context <= place)) for place in self.scattered), Integer(0)
+            )
+            first = before + prefix - Min(self.g, before + tokens)
+            return own + local * Min(self.g, end) + self._seen_scattered(context, end) + self._band_from(first, local)
         if self.scattered:
             own = (prefix + met - self.met(context)) * Min(end, self.end)
         elif impl == "reference":

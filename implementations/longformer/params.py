@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ctxbench.implementations._shared import flash_table
 from ctxbench.implementations._shared.window import Pattern
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
@@ -77,6 +78,11 @@ def reach(dims: Dims, params: LongformerParams, i: int) -> set[int]:
         seen = (pattern.sees(j, dims.seq_len) for pattern in patterns for j in reached)
         reached = reached.union(*seen)
     return reached
+
+
+def triton_support(dims: Dims, params: LongformerParams, device: str, dtype: str) -> Support:
+    """What the flash kernels hold in registers."""
+    return flash_table.support(dims, dtype)
 
 
 def sketch_support(dims: Dims, params: LongformerParams, device: str, dtype: str) -> Support:

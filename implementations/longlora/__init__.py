@@ -29,6 +29,14 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="rolls, as the pseudo-code; keeps scores of groups"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention on slices, nothing rolled"),
+        Impl(
+            "triton",
+            run=f"{__name__}.triton:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            support=f"{__name__}.params:triton_support",
+            note="flash kernels of our own; a shift is a line, nothing is copied but the halves of the heads together",
+        ),
     ),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",

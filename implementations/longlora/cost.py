@@ -6,8 +6,8 @@ from sympy import Expr, Min, Rational, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
-from ctxbench.cost.terms import FUSED_BACKWARD, largest, linear_parameters, projections, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.cost.terms import largest, linear_parameters, projections, triangle
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward
 from ctxbench.implementations.longlora.params import LongLoRAParams, exact_fraction
 from ctxbench.implementations.longlora.peaks import peak
 
@@ -25,14 +25,14 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongLoRAPara
         square = group**2 * ceiling(T / group)
         flops["attention"] = L * _over_heads(square, square)
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
+        core = core_backward(impl)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)),
-        peak_bytes=peak(impl, mode, group) if position == "none" else None,
+        peak_bytes=peak(impl, mode, group) if position == "none" and (impl, mode) != ("triton", "train") else None,
         depth=L,
     )
 

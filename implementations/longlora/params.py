@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ctxbench.implementations._shared import flash_table
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 
@@ -56,6 +57,11 @@ def support(dims: Dims, params: LongLoRAParams, mode: str) -> Support:
     if not params.wrap and not dims.causal:
         return no("groups are causal; the one form that sees later tokens is wrap=True")
     return YES
+
+
+def triton_support(dims: Dims, params: LongLoRAParams, device: str, dtype: str) -> Support:
+    """What the flash kernels hold in registers."""
+    return flash_table.support(dims, dtype)
 
 
 def reach(dims: Dims, params: LongLoRAParams, i: int) -> range | set[int]:

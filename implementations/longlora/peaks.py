@@ -19,6 +19,8 @@ def peak(impl: str, mode: str, group: Expr) -> Expr:
     """Bytes of one impl in one mode, without positions."""
     if impl == "blocked":
         return _blocked_train(group) if mode == "train" else stack_peak(T, _blocked_mixing(group))
+    if impl == "triton":
+        return stack_peak(T, _triton_mixing())
     return _reference_train(group) if mode == "train" else stack_peak(T, _reference_mixing(group))
 
 
@@ -40,6 +42,11 @@ def _blocked_mixing(group: Expr) -> Expr:
     _, shifted = _copies(group)
     half = ROW * SHIFTED / h
     return 4 * ROW + largest(2 * ROW, ROW + half + shifted)
+
+
+def _triton_mixing() -> Expr:
+    """Norm, q, k, v; then the plain half, with its log-sum-exps or with the shifted half and both together."""
+    return 4 * ROW + largest(ROW * PLAIN / h + 4 * B * PLAIN * T, 2 * ROW * _some(SHIFTED))
 
 
 def _blocked_train(group: Expr) -> Expr:
