@@ -36,14 +36,14 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
     if params.form == "etc":
         return etc_cost(impl, mode)
     visible = visible_pairs()
-    algorithmic, flops = block_terms(T, visible), block_terms(T, visible if impl == "blocked" else T * T)
+    algorithmic, flops = block_terms(T, visible), block_terms(T, visible if impl != "reference" else T * T)
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
-        peak_bytes=_peak(impl, mode) if position == "none" else None,
+        peak_bytes=_peak(impl, mode) if position == "none" and impl != "triton" else None,
     )
 
 

@@ -7,6 +7,7 @@ keys, values, norms and feed-forward network, and each has an output projection 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from ctxbench.implementations._shared.blocks import PreNormBlock, merge_heads, s
 from ctxbench.implementations._shared.window import GlobalRows, Pattern, Scattered
 from ctxbench.implementations._shared.window_blocks import attend as attend_in_blocks
 from ctxbench.implementations.bigbird.params import BigBirdParams
-from ctxbench.method import Dims, Output
+from ctxbench.method import Dims, Output, load
 
 
-def attend_blocked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Pattern) -> torch.Tensor:
-    """``q, k, v: [B, H, g + T, D]``, global tokens first; result of that shape."""
+def attend_windowed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Pattern, attend: Any = attend_in_blocks
+) -> torch.Tensor:
+    """``q, k, v: [B, H, g + T, D]``, global tokens first; result of that shape, by an operator over windows."""
     g = window.num_global
     rows = GlobalRows(q[:, :, :g], k, v, tuple(range(g)))
-    return attend_in_blocks(q, k, v, rows, Scattered(k[:, :, :0], v[:, :, :0], ()), window)
+    return attend(q, k, v, rows, Scattered(k[:, :, :0], v[:, :, :0], ()), window)  # type: ignore[no-any-return]
 
 
 def attend_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Pattern) -> torch.Tensor:
@@ -70,6 +73,9 @@ class EtcStack(nn.Module):
 
 def build_etc(dims: Dims, params: BigBirdParams, impl: str) -> nn.Module:
     """Stack of ``num_layers`` layers; impls differ in the operator alone."""
-    operator = attend_reference if impl == "reference" else attend_blocked
+    operator = attend_reference if impl == "reference" else attend_windowed
+    if impl == "triton":
+        attend = load("ctxbench.implementations._shared.window_ranges:attend")
+        operator = functools.partial(attend_windowed, attend=attend)
     layers: list[nn.Module] = [PreNormBlock(EtcAttention(dims, params, operator), dims) for _ in range(dims.num_layers)]
     return EtcStack(layers, params.num_global, dims.d_model)

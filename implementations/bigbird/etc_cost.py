@@ -23,7 +23,8 @@ def etc_cost(impl: str, mode: str) -> Cost:
     """One impl in one mode."""
     visible = etc_visible_pairs()
     in_blocks = run_pairs(Integer(0), T, radius, radius, 1, Integer(1)) + T * g + g * n
-    algorithmic, flops = block_terms(n, visible), block_terms(n, in_blocks if impl == "blocked" else n * n)
+    executed = {"blocked": in_blocks, "triton": visible}.get(impl, n * n)
+    algorithmic, flops = block_terms(n, visible), block_terms(n, executed)
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl)
     return Cost(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ctxbench.implementations._shared import flash_table
 from ctxbench.implementations._shared.window import Pattern as Window
 from ctxbench.implementations.bigbird.official import drawn
 from ctxbench.method import YES, Dims, Params, Support, no, param
@@ -162,6 +163,11 @@ def support(dims: Dims, params: BigBirdParams, mode: str) -> Support:
     if any([len(row) for row in plan[1:-1]] != expected for plan in plans):
         return no(f"the published plan lets a row see a block twice at {dims.seq_len} tokens; rows are sets here")
     return YES
+
+
+def triton_support(dims: Dims, params: BigBirdParams, device: str, dtype: str) -> Support:
+    """What the flash kernels hold in registers."""
+    return flash_table.support(dims, dtype)
 
 
 def reach(dims: Dims, params: BigBirdParams, i: int) -> set[int]:

@@ -1,0 +1,159 @@
+"""Fused attention of blocks of queries over listed blocks of keys, in Triton. The operator around it is ``lists``.
+
+A block is ``size`` tokens, the last one what is left. Row r of a head sees the blocks ``COLUMNS_OF[OFFSETS[r] ..
+OFFSETS[r + 1]]``; for dK and dV the same lists are turned round. A block larger than a tile is several tiles. Softmax,
+biases and gradients are those of ``flash``.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ctxbench.implementations._shared.flash import LOG2_E, PLAIN, _biased, _dot, _load, _store
+
+
+@triton.jit
+def _piece(entry, LISTED, size, count, pieces, BLOCK: tl.constexpr):
+    """Where the tile of one step over a list of blocks begins, and where its block ends."""
+    block = tl.load(LISTED + entry // pieces)
+    start = block * size + entry % pieces * BLOCK
+    return start, tl.minimum(block * size + size, count)
+
+
+@triton.jit
+def listed_forward_kernel(
+    Q, K, V, OUT, LSE, BIASES, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    o_batch, o_head, o_row, heads, T, S, size, ahead, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of one tile of a block of queries. Grid: tiles of all blocks, batch x heads."""
+    pieces, of_keys = tl.cdiv(size, ROWS), tl.cdiv(size, COLUMNS)
+    block = tl.program_id(0) // pieces
+    start, end = block * size + tl.program_id(0) % pieces * ROWS, tl.minimum(block * size + size, T)
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    row = start + tl.arange(0, ROWS)
+    q = _load(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    factor = scale * LOG2_E
+    if BIAS != PLAIN:
+        factor = 1.0
+    at = OFFSETS + head * (tl.cdiv(T, size) + 1) + block
+    for entry in range(tl.load(at) * of_keys, tl.load(at + 1) * of_keys):
+        first, last = _piece(entry, LISTED, size, S, of_keys, COLUMNS)
+        column = first + tl.arange(0, COLUMNS)
+        k = _load(K, first, k_row, last, COLUMNS, D, WIDTH)
+        scores = _biased(
+            _dot(q, tl.trans(k)), BIASES + head, 0, row[:, None], column[None, :], start, first, 1, ahead,
+            scale * LOG2_E, True, BIAS,
+        )  # fmt: skip
+        scores = tl.where((column < last)[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1) * factor)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(scores * factor - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(p, 1)
+        v = _load(V, first, v_row, last, COLUMNS, D, WIDTH)
+        acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
+        top = higher
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    _store(OUT + batch * o_batch + head * o_head, start, o_row, end, acc, ROWS, D, WIDTH)
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
+    tl.store(LSE + tl.program_id(1).to(tl.int64) * T + row, lse, mask=row < end)
+
+
+@triton.jit
+def listed_dq_kernel(
+    Q, K, V, OUT, GRAD, LSE, DELTA, BIASES, DQ, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row,
+    v_batch, v_head, v_row, o_batch, o_head, o_row, g_batch, g_head, g_row, dq_batch, dq_head, dq_row,
+    heads, T, S, size, ahead, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Gradient dQ of one tile, and the row sums of ``grad * output``. Grid as forward."""
+    pieces, of_keys = tl.cdiv(size, ROWS), tl.cdiv(size, COLUMNS)
+    block = tl.program_id(0) // pieces
+    start, end = block * size + tl.program_id(0) % pieces * ROWS, tl.minimum(block * size + size, T)
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    of_rows = tl.program_id(1).to(tl.int64) * T
+    row = start + tl.arange(0, ROWS)
+    q = _load(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH)
+    grad = _load(GRAD + batch * g_batch + head * g_head, start, g_row, end, ROWS, D, WIDTH)
+    o = _load(OUT + batch * o_batch + head * o_head, start, o_row, end, ROWS, D, WIDTH)
+    delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(DELTA + of_rows + row, delta, mask=row < end)
+    lse = tl.load(LSE + of_rows + row, mask=row < end, other=0.0) * LOG2_E
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    factor = scale * LOG2_E
+    if BIAS != PLAIN:
+        factor = 1.0
+    at = OFFSETS + head * (tl.cdiv(T, size) + 1) + block
+    for entry in range(tl.load(at) * of_keys, tl.load(at + 1) * of_keys):
+        first, last = _piece(entry, LISTED, size, S, of_keys, COLUMNS)
+        column = first + tl.arange(0, COLUMNS)
+        k = _load(K, first, k_row, last, COLUMNS, D, WIDTH)
+        v = _load(V, first, v_row, last, COLUMNS, D, WIDTH)
+        scores = _biased(
+            _dot(q, tl.trans(k)), BIASES + head, 0, row[:, None], column[None, :], start, first, 1, ahead,
+            scale * LOG2_E, True, BIAS,
+        )  # fmt: skip
+        scores = tl.where((column < last)[None, :], scores, float("-inf"))
+        p = tl.exp2(scores * factor - lse[:, None])
+        ds = p * (_dot(grad, tl.trans(v)) - delta[:, None])
+        acc += _dot(ds.to(k.dtype), k)
+    _store(DQ + batch * dq_batch + head * dq_head, start, dq_row, end, acc * scale, ROWS, D, WIDTH)
+
+
+@triton.jit
+def listed_dkv_kernel(
+    Q, K, V, GRAD, LSE, DELTA, BIASES, DK, DV, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row,
+    v_batch, v_head, v_row, g_batch, g_head, g_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    heads, T, S, size, ahead, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of a block of keys, from the rows that list it. Grid: tiles of keys, batch x heads."""
+    pieces, of_rows = tl.cdiv(size, COLUMNS), tl.cdiv(size, ROWS)
+    block = tl.program_id(0) // pieces
+    start, end = block * size + tl.program_id(0) % pieces * COLUMNS, tl.minimum(block * size + size, S)
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    Q += batch * q_batch + head * q_head
+    GRAD += batch * g_batch + head * g_head
+    LSE += tl.program_id(1).to(tl.int64) * T
+    DELTA += tl.program_id(1).to(tl.int64) * T
+    column = start + tl.arange(0, COLUMNS)
+    k = _load(K + batch * k_batch + head * k_head, start, k_row, end, COLUMNS, D, WIDTH)
+    v = _load(V + batch * v_batch + head * v_head, start, v_row, end, COLUMNS, D, WIDTH)
+    dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
+    dv = tl.zeros([COLUMNS, WIDTH], tl.float32)
+    factor = scale * LOG2_E
+    if BIAS != PLAIN:
+        factor = 1.0
+    at = OFFSETS + head * (tl.cdiv(S, size) + 1) + block
+    for entry in range(tl.load(at) * of_rows, tl.load(at + 1) * of_rows):
+        first, last = _piece(entry, LISTED, size, T, of_rows, ROWS)
+        row = first + tl.arange(0, ROWS)
+        q = _load(Q, first, q_row, last, ROWS, D, WIDTH)
+        grad = _load(GRAD, first, g_row, last, ROWS, D, WIDTH)
+        lse = tl.load(LSE + row, mask=row < last, other=0.0) * LOG2_E
+        lse = tl.where(lse == float("-inf"), 0.0, lse)
+        delta = tl.load(DELTA + row, mask=row < last, other=0.0)
+        scores = _biased(
+            _dot(k, tl.trans(q)), BIASES + head, 0, row[None, :], column[:, None], first, start, 1, ahead,
+            scale * LOG2_E, True, BIAS,
+        )  # fmt: skip
+        scores = tl.where((row < last)[None, :], scores, float("-inf"))
+        p = tl.exp2(scores * factor - lse[None, :])
+        dv += _dot(p.to(grad.dtype), grad)
+        ds = p * (_dot(v, tl.trans(grad)) - delta[None, :])
+        dk += _dot(ds.to(q.dtype), q)
+    _store(DK + batch * dk_batch + head * dk_head, start, dk_row, end, dk * scale, COLUMNS, D, WIDTH)
+    _store(DV + batch * dv_batch + head * dv_head, start, dv_row, end, dv, COLUMNS, D, WIDTH)
