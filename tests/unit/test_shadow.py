@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from ctxbench.cost import shadow
 from ctxbench.cost import trace as tracing
+from ctxbench.cost.meter import Meter
 from ctxbench.method import Dims, Method
 from ctxbench.registry import discover
 
@@ -63,7 +65,7 @@ def test_a_module_that_reads_values_is_reported_with_the_operator_that_stopped_i
 @pytest.mark.parametrize("change", [{"dropout_p": 0.5}, {"enable_gqa": True}], ids=str)
 def test_attention_that_the_fused_kernel_refuses_is_left_to_fake_tensors(change):
     q = torch.empty(1, 2, 8, 4, device="meta")
-    with shadow.CpuAttention(), pytest.raises(shadow.NotShadowed):
+    with shadow.MetaCalls(shadow.ShadowMeter()), pytest.raises(shadow.NotShadowed):
         torch.nn.functional.scaled_dot_product_attention(q, q, q, **change)
 
 
@@ -82,3 +84,136 @@ def test_numbers_of_different_types_are_not_taken_for_each_other():
     x = torch.empty(4, dtype=torch.int64, device="meta")
     with tracing.ShadowMeter():
         assert [(x * factor).dtype for factor in (1, 1.0, True)] == [torch.int64, torch.float32, torch.int64]
+
+
+def both(function, *shapes: tuple[int, ...], redirect: bool = False):
+    """What the fast engine and plain meta tensors say of a function without gradients."""
+    found = []
+    for meter in (tracing.ShadowMeter(), Meter()):
+        operands = [torch.empty(shape, device="meta") for shape in shapes]
+        meter.ignore(operands)
+        calls = shadow.MetaCalls(meter, redirect) if isinstance(meter, tracing.ShadowMeter) else nullcontext()
+        with torch.no_grad(), calls, meter:
+            kept = function(*operands)
+        del kept
+        found.append(meter.result())
+    return found
+
+
+def rows_of_a_mask(x):
+    for row in x:
+        row[3:5] = 1
+        row[-1] = 0
+
+
+def every_second(x):
+    for start in range(4):
+        x[start : start + 4 : 2, None] = 0
+
+
+def in_place(x, y):
+    for i in range(5):
+        x[i : i + 2].add_(y[:2]).mul_(2)
+        x.masked_fill_(x > i, 0.0)
+
+
+def turned(x):
+    for _ in range(4):  # back and forth: the same call finds another shape
+        x.t_()
+        x = x @ x.t()
+    return x
+
+
+def kept_and_dropped(x):
+    kept = []
+    for i in range(6):
+        kept.append((x @ x.T).softmax(1)[:, i:])
+        if i % 2:
+            kept.pop(0)
+    return kept
+
+
+def with_results_given(x, y):
+    for _ in range(3):
+        torch.matmul(x, x.T, out=y)
+        torch.softmax(y, dim=1, out=y)
+    return torch.topk(y, 2).values, y.max(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (rows_of_a_mask, [(9, 7)]),
+        (every_second, [(9, 7)]),
+        (in_place, [(8, 7), (8, 7)]),
+        (turned, [(6, 6)]),
+        (kept_and_dropped, [(8, 7)]),
+        (with_results_given, [(8, 7), (8, 8)]),
+        (lambda x: [torch.nn.functional.layer_norm(x, (7,)) for _ in range(3)], [(8, 7)]),
+        (lambda x: [x.reshape(7, 8).T.reshape(8, 7) for _ in range(3)], [(8, 7)]),
+        (lambda x: [torch.cat([x[i:], x[:i]]) for i in range(5)], [(8, 7)]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_calls_from_memory_count_and_live_as_calls(function, shapes):
+    quick, plain = both(function, *shapes)
+    assert quick == plain
+
+
+def test_functions_of_a_backward_pass_are_remembered_too():
+    class Loop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            total = torch.zeros_like(x)
+            for row in range(4):
+                total[row : row + 2] += grad[row : row + 2] @ x.T @ x
+            return total
+
+    meter, x = tracing.ShadowMeter(), torch.empty(5, 3, device="meta", requires_grad=True)
+    with shadow.MetaCalls(meter), meter:
+        Loop.apply(x).sum().backward()
+    products = [seen for (what, *_), seen in meter._seen.items() if what is torch.Tensor.matmul]
+    assert sum(seen.again for seen in products) == 6
+    assert meter.result().flops == 4 * 2 * 2 * 2 * 5 * 3
+
+
+def test_what_never_comes_again_is_no_longer_remembered(monkeypatch):
+    monkeypatch.setattr(shadow, "PATIENCE", 4)
+    meter, x = tracing.ShadowMeter(), torch.empty(30, 3, device="meta")
+    meter.ignore(x)
+    with torch.no_grad(), shadow.MetaCalls(meter), meter:
+        for i in range(1, 30):
+            x[:i] @ x.T
+    assert len(meter._seen) < 20
+    assert meter.result().flops == sum(2 * i * 3 * 30 for i in range(1, 30))
+
+
+def test_values_on_the_cpu_stay_values():
+    """Only meta tensors are made from memory: a module may plan with small tensors of its own."""
+    with torch.no_grad(), shadow.MetaCalls(meter := tracing.ShadowMeter()), meter:
+        plans = [torch.arange(4).flip(0).add_(i).tolist() for i in range(3)]
+    assert plans == [[3 + i, 2 + i, 1 + i, i] for i in range(3)]
+
+
+def test_a_mask_made_row_by_row_on_the_cpu_is_followed():
+    class Rows(torch.nn.Module):
+        def forward(self, x):
+            mask = torch.zeros(x.shape[1], x.shape[1])
+            for i, row in enumerate(mask):
+                row[max(0, i - 2) : i + 3] = 1
+            return mask.to(x.device) @ x
+
+    method = Method(name="rows", build=lambda *_: Rows())
+    subject = (method, method.params(), "reference", "forward", "fp32")
+    short = Dims(seq_len=90, d_model=16, num_heads=1)
+    quick = tracing._trace_shadow(short, *subject, redirect=True)
+    assert tracing._same(quick, tracing._trace_fake(short, *subject, "cpu"))
+    seen = tracing.trace(method, Dims(seq_len=32768, d_model=16, num_heads=1), method.params(), "reference")
+    assert seen.flops == 2 * 32768**2 * 16
+    assert seen.peak_bytes == 4 * 32768**2 + 4 * 32768 * 16
