@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ctxbench.config import Config
 from ctxbench.plan import Plan, Planned
 
-CHILD_S = {"cpu": 0.6, "cuda": 4.0}  # start a child, import the method, build the module
-GATE_S = 0.4
-TRACE_S = 0.3
+# Seconds of a process beside its calls, by its kind, before any has ended: start, import of the method, build; then
+# the gate, or the tracer.
+FIXED_S = {"cpu": {"time": 0.3, "gate": 0.5, "memory": 0.6}, "cuda": {"time": 4.0, "gate": 4.5, "memory": 4.5}}
 MEMORY_CALLS, ONE_MEMORY_CALL_S = 2, 2.0  # one call a meter; above this many seconds both meters share one
-LEARNING_RATE = 0.2
+LEARNING_RATE = 0.1  # weight of the newest process once ten have ended; the first ones weigh the same
 LONG_CALL_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # cells are taken class by class, by the length of a call
 LEAD = 3  # classes by which a method's fastest sound impl goes ahead of its other ones
 REPLICATE_S = (2.0, 5.0)  # a call above the first is worth two processes, above the second one
@@ -24,27 +24,32 @@ SHORT_SHARE = 0.85  # of the time left that short cells may plan with; forecasts
 
 @dataclass
 class Pace:
-    """Predicted wall seconds of child processes; learns their fixed cost from the ones that have ended."""
+    """Predicted wall seconds of child processes; learns their fixed cost, by kind, from the ones that have ended."""
 
     config: Config
-    child_s: float = 0.0
-    gate_s: float = GATE_S
+    fixed_s: dict[str, float] = field(default_factory=dict)
+    seen: Counter[str] = field(default_factory=Counter)  # processes that have taught, by kind
 
     def __post_init__(self) -> None:
-        self.child_s = self.child_s or max(CHILD_S[device.partition(":")[0]] for device in self.config.device)
+        devices = [FIXED_S[device.partition(":")[0]] for device in self.config.device]
+        self.fixed_s = {kind: max(device[kind] for device in devices) for kind in devices[0]}
 
     def time_child(self, latency_s: float | None, gate: bool = False) -> float:
         """One timing process of a cell whose call takes this long."""
         latency, protocol = latency_s or 0.0, self.config.protocol
-        checking = self.gate_s if gate and protocol.gate else 0.0
         least = _least_samples(latency, protocol.min_samples) * latency
         sampling = min(max(least, protocol.sample_budget), max(protocol.sample_cap, latency))
-        return self.child_s + checking + _warm_up(latency) + sampling
+        return self.fixed("gate" if gate and protocol.gate else "time") + _warm_up(latency) + sampling
 
     def memory_child(self, latency_s: float | None) -> float:
         """The memory process of a cell whose call takes this long."""
-        latency = latency_s or 0.0
-        return self.child_s + TRACE_S + latency * (MEMORY_CALLS if latency <= ONE_MEMORY_CALL_S else 1.2)
+        return self.fixed("memory") + _memory_calls(latency_s)
+
+    def fixed(self, kind: str) -> float:
+        """Seconds of a process beside its calls. One without the gate takes no longer than one with it."""
+        if kind == "time" and not self.seen["time"] and self.seen["gate"]:
+            return min(self.fixed_s["time"], self.fixed_s["gate"])
+        return self.fixed_s[kind]
 
     def cell(self, planned: Planned, processes: int | None = None) -> float:
         """A whole cell with at most this many timing processes."""
@@ -56,30 +61,52 @@ class Pace:
         """All of these cells."""
         return sum(self.cell(planned, processes) for planned in cells)
 
-    def learn(self, elapsed_s: float, calls_s: float, gated: bool) -> None:
-        """Correct the fixed costs by a timing process that took ``elapsed_s``, of which ``calls_s`` inside calls."""
-        fixed = max(elapsed_s - calls_s, 0.0)
-        if gated and self.config.protocol.gate:
-            self.gate_s += LEARNING_RATE * (max(fixed - self.child_s, 0.0) - self.gate_s)
-        else:
-            self.child_s += LEARNING_RATE * (fixed - self.child_s)
+    def replicates(self, calls_s: Iterable[float | None], processes: int) -> float:
+        """The further processes of cells whose first one found calls of these lengths."""
+        return sum((processes_for(call_s, processes) - 1) * self.time_child(call_s) for call_s in calls_s)
 
-    def affordable(self, group: list[Planned], remaining: list[Planned], left_s: float) -> int:
+    def learn(self, kind: str, elapsed_s: float, calls_s: float | None = None, call_s: float | None = None) -> None:
+        """Correct a fixed cost by a process that took ``elapsed_s``.
+
+        Of that, ``calls_s`` went into calls; where that is not known, those of a memory process whose calls take
+        ``call_s``. A time process is of kind ``gate`` when it passed the gate first.
+        """
+        fixed = max(elapsed_s - (_memory_calls(call_s) if calls_s is None else calls_s), 0.0)
+        self.seen[kind] += 1
+        self.fixed_s[kind] += max(LEARNING_RATE, 1 / self.seen[kind]) * (fixed - self.fixed_s[kind])
+
+    def affordable(
+        self, group: list[Planned], remaining: list[Planned], left_s: float, calls_s: list[float | None] | None = None
+    ) -> int:
         """Timing processes a cell of ``group`` gets, so that all of ``remaining`` fits into the seconds left.
 
         Where even one process each does not fit, the long cells at the end will not run. A group of short cells still
-        gets a second process as long as all other short cells keep time for one.
+        gets a second process as long as all other short cells keep time for one. ``calls_s`` are the lengths of the
+        group's calls once the first process of each has ended.
         """
-        wanted = self.config.protocol.processes
+        wanted, own = self.config.protocol.processes, {planned.cell.key for planned in group}
+        others = [planned for planned in remaining if planned.cell.key not in own]
+
+        def needed(count: int) -> float:
+            return self.total(group, count) if calls_s is None else self.replicates(calls_s, count)
+
         for count in range(wanted, 1, -1):
-            if self.total(remaining, count) <= left_s:
+            if needed(count) + self.total(others, count) <= left_s:
                 return count
         if any(effort(planned) > SHORT for planned in group):
             return 1
-        own = {planned.cell.key for planned in group}
-        others = [planned for planned in remaining if effort(planned) <= SHORT and planned.cell.key not in own]
-        fits = self.total(group, 2) + self.total(others, 1) <= SHORT_SHARE * left_s
+        fits = needed(2) + self.total(filter(is_short, others), 1) <= SHORT_SHARE * left_s
         return min(wanted, 2) if fits else 1
+
+
+def is_short(planned: Planned) -> bool:
+    """Whether a cell is worth a second process when time is short."""
+    return effort(planned) <= SHORT
+
+
+def _memory_calls(latency_s: float | None) -> float:
+    latency = latency_s or 0.0
+    return latency * (MEMORY_CALLS if latency <= ONE_MEMORY_CALL_S else 1.2)
 
 
 def processes_for(latency_s: float | None, wanted: int) -> int:

@@ -208,10 +208,13 @@ class Supervisor:
             self._show(work, "first process", remaining, processes)
             if not self._first_round(work):
                 break  # the budget is spent
-            if work.failed or processes_for(work.call_s, processes) <= len(work.timed):
+            if work.failed or processes_for(work.call_s, self.config.protocol.processes) <= len(work.timed):
                 self._finish(work)
             else:
                 live.append(work)
+        waiting = [planned for planned in remaining if planned.cell.key in self.open]
+        calls_s = [work.call_s for work in live]
+        processes = self.pace.affordable([work.planned for work in live], waiting, self.left_s(), calls_s)
         for round_number in range(2, processes + 1):
             self.random.shuffle(live)
             for work in live:
@@ -295,7 +298,10 @@ class Supervisor:
             return None
         self.store.append_outcome(Entry(cell=cell.key, kind=kind, process=process, outcome=outcome))
         if kind == "time" and outcome.samples is not None:
-            self.pace.learn(outcome.elapsed_s, sum(outcome.samples.samples) + sum(outcome.samples.warmup), gated)
+            calls = sum(outcome.samples.samples) + sum(outcome.samples.warmup)
+            self.pace.learn("gate" if gated else "time", outcome.elapsed_s, calls)
+        elif kind == "memory" and outcome.memory is not None:
+            self.pace.learn("memory", outcome.elapsed_s, call_s=work.call_s)
         return outcome
 
     def _finish(self, work: Work) -> None:

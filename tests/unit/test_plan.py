@@ -215,11 +215,28 @@ def test_processes_shrink_until_the_rest_fits(lab: Any) -> None:
     assert pace.affordable(cells, cells, 0.0) == 1
 
 
-def test_the_pace_learns_the_fixed_cost_of_a_child(lab: Any) -> None:
+def test_the_pace_learns_the_fixed_cost_of_each_kind_of_child(lab: Any) -> None:
     pace = Pace(lab.config())
+    cold = pace.time_child(0.5)
+    pace.learn("gate", elapsed_s=1.2, calls_s=1.0)  # one process is enough
+    assert pace.fixed("gate") == pytest.approx(0.2)
+    assert pace.time_child(0.5) < cold  # a process without the gate takes no longer than one with it
     for _ in range(50):
-        pace.learn(elapsed_s=3.0, calls_s=1.0, gated=False)
-    assert pace.child_s == pytest.approx(2.0, rel=0.01)
+        pace.learn("time", elapsed_s=3.0, calls_s=1.0)
+        pace.learn("memory", elapsed_s=2.0, call_s=0.25)
+    assert pace.fixed_s == pytest.approx({"time": 2.0, "gate": 0.2, "memory": 1.5})
+    assert pace.memory_child(4.0) == pytest.approx(1.5 + 1.2 * 4.0)
+    pace.learn("time", elapsed_s=0.0, calls_s=1.0)
+    assert 1.5 < pace.fixed("time") < 2.0  # one odd process among many moves little
+
+
+def test_what_has_begun_needs_only_its_replicates(lab: Any) -> None:
+    config = lab.config(protocol={"processes": 3}, seq_len="1k..4k")
+    cells, pace = lab.plan(config).cells, Pace(config)
+    calls_s = [0.01] * len(cells)
+    left = pace.replicates(calls_s, 3) + 0.01
+    assert pace.affordable(cells, cells, left) == 1
+    assert pace.affordable(cells, cells, left, calls_s) == 3
 
 
 def test_counts_add_up(lab: Any) -> None:

@@ -257,9 +257,23 @@ def test_a_child_that_the_budget_cuts_off_is_no_timeout(lab: Any) -> None:
 
 def test_with_time_to_spare_a_short_budget_costs_processes_before_it_costs_cells(lab: Any) -> None:
     machine = lab.machine()
-    summary = lab.run(machine, lab.config(seq_len="1k..8k", limits={"budget": "9s"}))
+    summary = lab.run(machine, lab.config(seq_len="1k..8k", limits={"budget": "14s"}))
     assert {row.status for row in summary.rows} <= {"ok", "unstable"}
     assert min(row.latency_s.n_processes for row in summary.rows) < 3
+
+
+@pytest.mark.parametrize(("fixed_s", "budget", "fewest"), [(0.05, "16s", 2), (1.0, "50s", 1)])
+def test_how_many_processes_a_budget_allows_is_learnt_from_the_first_ones(
+    fixed_s: float, budget: str, fewest: int, lab: Any
+) -> None:
+    machine = lab.machine(lambda cell: 1e-4)
+    machine.start_s = machine.gate_s = machine.meters_s = fixed_s
+    axes = {"methods": "square,window", "impls": "all", "seq_len": "1k..8k"}
+    config = lab.config(protocol={"sample_budget": 0.01}, limits={"budget": budget}, **axes)
+    rows = [row for row in lab.run(machine, config).rows if row.latency_s is not None]
+    assert len(rows) == 12
+    assert min(row.latency_s.n_processes for row in rows) == fewest
+    assert machine.time - 1000 <= config.budget_s
 
 
 def test_a_cell_without_any_forecast_runs_and_teaches_the_next_length(lab: Any) -> None:
