@@ -105,18 +105,24 @@ class ShadowMeter(Meter):
         seen = self._seen.get(key)
         if seen is None:
             return self._watch(key, args, kwargs, run)
+        with torch._C._DisableTorchDispatch():
+            return self._again(seen, args, kwargs)
+
+    def _again(self, seen: Outcome, args: Any, kwargs: Any) -> Any:
+        """Count a remembered call and make its results; no mode may see how."""
         seen.again += 1
         if self._watching:
             self._log += seen.works
         highest = self.live + seen.rise
         if highest > self.peak:
             self.peak = highest
-        with torch._C._DisableTorchDispatch():
-            return self._make(seen.recipe, args, kwargs)
+        return self._make(seen.recipe, args, kwargs)
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():  # asking a tensor for its shape is a call of a function, too
-            return self.dispatched(operator, args, kwargs or {})
+        if torch._C._is_torch_function_mode_enabled():  # asking a tensor for its shape would be such a call, too
+            with torch._C.DisableTorchFunction():
+                return self.dispatched(operator, args, kwargs or {})
+        return self.dispatched(operator, args, kwargs or {})
 
     @staticmethod
     def _key(what: Any, form: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
@@ -168,10 +174,18 @@ class ShadowMeter(Meter):
         return recipe
 
     def _run(self, traits: Traits, args: Any, kwargs: Any) -> Any:
+        what = id(traits.operator)  # whose own hash is slow
+        if what in self.passed:
+            return super()._run(traits, args, kwargs)
+        try:
+            key = self._key(what, None, args, kwargs)
+        except _NotRemembered:
+            return super()._run(traits, args, kwargs)
+        seen = self._seen.get(key)
+        if seen is not None:
+            return self._again(seen, args, kwargs)
         run = super()._run
-        if traits.operator in self.passed:
-            return run(traits, args, kwargs)
-        return self.recall(traits.operator, args, kwargs, lambda: run(traits, args, kwargs))
+        return self._watch(key, args, kwargs, lambda: run(traits, args, kwargs))
 
     def _call(self, traits: Traits, args: Any, kwargs: Any) -> Any:
         if traits.in_place and args[0].device.type == "meta":  # nothing would happen, slowly
@@ -207,7 +221,7 @@ class MetaCalls(TorchFunctionMode):
             function = _attend
         elif function in self.redirected and kwargs.get("device") is None:
             kwargs["device"] = "meta"
-        if function in self.meter.passed or torch.is_grad_enabled():
+        if function in self.meter.passed or (torch.is_grad_enabled() and _records(args, kwargs)):
             return function(*args, **kwargs)
         if function is _WRITE:
             extent = _extent(args[1], args[0].shape)
@@ -280,15 +294,21 @@ def _reach(tensor: torch.Tensor) -> int:
     return tensor.storage_offset() + 1 + sum((size - 1) * stride for size, stride in steps)
 
 
+def _records(args: Any, kwargs: Any) -> bool:
+    """Whether gradients of a call would be recorded."""
+    return any(tensor.requires_grad for tensor in tensors_in(args) + (tensors_in(kwargs) if kwargs else []))
+
+
 def _metadata(values: Any) -> Any:
     """What a call can know of its arguments on the meta device; the types keep 1, 1.0 and True apart."""
     found: list[Any] = []
     for value in values:
         kind = type(value)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if value.device.type != "meta" or value.dtype.is_complex:  # values that count; bits for conjugation
+            dtype = value.dtype
+            if not value.is_meta or dtype.is_complex:  # values that count; bits for conjugation
                 raise _NotRemembered
-            found += value.shape, value.stride(), value.dtype
+            found += value.shape, value.stride(), dtype
         elif kind in _PLAIN:
             found += kind, value
         elif isinstance(value, (tuple, list)):

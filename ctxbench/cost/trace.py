@@ -32,7 +32,7 @@ def trace(
     if device == "cpu" and mode != "decode" and dims.seq_len > 2 * PROBE:
         short = dims.replace(seq_len=PROBE)
         fake = _trace_fake(short, *subject, device)
-        for redirect in (False, True):
+        for redirect in (True, False):
             probe = _trace_shadow(short, *subject, redirect)
             if probe is not None and _same(probe, fake):
                 found = _trace_shadow(dims, *subject, redirect)
