@@ -33,8 +33,19 @@ MODE_HELP = {
     "stream": "a sequence segment by segment, state carried",
     "decode": "one token at context length T",
 }
-ROPE = ("rope", "rope_linear", "rope_ntk", "rope_yarn")
+ROPE = ("rope", "rope_linear", "rope_ntk", "rope_yarn", "rope_yarn_rotation")
 POSITIONS = ("none", "transformer_xl", "t5", "alibi", *ROPE)
+POSITION_HELP = {
+    "none": "no encoding",
+    "transformer_xl": "learned relative positions: a term of its own in every score",
+    "t5": "a learned bias by head and bucket of distances",
+    "alibi": "a fixed bias that falls with the distance",
+    "rope": "queries and keys are rotated by their positions",
+    "rope_linear": "RoPE, all frequencies divided by target over original length",
+    "rope_ntk": "RoPE with a larger base: fast frequencies stay, slow ones are divided",
+    "rope_yarn": "YaRN, its ramp from kept to divided frequencies linear in the channel, as the released code has it",
+    "rope_yarn_rotation": "YaRN, its ramp linear in the number of turns, as the paper's equation has it",
+}
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 

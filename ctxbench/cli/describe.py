@@ -11,7 +11,7 @@ from ctxbench.axes import parse_sizes
 from ctxbench.cli.common import Common, common_options, complete_methods
 from ctxbench.cli.listing import method_entry
 from ctxbench.errors import UserError, unknown
-from ctxbench.method import DTYPE_BYTES, DTYPES, MODES, Dims, Method, Params
+from ctxbench.method import DTYPE_BYTES, DTYPES, MODES, POSITION_HELP, Dims, Method, Params
 from ctxbench.units import format_bytes, format_flops, format_tokens
 
 LONGEST = 240  # characters of a formula that a reader may want to see on a terminal
@@ -205,7 +205,8 @@ def _print(method: Method, description: dict[str, Any], as_latex: bool, ctx: Com
         answer = "yes" if mode in method.modes else f"no, {method.without.get(mode, 'not part of the method')}"
         echo(f"  {mode}: {answer}")
     echo("\nPositions")
-    echo(f"  {', '.join(method.positions)}")
+    for position in method.positions:
+        echo(f"  {position}: {POSITION_HELP[position]}")
     for position, why in method.without_positions.items():
         echo(f"  {position}: no, {why}")
     echo(f"\nImplementations on {ctx_device(description)}")

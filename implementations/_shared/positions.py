@@ -31,6 +31,7 @@ from ctxbench.method import ROPE, Dims
 
 BASE = 10_000.0  # of the frequencies, Su et al. 2021
 ORIGINAL_LENGTH = 4096  # tokens a model is taken to be trained on: Llama 2, from which YaRN extends
+YARN = ("rope_yarn", "rope_yarn_rotation")
 FASTEST, SLOWEST = 32, 1  # YaRN: turns over the original length that mark the ends of its ramp
 BUCKETS, FARTHEST = 32, 128  # T5: rows of its table, and the distance from which on all share one
 
@@ -97,24 +98,24 @@ class Rotary(Position):
 
     Args:
         head_dim: width of a head, even.
-        kind: ``rope``, or by which rule its frequencies change: ``rope_linear``, ``rope_ntk``, ``rope_yarn``.
+        kind: ``rope``, or by which rule its frequencies change: ``rope_linear``, ``rope_ntk``, ``rope_yarn``,
+            ``rope_yarn_rotation``; see :func:`frequencies`.
         scale: target length over original length.
-        ramp: of ``rope_yarn`` only, see :func:`frequencies`.
 
     Raises:
-        ValueError: for an odd head width, an unknown kind or ramp, or a scale below 1.
+        ValueError: for an odd head width, an unknown kind, or a scale below 1.
     """
 
     frequencies: torch.Tensor
 
     def __init__(
         self, head_dim: int, kind: str = "rope", scale: float = 1.0, *, base: float = BASE,
-        original_length: int = ORIGINAL_LENGTH, ramp: str = "index",
+        original_length: int = ORIGINAL_LENGTH,
     ):  # fmt: skip
         super().__init__()
-        values = frequencies(head_dim, kind, scale, base=base, original_length=original_length, ramp=ramp)
+        values = frequencies(head_dim, kind, scale, base=base, original_length=original_length)
         self.register_buffer("frequencies", values, persistent=False)
-        self.temperature = 0.1 * math.log(scale) + 1 if kind == "rope_yarn" else 1.0
+        self.temperature = 0.1 * math.log(scale) + 1 if kind in YARN else 1.0
 
     def tables(self, positions: Positions, length: int, dtype: torch.dtype, step: int = 1) -> Tables:
         """Of ``length`` tokens, in ``dtype`` or float32, whichever is finer: bfloat16 cannot tell 256 from 257."""
@@ -139,15 +140,15 @@ def turn(x: torch.Tensor, tables: Tables) -> torch.Tensor:
 
 def frequencies(
     head_dim: int, kind: str = "rope", scale: float = 1.0, *, base: float = BASE,
-    original_length: int = ORIGINAL_LENGTH, ramp: str = "index",
+    original_length: int = ORIGINAL_LENGTH,
 ) -> torch.Tensor:  # fmt: skip
     """Radians a token of each pair of channels, float64 ``[D / 2]``, falling.
 
     ``rope``: base^(-2 n / D). ``rope_linear`` divides all by the scale (Chen et al. 2023, arXiv:2306.15595).
     ``rope_ntk`` raises the base to ``base * scale^(D / (D - 2))``: the highest frequency stays and the lowest is
     divided by the scale. ``rope_yarn`` (Peng et al. 2023, arXiv:2309.00071) leaves what turns more than FASTEST times
-    in the original length, divides what turns less than SLOWEST times, and mixes between: linearly in the number of
-    turns, as the paper's equation does (``ramp = rotation``), or linearly in n, as the released code does (``index``).
+    in the original length, divides what turns less than SLOWEST times, and mixes between: linearly in n, as the
+    released code does. ``rope_yarn_rotation`` mixes linearly in the number of turns, as the paper's equation does.
     """
     if head_dim % 2:
         raise ValueError(f"a rotation turns pairs of channels: head_dim must be even, received {head_dim}")
@@ -161,27 +162,25 @@ def frequencies(
         return plain / scale
     if kind == "rope_ntk":
         return plain * scale ** (-n / max(head_dim // 2 - 1, 1))
-    if kind == "rope_yarn":
-        kept = _kept_by_yarn(n, plain, head_dim, base, original_length, ramp)
+    if kind in YARN:
+        kept = _kept_by_yarn(n, plain, head_dim, base, original_length, kind)
         return kept * plain + (1 - kept) * plain / scale
     raise ValueError(f"kind must be one of {', '.join(ROPE)}, received {kind!r}")
 
 
 def _kept_by_yarn(
-    n: torch.Tensor, plain: torch.Tensor, head_dim: int, base: float, original_length: int, ramp: str
+    n: torch.Tensor, plain: torch.Tensor, head_dim: int, base: float, original_length: int, kind: str
 ) -> torch.Tensor:
     """The part of each frequency that is not divided: 1 for the fastest, 0 for the slowest."""
-    if ramp == "rotation":
+    if kind == "rope_yarn_rotation":
         turns = original_length * plain / (2 * math.pi)
         return ((turns - SLOWEST) / (FASTEST - SLOWEST)).clamp(0, 1)
-    if ramp == "index":
-        first, last = (
-            head_dim * math.log(original_length / (2 * math.pi * turns)) / (2 * math.log(base))
-            for turns in (FASTEST, SLOWEST)
-        )
-        low, high = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
-        return 1 - ((n - low) / max(high - low, 1e-3)).clamp(0, 1)
-    raise ValueError(f"ramp must be index or rotation, received {ramp!r}")
+    first, last = (
+        head_dim * math.log(original_length / (2 * math.pi * turns)) / (2 * math.log(base))
+        for turns in (FASTEST, SLOWEST)
+    )
+    low, high = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
+    return 1 - ((n - low) / max(high - low, 1e-3)).clamp(0, 1)
 
 
 class T5Bias(Bias):

@@ -1,7 +1,7 @@
 """Block-Recurrent Transformer: a sliding window, and one layer whose states read the tokens and are read by them."""
 
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
-from ctxbench.method import Impl, Method, Paper
+from ctxbench.method import ROPE, Impl, Method, Paper
 
 METHOD = Method(
     name="block_recurrent",
@@ -19,7 +19,7 @@ METHOD = Method(
     without_positions={
         "transformer_xl": "its term needs a query of its own for distances; the layer has one bias a distance",
         **dict.fromkeys(
-            ("rope", "rope_linear", "rope_ntk", "rope_yarn"),
+            ROPE,
             "states read the same keys as tokens, and have no position to be rotated to",
         ),
     },

@@ -15,7 +15,7 @@ METHOD = Method(
     build=f"{__name__}.layer:build",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
-    positions=("none", "rope", "rope_linear", "rope_ntk", "rope_yarn", "t5", "alibi"),
+    positions=("none", *ROPE, "t5", "alibi"),
     without_positions={
         "transformer_xl": "its term is one of a memory of tokens; a state vector has no distance to a token",
     },

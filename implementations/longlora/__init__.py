@@ -1,7 +1,7 @@
 """LongLoRA's shifted sparse attention: causal groups, and half of the heads see groups shifted by half."""
 
 from ctxbench.implementations.longlora.params import LongLoRAParams
-from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
 DENSE = "shifted groups are for training; inference is dense attention with the same weights, see the method dense"
 
@@ -21,7 +21,7 @@ METHOD = Method(
     modes=("forward", "train"),
     without={"stream": DENSE, "decode": DENSE},
     causal=(True, False),
-    positions=("none", "rope", "rope_linear", "rope_ntk", "rope_yarn"),
+    positions=("none", *ROPE),
     without_positions=dict.fromkeys(
         ("transformer_xl", "t5", "alibi"), "made for models with RoPE; a term by distance is not built for it"
     ),

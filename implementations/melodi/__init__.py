@@ -1,7 +1,7 @@
 """MELODI: windows that hand a short-term memory on in every layer, and a long-term memory in the middle one."""
 
 from ctxbench.implementations.melodi.params import MelodiParams
-from ctxbench.method import Claim, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="melodi",
@@ -15,7 +15,7 @@ METHOD = Method(
     segment="window",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
-    positions=("t5", "none", "alibi", "rope", "rope_linear", "rope_ntk", "rope_yarn"),
+    positions=("t5", "none", "alibi", *ROPE),
     without_positions={
         "transformer_xl": "scores are products of unit vectors and a bias; its term depends on the content of queries"
     },

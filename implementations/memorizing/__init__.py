@@ -1,7 +1,7 @@
 """Memorizing Transformer: a sliding window, and one layer that also looks up its own past keys and values."""
 
 from ctxbench.implementations.memorizing.params import MemorizingParams
-from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
 METHOD = Method(
     name="memorizing",
@@ -19,7 +19,7 @@ METHOD = Method(
     without_positions={
         "transformer_xl": "its term needs a query of its own for distances; the layer has one bias a distance",
         **dict.fromkeys(
-            ("rope", "rope_linear", "rope_ntk", "rope_yarn"),
+            ROPE,
             "what is in the memory has no position, and a rotated key has one",
         ),
     },

@@ -119,7 +119,9 @@ def test_color_never_prints_no_escape_codes(ctxbench, monkeypatch):
 
 
 def test_describe_says_which_positions_a_method_takes_and_why_not_others(ctxbench):
-    assert "rope_yarn" in ctxbench("describe", "dense").out
+    described = ctxbench("describe", "dense").out
+    assert "  rope_yarn: YaRN, its ramp from kept to divided frequencies linear in the channel" in described
+    assert "  rope_yarn_rotation: YaRN, its ramp linear in the number of turns" in described
     described = ctxbench("describe", "transformer_xl", "--json").json
     assert described["positions"] == ["transformer_xl"]
     reason = described["without_positions"]["rope"]

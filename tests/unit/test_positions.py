@@ -37,12 +37,9 @@ def positions(name: str, **changes) -> Position:
 def test_frequencies_equal_those_of_public_packages(name: str) -> None:
     kind = name.partition("/")[0]
     head_dim, scale, original, temperature = GOLDEN[f"settings/{name}"]
-    ramp = "rotation" if kind.endswith("_rotation") else "index"
-    rotary = Rotary(
-        int(head_dim), kind.removesuffix("_rotation"), scale, original_length=int(original), ramp=ramp
-    )  # fmt: skip
+    rotary = Rotary(int(head_dim), kind, scale, original_length=int(original))
     np.testing.assert_allclose(rotary.frequencies, GOLDEN[f"frequencies/{name}"], rtol=5e-7)
-    if ramp == "index":  # the package's name for the other ramp is another method, which has no temperature
+    if kind != "rope_yarn_rotation":  # the package's name for this ramp is another method, which has no temperature
         assert rotary.temperature == pytest.approx(temperature, rel=1e-12)
 
 
@@ -93,15 +90,16 @@ def test_static_ntk_is_a_larger_base() -> None:
 
 
 def test_ramps_of_yarn_differ_in_the_middle_alone() -> None:
-    index, rotation = (frequencies(128, "rope_yarn", 16.0, ramp=ramp) for ramp in ("index", "rotation"))
+    index, rotation = (frequencies(128, kind, 16.0) for kind in ("rope_yarn", "rope_yarn_rotation"))
     gap = (index / rotation - 1).abs()
     assert gap.max() > 0.5
     assert gap[:20].max() < 1e-12
     assert gap[47:].max() < 1e-12
 
 
-def test_logits_under_yarn_grow_by_the_square_of_its_temperature() -> None:
-    rotary = Rotary(16, "rope_yarn", 16.0)
+@pytest.mark.parametrize("kind", ["rope_yarn", "rope_yarn_rotation"])
+def test_logits_under_yarn_grow_by_the_square_of_its_temperature(kind: str) -> None:
+    rotary = Rotary(16, kind, 16.0)
     x = torch.randn(1, 16, dtype=torch.float64)
     assert rotary.rotate(x, 5).square().sum() / x.square().sum() == pytest.approx((0.1 * math.log(16) + 1) ** 2)
 
@@ -190,7 +188,7 @@ def test_positions_may_be_any_integers() -> None:
         ({"head_dim": 7}, "even"),
         ({"head_dim": 8, "scale": 0.5}, "scale must be at least 1"),
         ({"head_dim": 8, "kind": "spiral"}, "kind must be one of rope"),
-        ({"head_dim": 8, "kind": "rope_yarn", "ramp": "steep"}, "ramp must be index or rotation"),
+        ({"head_dim": 8, "kind": "rope_yarn_steep"}, "rope_yarn, rope_yarn_rotation, received"),
     ],
 )
 def test_refuses_what_it_does_not_know(arguments: dict, message: str) -> None:
