@@ -29,7 +29,7 @@ LAYERS = [
     {"analysis"},
     {"reports"},
     {"testing"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 
 
