@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctxbench.implementations.routing import tiles
 from ctxbench.implementations.routing.clusters import attend as strict
 from ctxbench.implementations.routing.layer import Operators, Rules
+from ctxbench.implementations.routing.whole import gathered
 
 
 def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, earlier: bool) -> torch.Tensor:
@@ -81,12 +82,6 @@ class _Members:
         rows = self.query_rows.flatten()
         return like.new_zeros(len(like), 1).index_add_(0, rows, like.new_ones(len(rows), 1)).clamp_(min=1)
 
-    def cut(self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tiles.Operands:
-        """What meets in a group: results, queries, keys, values; without a token itself the first query is left out."""
-        if self.rules.exclude_self:
-            return out[:, 1:], q[:, 1:], k[:, :-1], v[:, :-1]
-        return out, q, k, v
-
 
 class _Taken(torch.autograd.Function):
     @staticmethod
@@ -99,12 +94,12 @@ class _Taken(torch.autograd.Function):
         total, buffer = torch.zeros_like(q_rows), members.scratch(q)
         for query_rows, key_rows in members.groups():
             queries, keys, values = (
-                _gather(x, at) for x, at in ((q_rows, query_rows), (k_rows, key_rows), (v_rows, key_rows))
+                gathered(x, at) for x, at in ((q_rows, query_rows), (k_rows, key_rows), (v_rows, key_rows))
             )
             mixed = torch.empty_like(queries)
             if rules.exclude_self:
                 mixed[:, 0] = values[:, 0]
-            tiles.attend(*members.cut(mixed, queries, keys, values), members.first, buffer)
+            tiles.attend(*tiles.others(rules.exclude_self, mixed, queries, keys, values), members.first, buffer)
             total.index_add_(0, query_rows.flatten(), mixed.flatten(0, 1))
         return total.div_(members.times(total)).view(q.shape)
 
@@ -119,22 +114,20 @@ class _Taken(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q_rows, k_rows, v_rows))
         buffers = members.scratch(q), members.scratch(q)
         for query_rows, key_rows in members.groups():
-            dmixed, queries = _gather(grad_rows, query_rows), _gather(q_rows, query_rows)
-            keys, values = _gather(k_rows, key_rows), _gather(v_rows, key_rows)
+            dmixed, queries = gathered(grad_rows, query_rows), gathered(q_rows, query_rows)
+            keys, values = gathered(k_rows, key_rows), gathered(v_rows, key_rows)
             dqueries = torch.zeros_like(queries)
             dkeys, dvalues = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
-            _, *parts = members.cut(dmixed, dqueries, dkeys, dvalues)
-            tiles.attend_backward(parts, *members.cut(dmixed, queries, keys, values), members.first, buffers)
-            if ctx.rules.exclude_self:
+            without = ctx.rules.exclude_self
+            _, *parts = tiles.others(without, dmixed, dqueries, dkeys, dvalues)
+            met = tiles.others(without, dmixed, queries, keys, values)
+            tiles.attend_backward(parts, *met, members.first, buffers)
+            if without:
                 dvalues[:, 0] += dmixed[:, 0]
             for total, rows, part in ((dq, query_rows, dqueries), (dk, key_rows, dkeys), (dv, key_rows, dvalues)):
                 total.index_add_(0, rows.flatten(), part.flatten(0, 1).to(wide))
         dq, dk, dv = (total.to(x.dtype).view(x.shape) for total, x in ((dq, q), (dk, k), (dv, v)))
         return dq, dk, dv, None, None, None
-
-
-def _gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return x.index_select(0, rows.flatten()).view(*rows.shape, x.shape[1])
 
 
 OPERATORS = Operators(local, strict, topw)

@@ -4,7 +4,8 @@ A loop whose extents are values cannot be traced, so the loop is inside ``torch.
 the operator has a formula: the pairs of equally full clusters, the least that any contents need and what training the
 centroids aims at. What really runs is ``routing.visited_pairs``, at worst all pairs. Tokens are sorted by cluster,
 stably, so each cluster is one run of rows in their own order and its mask is a triangle. The queries are the last of
-the keys, so those of a cluster are the last rows of its run.
+the keys, so those of a cluster are the last rows of its run. Where no query has earlier keys, as in a whole sequence,
+clusters are not taken one by one, see ``whole``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations.routing import tiles
+from ctxbench.implementations.routing import tiles, whole
 from ctxbench.implementations.routing.layer import Rules
 from ctxbench.implementations.routing.routing import balanced_pairs
+from ctxbench.implementations.routing.whole import inverse
 
 
 def attend(
@@ -109,6 +111,8 @@ def clustered_attention(
     num_clusters: int, earlier: bool, exclude_self: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Result ``[B, H, T, D]``, stored token by token."""
+    if earlier and q.shape[2] == k.shape[2] > 1:
+        return whole.attend(q, k, v, key_ids, num_clusters, exclude_self)
     out = _empty(q)
     for b, h, head in _heads(query_ids, key_ids, num_clusters, earlier, exclude_self):
         queries = q[b, h].index_select(0, head.query_order)
@@ -129,6 +133,8 @@ def clustered_attention_backward(
     key_ids: torch.Tensor, num_clusters: int, earlier: bool, exclude_self: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of queries, keys and values."""
+    if earlier and q.shape[2] == k.shape[2] > 1:
+        return whole.attend_backward(grad, q, k, v, key_ids, num_clusters, exclude_self)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     for b, h, head in _heads(query_ids, key_ids, num_clusters, earlier, exclude_self):
@@ -146,11 +152,6 @@ def clustered_attention_backward(
         for total, part in ((dk, sorted_dk), (dv, sorted_dv)):  # a decoded token meets some of the keys only
             total[b, h].index_copy_(0, head.key_order, part.to(total.dtype))
     return dq, dk, dv
-
-
-def inverse(order: torch.Tensor) -> torch.Tensor:
-    """The permutation that undoes another; a gather is several times as fast as writing rows in an order."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def _empty(q: torch.Tensor) -> torch.Tensor:

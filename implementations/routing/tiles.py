@@ -18,6 +18,11 @@ ALIVE = 1 << 18  # scores that are alive together where runs are equally long: a
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # results, queries, keys, values
 
 
+def others(exclude_self: bool, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Operands:
+    """What meets where run and queries are the same tokens; without a token itself the first query is left out."""
+    return (out[:, 1:], q[:, 1:], k[:, :-1], v[:, :-1]) if exclude_self else (out, q, k, v)
+
+
 class Tile(NamedTuple):
     """Queries ``rows`` against the first ``keys`` keys; ``corner``: the first of them that is masked, None: none is."""
 
