@@ -35,6 +35,15 @@ METHOD = Method(
             note="cluster by cluster, probabilities recomputed in backward; FLOPs of strict heads are those of equally "
             "full clusters, the least that any contents need: the real load is data",
         ),
+        Impl(
+            "triton",
+            run=f"{__name__}.triton:OPERATORS",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "train", "stream"),
+            support=f"{__name__}.params:triton_support",
+            note="gathers the rows of a cluster inside the kernel; FLOPs of strict heads are those of blocked",
+        ),
     ),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctxbench.implementations.routing import tiles
 from ctxbench.implementations.routing.clusters import attend as strict
 from ctxbench.implementations.routing.layer import Operators, Rules
+from ctxbench.implementations.routing.routing import taken_in_rounds
 from ctxbench.implementations.routing.whole import gathered
 
 
@@ -130,4 +131,4 @@ class _Taken(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-OPERATORS = Operators(local, strict, topw)
+OPERATORS = Operators(local, strict, topw, taken=taken_in_rounds)

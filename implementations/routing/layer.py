@@ -53,11 +53,14 @@ class Operators(NamedTuple):
         local: ``(q, k, v, block, earlier)``; queries are the last T of S tokens, the first key begins a block.
         strict: ``(q, k, v, query_ids, key_ids, rules)``, ids ``[B, H, T]`` and ``[B, H, S]``.
         topw: ``(q, k, v, query_ids, key_ids, rules)``, ids ``[B, H, K, w]``, ascending.
+        assigned, taken: as in ``routing``.
     """
 
     local: Callable[..., torch.Tensor]
     strict: Callable[..., torch.Tensor]
     topw: Callable[..., torch.Tensor]
+    assigned: Callable[..., torch.Tensor] = assigned
+    taken: Callable[..., torch.Tensor] = taken
 
 
 class RoutingAttention(nn.Module):
@@ -158,11 +161,11 @@ class RoutingAttention(nn.Module):
         k = q if self.params.shared else normalised(k)
         if self.params.selection == "topw":
             w = self.params.taken(q.shape[2])
-            query_ids = taken(q, self.means, w)
-            key_ids = query_ids if self.params.shared else taken(k, self.means, w)
+            query_ids = self.operators.taken(q, self.means, w)
+            key_ids = query_ids if self.params.shared else self.operators.taken(k, self.means, w)
             q, k = self._rotated(q, k, before)
             return self.operators.topw(q, k, v, query_ids, key_ids, self.rules), state
-        query_ids = key_ids = assigned(q, self.means)
+        query_ids = key_ids = self.operators.assigned(q, self.means)
         q, k = self._rotated(q, k, before)
         if state is not None:
             k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)

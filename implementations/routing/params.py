@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ctxbench.implementations.routing import launch
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 
@@ -72,6 +73,11 @@ def support(dims: Dims, params: RoutingParams, mode: str) -> Support:
     if mode in ("stream", "decode") and not dims.causal:
         return no("a bidirectional layer cannot be continued: a cluster also holds later tokens")
     return YES
+
+
+def triton_support(dims: Dims, params: RoutingParams, device: str, dtype: str) -> Support:
+    """What the kernels hold in registers."""
+    return launch.support(dims, params.num_clusters, dtype)
 
 
 def reach(dims: Dims, params: RoutingParams, i: int) -> set[int]:

@@ -1,6 +1,6 @@
 """Allocator peaks: what is alive together at the worst moment.
 
-``topw``, purely local layers and bidirectional training of ``blocked`` have no formula.
+``topw``, purely local layers, bidirectional training of ``blocked``, and ``triton`` have no formula.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ c, K = param("local_block"), param("num_clusters")
 
 def peak(impl: str, mode: str, causal: bool, params: RoutingParams) -> Expr | None:
     """One impl in one mode, or None."""
-    if params.selection == "topw" or params.local_share == 1 or (impl, mode, causal) == ("blocked", "train", False):
+    if impl == "triton" or params.selection == "topw" or params.local_share == 1:
+        return None
+    if (impl, mode, causal) == ("blocked", "train", False):
         return None
     sizes = _Sizes(impl, params)
     if mode == "forward":

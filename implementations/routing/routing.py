@@ -41,8 +41,17 @@ def assigned(vectors: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
 
 
 def taken(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
-    """The ``w`` tokens nearest to every centroid, ascending: ``[B, H, K, w]``. A token may be in many or in none."""
+    """The ``w`` tokens nearest to every centroid, ascending: ``[B, H, K, w]``. A token may be in many or in none.
+
+    Of equally near ones at the limit the first are taken.
+    """
     similarity = means @ vectors.detach().transpose(2, 3)  # [B, H, K, T]
+    return similarity.sort(dim=3, descending=True, stable=True).indices[..., :w].sort(dim=3).values
+
+
+def taken_in_rounds(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
+    """The same without sorting whole rows; which of equally near tokens at the limit are taken is left open."""
+    similarity = means @ vectors.detach().transpose(2, 3)
     _, nearest = best(similarity.flatten(0, 2), w)
     return nearest.sort(dim=1).values.view(*similarity.shape[:3], w)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from ctxbench.implementations.routing import METHOD, blocked, reference
 from ctxbench.implementations.routing.layer import Operators, Rules
 from ctxbench.implementations.routing.params import RoutingParams
-from ctxbench.implementations.routing.routing import assigned, normalised, taken
+from ctxbench.implementations.routing.routing import assigned, normalised
 from ctxbench.method import Dims
 from ctxbench.suites.benchmarks.ratios import Comparison
 
@@ -35,7 +35,7 @@ def draw(length: int, clusters: int, dtype: torch.dtype = torch.float32) -> tupl
 def topw(operators: Operators, q: torch.Tensor, v: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """What the package computes: keys are normalised queries, no token sees itself."""
     clusters, k = means.shape[1], normalize(q, dim=-1)
-    ids = taken(k, means, q.shape[2] // clusters)
+    ids = operators.taken(k, means, q.shape[2] // clusters)
     return operators.topw(q, k, v, ids, ids, Rules(clusters, earlier=True, exclude_self=True))
 
 
