@@ -26,6 +26,16 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:OPERATORS", note="keeps all scores, windows one after the other"),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="slabs of queries, gathers what was retrieved"),
+        Impl(
+            "triton",
+            run=f"{__name__}.triton:OPERATORS",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "train", "stream"),
+            positions=("none",),
+            support=f"{__name__}.params:triton_support",
+            note="all segments look up in one launch, scores never leave a tile; no biases by distance",
+        ),
     ),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",

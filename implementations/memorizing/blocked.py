@@ -16,6 +16,7 @@ from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from ctxbench.implementations._shared.biased_window import attend_blocks
 from ctxbench.implementations._shared.selection import best, padded
+from ctxbench.implementations.memorizing.layer import Operators
 
 SLAB = 1 << 20  # scores at once: with float32 they stay in a last-level cache
 ROWS = 128  # fewest queries of a slab, so that its product runs at full speed
@@ -88,4 +89,4 @@ def _weighted(weights: torch.Tensor, stream: torch.Tensor, index: torch.Tensor) 
     return embedding_bag(index, stream, mode="sum", per_sample_weights=weights)
 
 
-OPERATORS = (attend_blocks, lookup)
+OPERATORS = Operators(attend_blocks, lookup)

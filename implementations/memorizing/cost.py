@@ -5,7 +5,7 @@ Segment t finds ``min(t S, M)`` pairs in the memory. Sums over segments are N wh
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, Piecewise, floor, sympify
+from sympy import Expr, Integer, Min, Piecewise, Rational, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
@@ -18,6 +18,7 @@ from ctxbench.implementations._shared.biased_window_forms import (
     streamed_pairs,
     window_parameters,
 )
+from ctxbench.implementations._shared.flash_table import BACKWARD, DQ_ALONE
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters
 from ctxbench.implementations.memorizing.params import MemorizingParams
 from ctxbench.implementations.memorizing.peak import peak
@@ -51,12 +52,16 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemorizingPa
         read_back = 2 * terms["read"]  # gradients of weights and queries; what is in memory gets none
         algorithmic = {term: (1 if term in ("search", "read") else 3) * value for term, value in terms.items()}
         algorithmic["read"] += read_back
-        core = FUSED_BACKWARD if impl == "blocked" else 2
+        core = {"blocked": FUSED_BACKWARD, "triton": Rational(BACKWARD)}.get(impl, 2)
         backward = {"window": core, "search": 1, "read": 1}
         if impl == "blocked":
             backward.update(search=0, read=0)
             fused = _fused_pairs(params)
             flops["memory_backward"] = FUSED_BACKWARD * attention(fused) + 2 * linear(B * (read - fused), d, 1)
+        elif impl == "triton":
+            dense = params.lookup == "dense" or params.top_k >= params.memory_len
+            backward.update(search=0, read=0)
+            flops["memory_backward"] = Rational(DQ_ALONE) * attention(stored) if dense else read_back
         flops = {
             term: value if term == "memory_backward" else (1 + backward.get(term, 2)) * value
             for term, value in flops.items()
@@ -87,6 +92,8 @@ def _fused_pairs(params: MemorizingParams) -> Expr:
 
 
 def _window_pairs(impl: str, mode: str, params: MemorizingParams) -> Expr:
+    if impl == "triton":
+        return seen_pairs(W)
     block = params.window if impl == "reference" else BLOCK
     if mode == "stream":
         return streamed_pairs(params.segment_len, W, block)

@@ -5,7 +5,8 @@ B batch, H heads, T tokens, D head width, W window, S segment_len, M memory_len;
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,12 +35,27 @@ class State(NamedTuple):
     tokens: int
 
 
-class MemoryAttention(WindowAttention):
-    """Local attention and ``lookup(q, memory_k, memory_v, top_k) -> [B, H, T, D]``, mixed by a gate a head."""
+class Operators(NamedTuple):
+    """The seam between implementations.
 
-    def __init__(self, dims: Dims, params: MemorizingParams, position: Position, operator: Any, lookup: Any):
-        super().__init__(dims, params.window, position, operator, SCALE)
-        self.params, self.lookup = params, lookup
+    Attributes:
+        window: ``(q, k, v, bias)``, see ``_shared.biased_window``.
+        lookup: ``(q, memory_k, memory_v, top_k)``, one segment's queries, ``[B, H, n, D]``.
+        whole: ``(q, k, v, top_k, segment_len, memory_len)``: all lookups of a call that begins the sequence, whose keys
+            and values are the call's own; None where they go segment by segment.
+    """
+
+    window: Callable[..., torch.Tensor]
+    lookup: Callable[..., torch.Tensor]
+    whole: Callable[..., torch.Tensor] | None = None
+
+
+class MemoryAttention(WindowAttention):
+    """Local attention and lookups in the memory, mixed by a gate a head."""
+
+    def __init__(self, dims: Dims, params: MemorizingParams, position: Position, operators: Operators):
+        super().__init__(dims, params.window, position, operators.window, SCALE)
+        self.params, self.lookup, self.whole = params, operators.lookup, operators.whole
         self.gate = nn.Parameter(torch.zeros(dims.num_heads))
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:  # type: ignore[override]
@@ -63,6 +79,8 @@ class MemoryAttention(WindowAttention):
         """
         S, T = self.params.segment_len, q.shape[2]
         top_k = self.params.top_k if self.params.lookup == "topk" else None
+        if self.whole is not None and not before.tokens:
+            return self.whole(q, k, v, top_k, S, self.params.memory_len)
         found = []
         for begin in range(-(before.tokens % S), T, S):
             part = q[:, :, max(begin, 0) : begin + S]
@@ -110,11 +128,11 @@ def build(dims: Dims, params: MemorizingParams, impl: str, device: str, dtype: t
     """Stack of ``num_layers`` layers, one of them with the memory; impls differ in their two operators."""
     from ctxbench.implementations.memorizing import METHOD
 
-    operator, lookup = load(METHOD.impl(impl).run)
+    operators: Operators = load(METHOD.impl(impl).run)
     layers: list[nn.Module] = []
     for index, position in enumerate(positions_for(dims)):
         if index == memory_layer(dims.num_layers):
-            layers.append(PreNormBlock(MemoryAttention(dims, params, position, operator, lookup), dims))
+            layers.append(PreNormBlock(MemoryAttention(dims, params, position, operators), dims))
         else:
-            layers.append(PreNormBlock(WindowAttention(dims, params.window, position, operator, SCALE), dims))
+            layers.append(PreNormBlock(WindowAttention(dims, params.window, position, operators.window, SCALE), dims))
     return Stack(layers).to(device, dtype)

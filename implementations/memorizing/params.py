@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.method import Dims, Params, param
+from ctxbench.implementations._shared import flash_table
+from ctxbench.method import Dims, Params, Support, no, param
 
+MOST_PICKED = 128  # pairs a query can hold in registers while it searches
 FROM_TOP = 4  # the layer with the memory, counted from the top; in shallower stacks the lowest layer
 
 
@@ -35,6 +37,13 @@ class MemorizingParams(Params):
     def retrieved(self) -> int:
         """Most memory pairs that a query attends to."""
         return min(self.top_k, self.memory_len) if self.lookup == "topk" else self.memory_len
+
+
+def triton_support(dims: Dims, params: MemorizingParams, device: str, dtype: str) -> Support:
+    """What the kernels hold in registers."""
+    if params.lookup == "topk" and MOST_PICKED < params.top_k < params.memory_len:
+        return no(f"the search holds at most {MOST_PICKED} pairs a query, received top_k = {params.top_k}")
+    return flash_table.support(dims, dtype)
 
 
 def memory_layer(num_layers: int) -> int:

@@ -21,6 +21,8 @@ REST = T - WHOLE * S
 
 def peak(impl: str, mode: str, params: MemorizingParams) -> Expr | None:
     """Bytes above parameters, inputs and incoming state; None where no formula is known."""
+    if impl == "triton":
+        return None
     selects = params.lookup == "topk" and params.top_k < params.memory_len
     if mode == "decode":
         return _decode() if impl == "reference" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ctxbench.implementations._shared.biased_window import attend_plain
+from ctxbench.implementations.memorizing.layer import Operators
 
 
 def lookup(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None) -> torch.Tensor:
@@ -16,4 +17,4 @@ def lookup(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None)
     return torch.zeros_like(scores).scatter(3, index, best.softmax(dim=3)) @ v
 
 
-OPERATORS = (attend_plain, lookup)
+OPERATORS = Operators(attend_plain, lookup)

@@ -1,0 +1,39 @@
+"""Kernels of our own: the window and lookups of everything by the flash kernels, lookups of the best by ``search``."""
+
+from __future__ import annotations
+
+import torch
+
+from ctxbench.implementations._shared.ranges import Line, Range, attend
+from ctxbench.implementations.memorizing.layer import Operators
+from ctxbench.implementations.memorizing.search import Search
+
+
+def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The last W keys of every query; ``bias: [H, W]`` is 0 at the one encoding this impl takes."""
+    seen = Range(k, v, Line(base=1 - bias.shape[1]), Line(base=1))
+    return attend(q, [seen], offset=k.shape[2] - q.shape[2], scale=1.0)[0]
+
+
+def lookup(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """One segment of queries against its memory ``k, v: [B, H, m, D]``, result ``[B, H, n, D]``."""
+    m = k.shape[2]
+    if top_k is None or top_k >= m:
+        return attend(q, [Range(k, v)], scale=1.0)[0]
+    found: torch.Tensor = Search.apply(q, k, v, top_k, m, q.shape[2], m, torch.is_grad_enabled())
+    return found
+
+
+def whole(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None, segment_len: int, memory_len: int
+) -> torch.Tensor:
+    """All segments in one launch: each one's memory is a range of the call's own keys that moves in steps."""
+    k, v = k.detach(), v.detach()
+    if top_k is None or top_k >= memory_len:
+        begin = Line(segment_len, segment_len, base=-memory_len)
+        return attend(q, [Range(k, v, begin, Line(segment_len, segment_len))], scale=1.0)[0]
+    found: torch.Tensor = Search.apply(q, k, v, top_k, 0, segment_len, memory_len, torch.is_grad_enabled())
+    return found
+
+
+OPERATORS = Operators(window, lookup, whole)
