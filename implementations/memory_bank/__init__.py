@@ -32,6 +32,16 @@ METHOD = Method(
             note="fused attention, whole segments at once up to the read, one bank row projected each write",
         ),
         Impl(
+            "triton",
+            run=f"{__name__}.triton:run",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "train", "stream"),
+            positions=("none", *ROPE),
+            support=f"{__name__}.params:triton_support",
+            note="the schedule of blocked with flash kernels, and the gate of the read as one product with an epilogue",
+        ),
+        Impl(
             "as_written",
             run=f"{__name__}.as_written:SketchTransformer",
             modes=("forward", "train"),

@@ -9,13 +9,14 @@ B batch, T tokens, S tokens a segment, M slots; ``[B, M, d_model]`` bank tensors
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Bias
+from ctxbench.implementations._shared.positions import Bias, Position
 from ctxbench.implementations._shared.slabs import attend_slabs
 from ctxbench.implementations.memory_bank.layer import Bank, MemoryBankLayer, State
 
@@ -24,13 +25,21 @@ Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # after self-attention;
 
 def run(layer: MemoryBankLayer, x: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State | None]:
     """``x: [B, T, d_model]`` to outputs of that shape; the state after them where one came in."""
+    return schedule(layer, x, state, attend, gated_read)
+
+
+def schedule(
+    layer: MemoryBankLayer, x: torch.Tensor, state: State | None, attend: Callable[..., torch.Tensor],
+    gated_read: Callable[..., torch.Tensor],
+) -> tuple[torch.Tensor, State | None]:  # fmt: skip
+    """The same around another self-attention, and another read with its gate."""
     B, S = x.shape[0], layer.segment_len
     bank, k, v, pooled, tokens = layer.init_state(B) if state is None else state
     end = tokens + x.shape[1]
-    pieces, k, v = _before_the_bank(layer, x, k, v, tokens % S)
+    pieces, k, v = _before_the_bank(layer, x, k, v, tokens % S, attend)
     outputs = []
     for piece in pieces:
-        outputs.append(_with_bank(layer, bank, *piece))
+        outputs.append(_with_bank(layer, bank, *piece, gated_read))
         pooled = pooled + outputs[-1].sum(dim=1, dtype=pooled.dtype)
         tokens += outputs[-1].shape[1]
         if tokens % S == 0 and (state is not None or tokens < end):  # else nothing would read what is written
@@ -42,8 +51,9 @@ def run(layer: MemoryBankLayer, x: torch.Tensor, state: State | None) -> tuple[t
 
 
 def _before_the_bank(
-    layer: MemoryBankLayer, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fill: int
-) -> tuple[list[Piece], torch.Tensor, torch.Tensor]:
+    layer: MemoryBankLayer, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fill: int,
+    attend: Callable[..., torch.Tensor],
+) -> tuple[list[Piece], torch.Tensor, torch.Tensor]:  # fmt: skip
     """Pieces that end with their segments: the rest of the one under way, whole ones, the beginning of the last."""
     B, T, d_model = x.shape
     S = layer.segment_len
@@ -52,15 +62,15 @@ def _before_the_bank(
     pieces = []
     if opening:
         part = x[:, :opening]
-        mixed, k, v = _self_attend(layer, part, k, v)
+        mixed, k, v = _self_attend(layer, part, attend, k, v)
         pieces.append(_prepare(layer, part, mixed))
     if whole:
         part = x[:, opening : T - rest].reshape(B * whole, S, d_model)
-        stacked = _prepare(layer, part, _self_attend(layer, part)[0])
+        stacked = _prepare(layer, part, _self_attend(layer, part, attend)[0])
         pieces += zip(*(each.view(B, whole, S, d_model).unbind(1) for each in stacked), strict=True)
     if rest:
         part = x[:, T - rest :]
-        mixed, k, v = _self_attend(layer, part)
+        mixed, k, v = _self_attend(layer, part, attend)
         pieces.append(_prepare(layer, part, mixed))
     elif (fill + T) % S == 0:
         k, v, _ = layer.no_tokens(B)
@@ -68,24 +78,29 @@ def _before_the_bank(
 
 
 def _self_attend(
-    layer: MemoryBankLayer, x: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    layer: MemoryBankLayer, x: torch.Tensor, attend: Callable[..., torch.Tensor], k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Consecutive tokens of one segment a batch row; ``k, v`` of its earlier tokens go in, those of all come out."""
     normed = layer.norm_self(x)
     q, new_k, new_v = (split_heads(project(normed), layer.num_heads) for project in (layer.q, layer.k, layer.v))
     fill = 0 if k is None else k.shape[2]
     q, new_k = layer.position.rotate(q, fill), layer.position.rotate(new_k, fill)
     del normed
-    if isinstance(layer.position, Bias):
-        if k is not None and v is not None:
-            new_k, new_v = torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2)
-        return attend_slabs(q, new_k, new_v, causal=True, position=layer.position), new_k, new_v
-    if k is None or v is None:
-        return scaled_dot_product_attention(q, new_k, new_v, is_causal=q.shape[2] > 1), new_k, new_v
-    k, v = torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2)
+    if k is not None and v is not None:
+        new_k, new_v = torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2)
+    return attend(q, new_k, new_v, layer.position), new_k, new_v
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: Position) -> torch.Tensor:
+    """Causal attention ``[B, H, T, D]``; the last query stands at the last key."""
+    if isinstance(position, Bias):
+        return attend_slabs(q, k, v, causal=True, position=position)
     T, S = q.shape[2], k.shape[2]
+    if T == S:
+        return scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
-    return scaled_dot_product_attention(q, k, v, attn_mask=visible), k, v
+    return scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
 def _prepare(layer: MemoryBankLayer, x: torch.Tensor, mixed: torch.Tensor) -> Piece:
@@ -98,17 +113,24 @@ def _prepare(layer: MemoryBankLayer, x: torch.Tensor, mixed: torch.Tensor) -> Pi
 
 
 def _with_bank(
-    layer: MemoryBankLayer, bank: Bank, x: torch.Tensor, query: torch.Tensor, half: torch.Tensor
-) -> torch.Tensor:
+    layer: MemoryBankLayer, bank: Bank, x: torch.Tensor, query: torch.Tensor, half: torch.Tensor,
+    gated_read: Callable[..., torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
     """Read, gate and feed-forward network of one piece, ``[B, T, d_model]``."""
-    q, k, v = (split_heads(part, layer.num_heads) for part in (query, bank.read_keys, bank.read_values))
-    read = layer.read_o(merge_heads(scaled_dot_product_attention(q, k, v)))
-    gate = torch.sigmoid(half + linear(read, layer.gate.weight[:, x.shape[2] :]))
-    x = torch.addcmul(x, gate, read)
-    del read, gate
+    x = gated_read(layer, bank, x, query, half)
     if layer.ffn is not None and layer.norm_ffn is not None:
         x = x + layer.ffn(layer.norm_ffn(x))
     return x
+
+
+def gated_read(
+    layer: MemoryBankLayer, bank: Bank, x: torch.Tensor, query: torch.Tensor, half: torch.Tensor
+) -> torch.Tensor:
+    """``x`` and what its queries read, as much as the gate lets through."""
+    q, k, v = (split_heads(part, layer.num_heads) for part in (query, bank.read_keys, bank.read_values))
+    read = layer.read_o(merge_heads(scaled_dot_product_attention(q, k, v)))
+    gate = torch.sigmoid(half + linear(read, layer.gate.weight[:, x.shape[2] :]))
+    return torch.addcmul(x, gate, read)
 
 
 def _write(layer: MemoryBankLayer, bank: Bank, mean: torch.Tensor, tokens: int) -> Bank:

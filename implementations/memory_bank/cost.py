@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sympy import Expr, Integer, Max, ceiling, floor
+from sympy import Expr, Integer, Max, Rational, ceiling, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, e
 from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor, triangle
+from ctxbench.implementations._shared.flash_table import BACKWARD
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters, slab_pairs
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.implementations.memory_bank.peaks import REST, WHOLE, M, S, peak
@@ -39,20 +40,20 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
         flops["attention"] = L * attention(_pairs(mode, lambda n: n**2))
         flops["write"] = L * writes * (row_write + linear(B * (M - 1), d, 2 * d))  # every row projected
     if mode == "train":
-        core = FUSED_BACKWARD if impl == "blocked" else 2
+        core = {"blocked": FUSED_BACKWARD, "triton": Rational(BACKWARD)}.get(impl, 2)
         fused = ("attention", "read_attention")
         flops = {term: forward * (1 + core if term in fused else 3) for term, forward in flops.items()}
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         if argmax:  # the straight-through gradient asks what a write to any other slot would have changed
             credit = L * writes * linear(B * M, d, 2 * d)
             algorithmic["write"] += credit
-            flops["write"] += credit if impl == "blocked" else 0
+            flops["write"] += credit if impl != "reference" else 0
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(argmax) + position_parameters(position),
         state_bytes=L * (4 * tensor(B, M, d) + 2 * tensor(B, REST, d) + Max(e, 4) * B * d),
-        peak_bytes=peak(impl, mode, argmax, writes) if position == "none" else None,
+        peak_bytes=peak(impl, mode, argmax, writes) if position == "none" and impl != "triton" else None,
         depth=L if mode == "decode" else L * ceiling(T / S),
     )
 

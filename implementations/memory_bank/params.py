@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.method import Dims, Params, param
+from ctxbench.implementations._shared import flash_table
+from ctxbench.method import Dims, Params, Support, param
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class MemoryBankParams(Params):
         choices=("least_used", "argmax"),
         source="project; the source document takes the arg-max",
     )
+
+
+def triton_support(dims: Dims, params: MemoryBankParams, device: str, dtype: str) -> Support:
+    """What the flash kernels hold in registers; segments are stacked into their batch."""
+    stacked = dims.batch_size * -(-dims.seq_len // params.segment_len)
+    return flash_table.support(dims.replace(batch_size=stacked), dtype)
 
 
 def reach(dims: Dims, params: MemoryBankParams, i: int) -> range:

@@ -385,7 +385,7 @@ EXCEPT = ("gradcheck", "declared_defects", "flops_equal_formula", "peak_equals_f
 ARGMAX = [
     (law, replace(case, params=case.params.replace(write="argmax")))
     for law, case in laws_for(METHOD)
-    if not case.literal and not case.label and str(law) not in EXCEPT
+    if case.supports() and not case.literal and not case.label and str(law) not in EXCEPT
 ]
 
 
