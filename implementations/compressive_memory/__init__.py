@@ -28,6 +28,15 @@ METHOD = Method(
             note="all segments choose at once and are stacked into the batch of one fused attention",
         ),
         Impl(
+            "triton",
+            run=f"{__name__}.triton:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "train", "stream"),
+            support=f"{__name__}.params:triton_support",
+            note="the schedule of blocked; one softmax spans retrieved and own keys where they lie",
+        ),
+        Impl(
             "as_written",
             run=f"{__name__}.as_written:SketchTransformer",
             modes=("forward",),

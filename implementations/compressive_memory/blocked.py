@@ -6,6 +6,7 @@ segments that read equally many are stacked into the batch of one fused attentio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -15,35 +16,46 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations.compressive_memory.layer import State, kept
 
+Found = tuple[torch.Tensor, torch.Tensor]  # keys and values of retrieved items, ``[B, H, k n, D]``
+
 
 def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch.Tensor, State | None]:
     """Heads merged, before the output projection: ``[B, T, d_model]``; arguments as in the reference."""
+    return schedule(layer, x, state, keep, fused)
+
+
+def schedule(
+    layer: Any, x: torch.Tensor, state: State, keep: bool, fused: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, State | None]:  # fmt: skip
+    """The same around another fused attention."""
     S, T = layer.params.segment_len, x.shape[1]
     outputs = []
     opening = min(T, -state.tokens % S)
     if opening:  # the rest of the segment under way
-        out, state = _attend_piece(layer, x[:, :opening], state)
+        out, state = _attend_piece(layer, x[:, :opening], state, fused)
         outputs.append(out)
         if state.tokens % S == 0 and (keep or opening < T):
             state = layer.turn(state)
     whole = (T - opening) // S
     end = opening + whole * S
     if whole:
-        out, state = _attend_segments(layer, x[:, opening:end], state, turn=keep or end < T)
+        out, state = _attend_segments(layer, x[:, opening:end], state, keep or end < T, fused)
         outputs.append(out)
     if end < T:
-        out, state = _attend_piece(layer, x[:, end:], state)
+        out, state = _attend_piece(layer, x[:, end:], state, fused)
         outputs.append(out)
     mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return mixed, kept(state) if keep else None
 
 
-def _attend_piece(layer: Any, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+def _attend_piece(
+    layer: Any, x: torch.Tensor, state: State, fused: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, State]:  # fmt: skip
     """Consecutive tokens of one segment, and the state with them."""
     q, own_k, own_v = _own(layer, x, state.tokens % layer.params.segment_len)
     k, v = torch.cat((state.k, own_k), dim=2), torch.cat((state.v, own_v), dim=2)
     recent = torch.cat((state.recent, x.detach()), dim=1)
-    return merge_heads(_fused(q, k, v)), State(state.compressed, recent, k, v, state.tokens + x.shape[1])
+    return merge_heads(fused(q, k, v)), State(state.compressed, recent, k, v, state.tokens + x.shape[1])
 
 
 def _own(layer: Any, x: torch.Tensor, fill: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,14 +64,18 @@ def _own(layer: Any, x: torch.Tensor, fill: int) -> tuple[torch.Tensor, torch.Te
     return layer.position.rotate(q, fill), layer.position.rotate(k, fill), v
 
 
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The last key is the last query's own; what is retrieved stands in front and is seen by all."""
+def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: Found | None = None) -> torch.Tensor:
+    """The last key is the last query's own; what is ``found`` stands in front and is seen by all."""
+    if found is not None:
+        k, v = (torch.cat((old, own), dim=2) for old, own in zip(found, (k, v), strict=True))
     m, K = q.shape[2], k.shape[2]
     visible = torch.ones(m, K, dtype=torch.bool, device=q.device).tril(K - m) if m > 1 else None
     return scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
-def _attend_segments(layer: Any, x: torch.Tensor, state: State, turn: bool) -> tuple[torch.Tensor, State]:
+def _attend_segments(
+    layer: Any, x: torch.Tensor, state: State, turn: bool, fused: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, State]:  # fmt: skip
     """Whole segments ``[B, w S, d_model]``; ``turn``: whether the state must be that of the segment after them."""
     params, n = layer.params, layer.params.item_len
     S, begin = params.segment_len, state.tokens
@@ -79,7 +95,7 @@ def _attend_segments(layer: Any, x: torch.Tensor, state: State, turn: bool) -> t
         numbers = list(run)
         if not first:
             k, v = memory.read([begin + s * S for s in numbers])
-        out = _attend_stacked(layer, segments[:, numbers[0] : numbers[-1] + 1].flatten(0, 1), k, v)
+        out = _attend_stacked(layer, segments[:, numbers[0] : numbers[-1] + 1].flatten(0, 1), (k, v), fused)
         outputs.append(out.unflatten(0, (len(x), -1)).flatten(1, 2))
     mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     end = begin + count * S
@@ -90,10 +106,11 @@ def _attend_segments(layer: Any, x: torch.Tensor, state: State, turn: bool) -> t
     return mixed, State(compressed[:, surplus:], recent[:, recent.shape[1] - params.recent(end) * n :], k, v, end)
 
 
-def _attend_stacked(layer: Any, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend_stacked(
+    layer: Any, x: torch.Tensor, found: Found, fused: Callable[..., torch.Tensor]
+) -> torch.Tensor:  # fmt: skip
     """Segments as batch rows, ``[B w, S, d_model]``, with what each retrieved."""
-    q, own_k, own_v = _own(layer, x, 0)
-    return merge_heads(_fused(q, torch.cat((k, own_k), dim=2), torch.cat((v, own_v), dim=2)))
+    return merge_heads(fused(*_own(layer, x, 0), found))
 
 
 class _Memory:

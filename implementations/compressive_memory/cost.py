@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, ceiling, floor
+from sympy import Expr, Integer, Min, Rational, ceiling, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor, triangle
+from ctxbench.implementations._shared.flash_table import BACKWARD
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
 from ctxbench.implementations.compressive_memory import peaks
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
@@ -28,9 +29,10 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: CompressiveM
     """One impl in one mode; None for the sketch, whose work depends on what it finds most similar."""
     if impl == "as_written":
         return None
-    flops, algorithmic = _forward(mode, params, rectangles=True), _forward(mode, params, rectangles=False)
+    flops = _forward(mode, params, rectangles=impl != "triton")
+    algorithmic = _forward(mode, params, rectangles=False)
     if mode == "train":
-        core = {"reference": Integer(2), "blocked": FUSED_BACKWARD}[impl]
+        core = {"reference": Integer(2), "blocked": FUSED_BACKWARD, "triton": Rational(BACKWARD)}[impl]
         flops, algorithmic = (_trained(*pair, params) for pair in ((flops, core), (algorithmic, Integer(2))))
     state = made(T, WHOLE * S) + 2 * (retrieved(WHOLE) * N + REST)
     return Cost(
@@ -38,8 +40,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: CompressiveM
         flops=flops,
         num_parameters=block_parameters(5 * d * d + 2 + _compressor(params)),
         state_bytes=L * tensor(B, state, d),
-        peak_bytes=peaks.peak(impl, mode, params) if position == "none" else None,
-        depth=L if mode == "decode" or (impl == "blocked" and mode != "stream") else L * ceiling(T / S),
+        peak_bytes=peaks.peak(impl, mode, params) if position == "none" and impl != "triton" else None,
+        depth=L if mode == "decode" or (impl != "reference" and mode != "stream") else L * ceiling(T / S),
     )
 
 

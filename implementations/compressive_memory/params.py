@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.method import Dims, Params, param
+from ctxbench.implementations._shared import flash_table
+from ctxbench.method import Dims, Params, Support, param
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class CompressiveMemoryParams(Params):
     def retrieved(self, tokens: int) -> int:
         """Items the segment reads."""
         return min(self.top_k, self.recent(tokens) + self.compressed(tokens))
+
+
+def triton_support(dims: Dims, params: CompressiveMemoryParams, device: str, dtype: str) -> Support:
+    """What the flash kernels hold in registers; segments are stacked into their batch."""
+    stacked = dims.batch_size * -(-dims.seq_len // params.segment_len)
+    return flash_table.support(dims.replace(batch_size=stacked), dtype)
 
 
 def reach(dims: Dims, params: CompressiveMemoryParams, i: int) -> frozenset[int]:

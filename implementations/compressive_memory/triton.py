@@ -1,0 +1,24 @@
+"""The schedule of ``blocked`` around the flash kernels, which read retrieved and own keys where they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ctxbench.implementations._shared import ranges
+from ctxbench.implementations._shared.ranges import Line, Range
+from ctxbench.implementations.compressive_memory.blocked import Found, schedule
+from ctxbench.implementations.compressive_memory.layer import State
+
+
+def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch.Tensor, State | None]:
+    """Heads merged, before the output projection: ``[B, T, d_model]``; arguments as in the reference."""
+    return schedule(layer, x, state, keep, fused)
+
+
+def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: Found | None = None) -> torch.Tensor:
+    """One softmax over what is ``found``, all of it, and the own keys up to the query's, as in ``blocked``."""
+    own = Range(k, v, high=Line(base=1))
+    seen = [own] if found is None or not found[0].shape[2] else [Range(*found), own]
+    return ranges.attend(q, seen, offset=k.shape[2] - q.shape[2])[0]
