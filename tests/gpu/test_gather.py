@@ -1,0 +1,94 @@
+"""The kernels that select and gather: against float64, as machine code, and by their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ctxbench.cost import evaluate, total
+from ctxbench.cost.symbols import bindings
+from ctxbench.cost.trace import trace
+from ctxbench.method import Dims, Method
+from ctxbench.registry import discover
+
+SHARED = {90: 232448, 80: 101376}  # see test_flash_aot
+BINDING = ["90:2:128", "80:4:64"]  # architecture:bytes of an element:width
+OTHERS = ["90:2:64", "80:2:64", "80:2:128", "90:4:64", "90:2:96"]
+OTHERS += [f"{architecture}:{size}:16" for architecture in (90, 80) for size in (2, 4)]
+METHODS = {method.name: method for method in discover()}
+FORMS = [
+    ("routing", {}),
+    ("routing", {"exclude_self": True, "num_clusters": 7}),
+    ("routing", {"selection": "topw"}),
+    ("routing", {"selection": "topw", "masked": True, "exclude_self": True, "cluster_size": 50}),
+    ("memorizing", {"memory_len": 700, "segment_len": 200, "window": 100, "top_k": 16}),
+    ("memorizing", {"memory_len": 700, "segment_len": 200, "window": 100, "lookup": "dense"}),
+    ("memorizing", {"memory_len": 100, "segment_len": 200, "window": 100, "top_k": 200}),
+    ("memory_bank", {"num_slots": 100, "segment_len": 200}),
+    ("memory_bank", {"num_slots": 100, "segment_len": 200, "write": "argmax"}),
+    ("compressive_memory", {"segment_len": 256, "recent_len": 256, "compressed_len": 128, "item_len": 32}),
+]
+
+
+def test_kernels_agree_with_float64_in_the_interpreter(program, wrong) -> None:
+    rows = program("gather_parity.py", interpret=True)
+    assert len(rows) == 36
+    assert not wrong(rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_kernels_agree_with_float64_on_the_device(program, wrong) -> None:
+    rows = program("gather_parity.py", interpret=False)
+    assert {row[1] for row in rows} == {"bf16", "fp16", "fp32"}
+    assert not wrong(rows)
+
+
+@pytest.mark.parametrize("wanted", [BINDING, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["binding", "others"])
+def test_machine_code_has_matrix_instructions_and_no_spills(program, wanted: list[str]) -> None:
+    rows = program("compile_gather.py", *wanted, interpret=False)
+    assert {f"{row['architecture']}:{row['itemsize']}:{row['width']}" for row in rows} == set(wanted)
+    for row in rows:
+        assert row["stack"] == 0, row
+        assert row["spills"] == 0, row
+        assert row["shared"] <= SHARED[row["architecture"]], row
+        assert bool(row["products"]) == row["multiplies"], row
+
+
+@pytest.mark.parametrize(("name", "changes"), FORMS, ids=str)
+def test_formulas_are_what_the_tracer_counts(name: str, changes: dict) -> None:
+    pytest.importorskip("triton")
+    method: Method = METHODS[name]
+    params = method.params(**changes)
+    for mode in ("forward", "train", "stream"):
+        causal = getattr(params, "selection", "strict") == "strict"
+        dims = Dims(seq_len=1301, num_layers=2, batch_size=2, causal=causal)
+        if not method.mode_support(mode, dims, params):
+            continue
+        counted = trace(method, dims, params, "triton", mode, "fp32")
+        cost = method.cost_of("triton", mode, causal, "none", params)
+        assert evaluate(total(cost.flops), bindings(dims, params, 4, method.segment_len(params))) == counted.flops
+        assert not counted.uncounted
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "dims", "reason"),
+    [
+        ("routing", {"num_clusters": 5000}, {}, "at most 4096 clusters"),
+        ("routing", {}, {"d_model": 512}, "at most 128 channels"),
+        ("memorizing", {"top_k": 200}, {}, "at most 128 pairs a query"),
+        ("memorizing", {}, {"position": "t5"}, "takes the positions none"),
+        ("memorizing", {"top_k": 9000}, {}, ""),
+        ("memory_bank", {"segment_len": 1}, {"seq_len": 40000}, "at most 65535 heads"),
+        ("compressive_memory", {}, {"position": "rope"}, ""),
+    ],
+)
+def test_support_says_why_not(monkeypatch, name: str, changes: dict, dims: dict, reason: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as where triton is installed
+    method = METHODS[name]
+    sizes = Dims(**{"seq_len": 64, "d_model": 256, "num_heads": 2} | dims)
+    answer = method.impl_support(
+        method.impl("triton"), "forward", sizes, method.params(**changes), "cuda", "bf16"
+    )  # fmt: skip
+    assert bool(answer) is not bool(reason)
+    assert reason in answer.reason
