@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Method, dict[str, Any], dict[str, Any]]] = {  # method, p
     "longformer, two tokens": (longformer.METHOD, {"window": 8, "num_global": 1}, {"seq_len": 2}),
     "bigbird": (bigbird.METHOD, {"block_size": 7, "num_random": 1}, {"causal": False, "seq_len": 67}),
     "bigbird, larger than a tile": (
-        bigbird.METHOD, {"block_size": 20, "num_random": 2}, {"causal": False, "seq_len": 145, "position": "alibi"}),
+        bigbird.METHOD, {"block_size": 20, "num_random": 1}, {"causal": False, "seq_len": 105, "position": "alibi"}),
     "bigbird, three blocks": (bigbird.METHOD, {"block_size": 16, "num_random": 1}, {"causal": False}),
     "bigbird, one block": (bigbird.METHOD, {"block_size": 64}, {"causal": False}),
     "bigbird, external": (
@@ -69,15 +69,15 @@ def parity(method: Method, params: Params, dims: Dims, dtype: torch.dtype) -> di
         for module, given, y in zip((fast, exact), inputs, results, strict=True)
     )
     errors = {"y": relative(*results)}
-    # A bias of keys moves all scores of a query alike: its gradient is nothing but rounding.
-    errors |= {f"d{name}": relative(received[name], expected[name]) for name in received if not vanishes(name)}
+    errors |= {f"d{name}": relative(received[name], expected[name]) for name in names if not vanishes(name, dims)}
     if "stream" in method.modes and dims.causal:
         errors["stream"] = relative(streamed(fast, x.detach()), results[1])
     return errors
 
 
-def vanishes(name: str) -> bool:
-    return name.endswith(("k.bias", "key.bias"))
+def vanishes(name: str, dims: Dims) -> bool:
+    """Whether a gradient is nothing but rounding: a bias of keys moves all scores of a query alike, one key is all."""
+    return name.endswith(("k.bias", "key.bias")) or (dims.seq_len == 1 and (".q." in name or ".k." in name))
 
 
 @torch.no_grad()
