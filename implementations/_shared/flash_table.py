@@ -43,7 +43,10 @@ CONFIGS: dict[int, dict[tuple[int, int], tuple[Config, Config, Config]]] = {
         (4, 64): (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
     },
 }
-OF_TABLE = Config(32, 32, 4, 1)  # of the gradient of a table of biases, for all: its diagonals cost more than products
+# Where CONFIGS would spill with several ranges, hidden keys or a bias: by architecture, kernel, bytes and width.
+HEAVY = {(90, "dq", 4, 64): Config(32, 32, 8, 2), (90, "dkv", 4, 64): Config(32, 32, 8, 2)}
+# Of the gradient of a table of biases, by bytes of an element: its diagonals cost more than its products.
+OF_TABLE = {2: Config(32, 32, 4, 1), 4: Config(16, 16, 4, 1)}
 MOST_HEADS = 65535  # blocks along the second axis of a grid
 KERNELS = ("forward", "dq", "dkv")
 WIDEST = {2: 128, 4: 64}  # channels of a head by bytes of an element: beyond them, registers spill
@@ -54,16 +57,20 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def config(kernel: str, width: int, itemsize: int, architecture: int) -> Config:
-    """The shipped launch parameters of one kernel; KeyError for a head or dtype the template does not take."""
+def config(kernel: str, width: int, itemsize: int, architecture: int, heavy: bool = False) -> Config:
+    """The shipped launch parameters of one kernel; KeyError for a head or dtype the template does not take.
+
+    ``heavy``: there is more than one range, or a bias, or hidden keys.
+    """
     if kernel == "table":
-        return OF_TABLE
-    return CONFIGS[architecture][itemsize, padded(width)][KERNELS.index(kernel)]
+        return OF_TABLE[itemsize]
+    usual = CONFIGS[architecture][itemsize, padded(width)][KERNELS.index(kernel)]
+    return HEAVY.get((architecture, kernel, itemsize, padded(width)), usual) if heavy else usual
 
 
 def listed_config(kernel: str, width: int, itemsize: int, architecture: int, size: int) -> Config:
     """The same for the kernels over lists of blocks of ``size`` tokens: no tile larger than a block has to be."""
-    chosen, block = config(kernel, width, itemsize, architecture), padded(size)
+    chosen, block = config(kernel, width, itemsize, architecture, heavy=True), padded(size)
     rows, columns = min(chosen.rows, 64, block), min(chosen.columns, block)
     return Config(rows, columns, chosen.warps if rows == chosen.rows else 4, chosen.stages)
 

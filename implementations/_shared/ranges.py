@@ -121,10 +121,10 @@ def architecture_of(device: torch.device) -> int:
     return 90 if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10) else 80
 
 
-def _options(kernel: str, q: torch.Tensor) -> tuple[Config, dict[str, Any]]:
+def _options(kernel: str, q: torch.Tensor, kinds: tuple[tuple[int, ...], ...]) -> tuple[Config, dict[str, Any]]:
     """Launch parameters of one kernel, and the compile-time arguments that follow from them."""
-    width = q.shape[3]
-    chosen = config(kernel, width, q.element_size(), architecture_of(q.device))
+    width, heavy = q.shape[3], len(kinds) > 1 or any(bias != PLAIN or not known for *_, bias, known in kinds)
+    chosen = config(kernel, width, q.element_size(), architecture_of(q.device), heavy)
     return chosen, {
         "D": width, "WIDTH": padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
         "num_warps": chosen.warps, "num_stages": chosen.stages,
@@ -198,7 +198,7 @@ def _attend(
     B, H, T, _D = q.shape
     out, lse = _like(q), q.new_empty(B, H, T, dtype=torch.float32)
     ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
-    chosen, options = _options("forward", q)
+    chosen, options = _options("forward", q, kinds)
     if out.numel():
         with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'
             flash.forward_kernel[triton.cdiv(T, chosen.rows), B * H](
@@ -225,13 +225,13 @@ def _attend_backward(
     ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
     shared = H, T, _farthest(bias), scale
     with torch.cuda.device_of(q):
-        chosen, options = _options("dq", q)
+        chosen, options = _options("dq", q, kinds)
         flash.dq_kernel[triton.cdiv(T, chosen.rows), B * H](
             q, out, grad, lse, through, delta, biases, dq, tuple(ranges), *_strides(q, out, grad, dq), *shared,
             KINDS=kinds, RANGES=len(kinds), THROUGH_LSE=grad_lse is not None, **options,
         )  # fmt: skip
         if bias is not None and wanted[0]:
-            chosen, options = _options("table", q)
+            chosen, options = _options("table", q, kinds)
             tiles = triton.cdiv(T, chosen.rows)
             sums = lse.new_zeros(tiles, B, *bias.shape)
             flash_bias.table_kernel[tiles, B * H](
@@ -239,7 +239,7 @@ def _attend_backward(
                 RANGES=len(kinds), **options,
             )  # fmt: skip
             gradients[1] = sums.sum((0, 1))
-        chosen, options = _options("dkv", q)
+        chosen, options = _options("dkv", q, kinds)
         rest = iter(gradients[1 + wanted[0] :])
         for k, one, (low, high, added, known), want in zip(keys, ranges, kinds, wanted[1:], strict=True):
             if want:

@@ -1,7 +1,8 @@
 """Compile the flash kernels for devices that are not here, and print what the machine code shows, as JSON lines.
 
 ``python compile_flash.py [ARCHITECTURE:ITEMSIZE:WIDTH[/FORM] ...]``; without arguments the whole shipped table. A band
-is bounded on both sides, which holds every path of its other forms; ``steps`` is the most that one softmax spans.
+is bounded on both sides, which holds every path of its other forms; ``steps`` is the most that one softmax spans, the
+others are a band with a bias, with keys hidden by their positions, and lists of blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctxbench.implementations._shared import flash, flash_bias, flash_table, lines
+from ctxbench.implementations._shared import flash, flash_bias, flash_lists, flash_table, lines
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FORMS = {  # kinds of the lines of each range
@@ -29,25 +30,28 @@ FORMS = {  # kinds of the lines of each range
     "steps": ((lines.STEPS, lines.STEPS, lines.PLAIN, 1),) * flash_table.MOST_RANGES,
     "slopes": ((lines.SLOPE, lines.SLOPE, lines.SLOPES, 1),),
     "table": ((lines.SLOPE, lines.SLOPE, lines.TABLE, 1),),
+    "hidden": ((lines.SLOPE, lines.SLOPE, lines.PLAIN, 0),),
+    "lists": ((lines.OPEN, lines.OPEN, lines.PLAIN, 1),),
 }
-POINTERS = dict.fromkeys(
-    ("LSE", "GRAD_LSE", "DELTA", "BIASES", "SUMS"), "*fp32"
-)  # the others have the dtype of the cell
+# All other pointers have the dtype of the cell, all other integers are strides.
+POINTERS = dict.fromkeys(("LSE", "GRAD_LSE", "DELTA", "BIASES", "SUMS"), "*fp32") | dict.fromkeys(
+    ("OFFSETS", "LISTED"), "*i32"
+)
+SIZES = ("heads", "T", "S", "farthest", "size", "ahead")
+LISTED_BLOCK = 64  # tokens of a block of lists
 
 
 def compile_kernel(
-    kernel: str,
-    width: int,
-    dtype: str,
-    architecture: int,
-    chosen: flash_table.Config,
-    kinds: tuple[tuple[int, ...], ...],
+    kernel: str, width: int, dtype: str, architecture: int, chosen: flash_table.Config, form: str = "band"
 ) -> Any:
-    """Compile one kernel for ranges with lines and biases of these kinds (dK and dV: of the first).
+    """Compile one kernel for ranges with lines and biases of the kinds of a form (dK and dV: of the first).
 
     Pointers and strides are marked as multiples of 16, as they are at run time.
     """
+    kinds = FORMS[form]
     function = getattr(flash_bias if kernel == "table" else flash, f"{kernel}_kernel")
+    if form == "lists":
+        function = getattr(flash_lists, f"listed_{kernel}_kernel")
     constants = {
         "D": width, "WIDTH": flash_table.padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
         "KINDS": kinds, "RANGES": len(kinds), "LOW": kinds[0][0], "HIGH": kinds[0][1], "BIAS": kinds[0][2],
@@ -61,9 +65,8 @@ def compile_kernel(
         "keys": (one, [(field,) for field in fields]),
     }
     return compile_function(
-        function, constants, dtype, POINTERS, ("heads", "T", "farthest"), architecture, chosen.warps, chosen.stages,
-        tuples,
-    )  # fmt: skip
+        function, constants, dtype, POINTERS, SIZES, architecture, chosen.warps, chosen.stages, tuples
+    )
 
 
 def compile_function(
@@ -120,11 +123,14 @@ def main(wanted: list[str]) -> None:
     everything = [f"{arch}:{size}:{width}" for arch, table in flash_table.CONFIGS.items() for size, width in table]
     for item in wanted or everything:
         target, _, form = item.partition("/")
+        form = form or "band"
         architecture, itemsize, width = map(int, target.split(":"))
         for kernel in (*flash_table.KERNELS, "table") if form == "table" else flash_table.KERNELS:
-            chosen = flash_table.config(kernel, width, itemsize, architecture)
+            chosen = flash_table.config(kernel, width, itemsize, architecture, heavy=form not in ("band", "lists"))
+            if form == "lists":
+                chosen = flash_table.listed_config(kernel, width, itemsize, architecture, LISTED_BLOCK)
             dtype = {2: "bf16", 4: "fp32"}[itemsize]
-            compiled = compile_kernel(kernel, width, dtype, architecture, chosen, FORMS[form or "band"])
+            compiled = compile_kernel(kernel, width, dtype, architecture, chosen, form)
             row = {"kernel": kernel, "architecture": architecture, "itemsize": itemsize, "width": width, "form": form}
             print(json.dumps(row | chosen._asdict() | examine(compiled)), flush=True)
 

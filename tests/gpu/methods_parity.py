@@ -39,7 +39,7 @@ CASES: dict[str, tuple[Method, dict[str, Any], dict[str, Any]]] = {  # method, p
     "longformer, slopes": (longformer.METHOD, {"window": 10, "num_global": 0}, {"position": "alibi"}),
     "longformer, table": (
         longformer.METHOD, {"window": 10, "num_global": 0, "dilation": 2}, {"position": "t5", "causal": False}),
-    "longformer, two tokens": (longformer.METHOD, {"window": 8, "num_global": 1}, {"seq_len": 2}),
+    "longformer, three tokens": (longformer.METHOD, {"window": 8, "num_global": 2}, {"seq_len": 3}),
     "bigbird": (bigbird.METHOD, {"block_size": 7, "num_random": 1}, {"causal": False, "seq_len": 67}),
     "bigbird, larger than a tile": (
         bigbird.METHOD, {"block_size": 20, "num_random": 1}, {"causal": False, "seq_len": 105, "position": "alibi"}),
