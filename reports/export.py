@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from ctxbench import __version__
-from ctxbench.analysis.frame import View, to_frame, views
+from ctxbench.analysis.frame import to_frame
 from ctxbench.analysis.runs import Run, read_run
 from ctxbench.errors import RunFolderError
 from ctxbench.reports import tables
-from ctxbench.reports.figures import canvas, memory, model, overview
-from ctxbench.reports.figures.points import LATENCY, METRICS
-from ctxbench.reports.palette import looks
+from ctxbench.reports.figures import canvas
+from ctxbench.reports.gallery import gallery
 from ctxbench.rows import Row
 from ctxbench.units import format_tokens
 
@@ -109,38 +106,13 @@ def _benchmark(row: Row) -> dict[str, Any]:
 def _write_figures(run: Run, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in figures(run):
+    for title, figure in gallery(run):
+        name = slug(title)
         for kind in ("svg", "pdf", "png"):
             path = folder / f"{name}.{kind}"
             path.write_bytes(canvas.save(figure, kind))
             written.append(path)
     return written
-
-
-def figures(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Every figure of a run with the name of its file."""
-    frame = to_frame([run])
-    styles = looks(frame)
-    split = views(frame)
-    for view in split:
-        for metric in METRICS:
-            table = overview.data(view.frame, metric)
-            yield _name(metric.key, view), overview.static(table, metric, styles, legend=True)
-        for series, rows in view.frame.groupby("series", sort=True):
-            table = model.data(rows)
-            if table["latency_s"].notna().any():
-                yield _name(f"model-{series}", view), model.static(table, styles[str(series)], str(series))
-    together = views(frame, across_memory=True)[0].frame
-    for series, rows in together[together["memory"].notna()].groupby("series", sort=True):
-        if rows["memory"].nunique() > 1:
-            yield (
-                slug(f"memory-{series}"),
-                memory.heat_map(memory.data(rows, LATENCY), LATENCY, f"{series}: time per call"),
-            )
-
-
-def _name(start: str, view: View) -> str:
-    return slug(f"{start}-{view.label}" if view.label else start)
 
 
 def slug(name: str) -> str:

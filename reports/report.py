@@ -55,6 +55,7 @@ class Report:
     registry: Registry
     title: str
     figures: dict[str, Any] = field(default_factory=dict)
+    _forecasters: dict[str, Forecaster] = field(default_factory=dict)
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -103,8 +104,11 @@ class Report:
 
     def forecaster(self, setting: Setting) -> Forecaster:
         """Fits and formulas for the cells of a setting; no ceiling enters what is asked of it here."""
-        rows = setting.run.rows
-        return Forecaster(self.registry, built_in(rows[0].device, rows[0].threads), rows)
+        rows, name = setting.run.rows, setting.run.name
+        if name not in self._forecasters:
+            device = built_in(rows[0].device, rows[0].threads)
+            self._forecasters[name] = Forecaster(self.registry, device, rows)
+        return self._forecasters[name]
 
     def ceilings(self, view: View) -> Ceilings | None:
         """What the device of a view was measured to reach; None in a run that left no calibration."""

@@ -27,6 +27,7 @@ COMMANDS = {
     "report": "Write the HTML report of one or more runs.",
     "export": "Rows as CSV, Parquet, Markdown, LaTeX, pytest-benchmark JSON; figures.",
     "check": "Run the conformance kit on a method.",
+    "reach": "Draw which inputs reach which outputs of a method.",
     "audit": "Hold what a method, a run or the source documents claim against what is seen.",
     "new": "Write the folder of a new method.",
     "doctor": "Devices, versions, noise, missing extras.",

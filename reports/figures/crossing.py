@@ -39,11 +39,17 @@ def data(found: Sequence[Crossover], baseline: Key, series: Callable[[Key], str]
         ends = ((each.a, each.memory_a), (each.b, each.memory_b))
         if baseline in ends:
             groups.setdefault(ends[ends[0] == baseline], []).append(each)
-    lines = [line for other, each in groups.items() for line in _stretches(other, each, series(other))]
-    table = pd.DataFrame(lines, columns=COLUMNS)
+    lines = [_stretches(other, each, series(other)) for other, each in groups.items()]
+    lines.sort(key=lambda line: (-_share(line), line[0]["line"]))
+    table = pd.DataFrame([stretch for line in lines for stretch in line], columns=COLUMNS)
     floats = dict.fromkeys(("start", "end", "crossing", "low", "high"), float)
-    table = table.astype({**floats, "ours": bool, "forecast": bool})
-    return _ordered(table)
+    return table.astype({**floats, "ours": bool, "forecast": bool})
+
+
+def _share(line: list[dict[str, Any]]) -> float:
+    """The share of the range, in octaves, on which the method is the faster one."""
+    spans = [(math.log(max(stretch["end"] / stretch["start"], 1.0)), stretch["ours"]) for stretch in line]
+    return sum(span for span, ours in spans if ours) / max(sum(span for span, _ in spans), 1e-9)
 
 
 def _stretches(other: Key, crossings: list[Crossover], series: str) -> list[dict[str, Any]]:
@@ -94,19 +100,6 @@ def _text(name: str, each: Crossover, ours: bool) -> str:
     chance = [] if each.chance is None else [f"{100 * each.chance:.0f} % of redrawn curves cross"]
     return "\n".join([f"{name}: {'faster' if ours else 'slower'} beyond {about(each.seq_len)} tokens",
                       f"90 % interval {interval(each)}", kind, *chance])  # fmt: skip
-
-
-def _ordered(table: pd.DataFrame) -> pd.DataFrame:
-    """Lines by the share of the range on which the method is the faster one, the largest first."""
-
-    def share(rows: pd.DataFrame) -> float:
-        spans = (rows["end"] / rows["start"]).clip(1.0).map(math.log2)
-        return float(spans[rows["ours"]].sum() / max(spans.sum(), 1e-9))
-
-    shares = {name: share(rows) for name, rows in table.groupby("line", sort=False)}
-    order = {name: index for index, name in enumerate(sorted(shares, key=lambda name: (-shares[name], name)))}
-    places = table["line"].map(order)
-    return table.assign(place=places).sort_values(["place", "start"], ignore_index=True).drop(columns="place")
 
 
 def interactive(table: pd.DataFrame, styles: Mapping[str, Style]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def interactive(table: pd.DataFrame, styles: Mapping[str, Style], shown: set[str
         "data": traces,
         "layout": layout(
             xaxis=axis(type="log", range=scales.log_range(limits), title={"text": LIMIT, "standoff": 6},
-                       **ticks(limits, [scales.text(limit, "B") for limit in limits])),
+                       **ticks(limits[::2], [scales.text(limit, "B") for limit in limits[::2]])),
             yaxis=axis(type="log", range=scales.log_range(lengths), title={"text": LENGTH, "standoff": 4},
                        **ticks(*token_scale(lengths))),
         ),

@@ -50,11 +50,15 @@ def ink_on(color: str) -> str:
     return max((LIGHT, DARK), key=lambda ink: contrast(color, ink))
 
 
+def everything(swept: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Points of all series at all lengths and memory sizes."""
+    found = [data(mine, metric) for _, mine in swept.groupby("series")]
+    return pd.concat(found, ignore_index=True) if found else points(swept, metric).assign(memory=0)
+
+
 def at_length(frame: pd.DataFrame, seq_len: int, metric: Metric) -> pd.DataFrame:
     """Points of all series at one length over the memory size; series without a memory size are left out."""
-    rows = frame[(frame["seq_len"] == seq_len) & frame["memory"].notna()]
-    found = [data(mine, metric) for _, mine in rows.groupby("series")]
-    return pd.concat(found, ignore_index=True) if found else points(rows, metric).assign(memory=0)
+    return everything(frame[(frame["seq_len"] == seq_len) & frame["memory"].notna()], metric)
 
 
 def interactive(table: pd.DataFrame, metric: Metric, styles: Mapping[str, Style]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def interactive(table: pd.DataFrame, styles: Mapping[str, Style], shown: set[str
         "data": traces,
         "layout": layout(
             annotations=nothing or [
-                note(time, peak, hover(_short(label)), xshift=9, yshift=9) | {"name": series}
+                note(time, peak, hover(_short(label)), xshift=8, yshift=13) | {"name": series}
                 for series, label, time, peak in named(table)
             ],
             xaxis=axis(type="log", range=scales.log_range(times, 0.1), title={"text": TIME, "standoff": 6},

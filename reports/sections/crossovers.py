@@ -25,16 +25,13 @@ def context(report: Report) -> dict[str, Any]:
         return {"sentence": "No cell of this run was measured, so nothing can cross."}
     setting = report.settings[0]
     curves = best(setting.curves)
-    found = _all(report, setting, curves)
-    names = {
-        (f"{curve.method} / {curve.impl}", curve.memory): report.series_of[curve.rows[-1].cell] for curve in curves
-    }
+    found, names = crossings(report, setting)
     if not found:
         return {"sentence": "No two methods were measured at two common lengths, so nothing can cross.",
                 "winners": _winners(report, curves), "setting": setting.label}  # fmt: skip
-    baselines = _baselines(found, names)
+    keys = baselines(found, names)
     charts = []
-    for index, key in enumerate(baselines):
+    for index, key in enumerate(keys):
         table = crossing.data(found, key, names.__getitem__)
         label = crossing.label(key)
         charts.append(report.chart(
@@ -47,7 +44,7 @@ def context(report: Report) -> dict[str, Any]:
         "sentence": "",
         "setting": setting.label,
         "chart": charts[0],
-        "baselines": [crossing.label(key) for key in baselines],
+        "baselines": [crossing.label(key) for key in keys],
         "winners": _winners(report, curves),
         "head": ("faster below", "faster above", "crossover", "90 % interval", "chance", "measured"),
         "lines": [_line(each) for each in crossed[:MOST]],
@@ -57,16 +54,18 @@ def context(report: Report) -> dict[str, Any]:
     }
 
 
-def _all(report: Report, setting: Setting, curves: list[Curve]) -> list[Crossover]:
-    forecaster = report.forecaster(setting)
-    methods: dict[str, list[Curve]] = {}
-    for curve in curves:
+def crossings(report: Report, setting: Setting) -> tuple[list[Crossover], dict[crossing.Key, str]]:
+    """Crossings of the best impls of any two methods, and the series of every curve."""
+    forecaster, methods = report.forecaster(setting), dict[str, list[Curve]]()
+    for curve in best(setting.curves):
         methods.setdefault(curve.method, []).append(curve)
+    names = {(f"{curve.method} / {curve.impl}", curve.memory): report.series_of[curve.rows[-1].cell]
+             for own in methods.values() for curve in own}  # fmt: skip
     pairs = itertools.combinations(sorted(methods), 2)
-    return [each for a, b in pairs for each in crossovers(methods[a], methods[b], forecaster)]
+    return [each for a, b in pairs for each in crossovers(methods[a], methods[b], forecaster)], names
 
 
-def _baselines(found: list[Crossover], names: dict[crossing.Key, str]) -> list[crossing.Key]:
+def baselines(found: list[Crossover], names: dict[crossing.Key, str]) -> list[crossing.Key]:
     """Whom the others can be held against: ``dense`` first, then by name."""
     ends = {end for each in found for end in ((each.a, each.memory_a), (each.b, each.memory_b))}
     return sorted(ends & set(names), key=lambda key: (not key[0].startswith(f"{USUAL} /"), key[0], key[1] or 0))

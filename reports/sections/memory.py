@@ -35,9 +35,9 @@ def context(report: Report) -> dict[str, Any]:
 
 def _charts(report: Report, swept: pd.DataFrame, metric: Metric, lengths: list[int], usual: int) -> Chart:
     """A chart for every length, of which the usual one is shown first."""
-    charts = {}
+    charts, every = {}, memory.everything(swept, metric)
     for index, length in enumerate(lengths):
-        table = memory.at_length(swept, length, metric)
+        table = every[every["seq_len"] == length]
         charts[length] = report.chart(
             f"memory-{metric.key}-{index}", f"{metric.title} at {format_tokens(length)} tokens against memory size",
             memory.interactive(table, metric, report.looks),

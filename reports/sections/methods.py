@@ -9,7 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from ctxbench.analysis import reach
+from ctxbench.analysis.reach import ReachMap
 from ctxbench.method import Method
+from ctxbench.reports.figures import reach as figure
 from ctxbench.reports.palette import status_of
 from ctxbench.reports.report import Report
 from ctxbench.reports.swatch import swatch
@@ -17,15 +20,31 @@ from ctxbench.reports.swatch import swatch
 
 def context(report: Report) -> dict[str, Any]:
     """What ``methods.j2`` prints."""
+    maps: dict[str, ReachMap] = {}
+    for run in report.runs:
+        maps = reach.read(run.folder) | maps
     cards = []
     for name, rows in report.frame.groupby("method", sort=True):
         method = report.method(str(name))
         cards.append({
             "name": name, "title": (method.title if method else "") or name, "method": method,
             "swatch": swatch(report.styles[str(name)]), "params": _params(method, rows), "impls": _impls(method, rows),
+            "reach": _reach(maps.get(str(name))),
             "link": paper_link(method.paper.link) if method and method.paper else "",
         })  # fmt: skip
-    return {"cards": cards, "broken": report.registry.broken}
+    return {"cards": cards, "broken": report.registry.broken, "drawn": bool(maps), "run": report.runs[0].name}
+
+
+def _reach(found: ReachMap | None) -> dict[str, Any] | None:
+    """The picture of a method's reach with what its colours stand for and the sizes it was drawn at."""
+    if found is None:
+        return None
+    counts = found.counts()
+    key = [(state, words) for state, words in figure.WORDS.items() if counts[state]]
+    sizes = [f"{name} = {value}" for name, value in found.params.items()]
+    layers = found.dims.get("num_layers", 1)
+    note = f"{found.seq_len} tokens, {layers} layer{'s' if layers != 1 else ''}, in {found.impl}"
+    return {"svg": figure.svg(found), "key": key, "note": ", ".join([note, *sizes])}
 
 
 def paper_link(link: str) -> str:

@@ -64,13 +64,16 @@ def _front(setting: Setting, length: int) -> str:
     return "; ".join(texts) or "no peak was measured"
 
 
+def below_limits(report: Report, setting: Setting) -> list[tuple[str, Frontier]]:
+    """What fits into every limit, of the best impl of each method and memory size, with its series."""
+    forecaster = report.forecaster(setting)
+    return [(report.series_of[curve.rows[-1].cell], each) for curve in best(setting.curves)
+            for each in frontier([curve], setting.run.rows, forecaster, LIMITS)]  # fmt: skip
+
+
 def _frontier(report: Report, setting: Setting) -> dict[str, Any] | None:
     """Largest lengths of the best impl of every method and memory size, where its peak is known."""
-    forecaster = report.forecaster(setting)
-    found: list[tuple[str, Frontier]] = []
-    for curve in best(setting.curves):
-        series = report.series_of[curve.rows[-1].cell]
-        found += [(series, each) for each in frontier([curve], setting.run.rows, forecaster, LIMITS)]
+    found = below_limits(report, setting)
     table = frontier_figure.data(found)
     if not (table["by_formula"] > 0).any():
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,10 @@ HOSTILE = (
     "\u202e\u05e2\u05d1\u05e8\u05d9\u05ea \u0627\u0644\u0639\u0631\u0628\u064a\u0629 right to left",
     "emoji \U0001f4a5\U0001f9ea and {{ 7 * 7 }} {% raw %} $x_1$ %{y} <b>bold</b> &amp; \\frac{1}{2}",
 )
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 WIDTH, LAYER = 256, 12 * 256 * 256
 KIB = 1024
 
@@ -187,7 +192,16 @@ def tiny_rows() -> list[Row]:
     ]
 
 
+def huge_rows() -> list[Row]:
+    """Five hundred cells: twenty methods at eight lengths and three memory sizes, and one method more."""
+    methods = [f"method_{index:02d}" for index in range(20)]
+    rows = [make_row(method, "blocked", length, memory=memory)
+            for method in methods for length in LENGTHS for memory in (256, 512, 1024)]  # fmt: skip
+    return [*rows, *(make_row("dense", impl, length) for impl in ("blocked", "reference") for length in LENGTHS)]
+
+
 ROWS = {
+    "huge": huge_rows,
     "rich": rich_rows,
     "tiny": tiny_rows,
     "scaling": scaling_rows,
@@ -223,3 +237,23 @@ def report_file(run_folder):
         return made[kind]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def twin_folders(tmp_path_factory):
+    """Two runs of the same cells with enough processes for a verdict; the second has two slower methods."""
+    place = tmp_path_factory.mktemp("twins")
+    base = many_processes([row for row in scaling_rows() if row.seq_len <= 8 * KIB], 16)
+    return [write_run(place / "before", base), write_run(place / "after", again(base, 1, 1.2))]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One Chromium for all tests that open pages."""
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield launched
+        launched.close()
