@@ -1,0 +1,100 @@
+"""Regression gates on real process samples: alarms on identical code, and slow-downs of 3, 5 and 10 % found.
+
+Many processes of one cell are measured once; pairs of runs are drawn from them without replacement, and a slow-down is
+a factor on one side. Each gate judges as many processes as its tool takes by default, ctxbench eight.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ctxbench.analysis.compare import Side, Verdict, compare
+from ctxbench.analysis.runs import Run
+from ctxbench.cell import Cell
+from ctxbench.registry import reload
+from ctxbench.rows import Gate, Latency, row_for
+from ctxbench.run.client import Server
+from ctxbench.run.tasks import Protocol, Task
+from ctxbench.suites.scorecard.card import Score, absent
+from ctxbench.suites.scorecard.work import CELLS, THREADS, name
+
+POOL, PAIRS = 32, 200
+SLOWER = (1.0, 1.03, 1.05, 1.10)
+Samples = list[list[float]]  # seconds of each call, by process
+
+
+def scores() -> Iterator[Score]:
+    """A line a gate: share of pairs that it calls slower, by how much slower they are."""
+    pool = _pool()
+    medians = [statistics.median(samples) for samples in pool]
+    spread = 100 * statistics.stdev(medians) / statistics.mean(medians)
+    for tool, (distribution, count, judge) in GATES.items():
+        if distribution and absent("gates", distribution):
+            yield from absent("gates", distribution)
+            continue
+        for factor in SLOWER:
+            random = np.random.default_rng(1)
+            alarms = 0
+            for _ in range(PAIRS):
+                chosen = random.permutation(len(pool))[: 2 * count]
+                a = [pool[index] for index in chosen[:count]]
+                b = [[factor * value for value in pool[index]] for index in chosen[count:]]
+                alarms += judge(a, b)
+            quantity = "identical code" if factor == 1.0 else f"{100 * (factor - 1):.0f} % slower"
+            yield Score(
+                section="gates", tool=tool, work=f"{name(CELLS[0])}, {count} process{'es' * (count > 1)} a side",
+                quantity=quantity, value=100 * alarms / PAIRS, unit="% called slower",
+                note=f"processes of the pool spread by {spread:.1f} %",
+            )  # fmt: skip
+
+
+def _pool() -> Samples:
+    method_name, impl, tokens, mode = CELLS[0]
+    method = reload(f"ctxbench.implementations.{method_name}")
+    cell = Cell(method=method_name, impl=impl, seq_len=tokens, mode=mode, threads=THREADS, position=method.positions[0])
+    protocol = Protocol(sample_budget_s=0.2)
+    task = Task(kind="time", cell=cell, origin=f"ctxbench.implementations.{method_name}", protocol=protocol)
+    with Server("timing", THREADS) as server:
+        outcomes = [server.submit(task, 60.0) for _ in range(POOL)]
+    return [outcome.samples.samples for outcome in outcomes if outcome.samples is not None]
+
+
+def _ours(a: Samples, b: Samples) -> bool:
+    cell = Cell(method="pool", impl="i", seq_len=1)
+    sides = []
+    for label, samples in (("a", a), ("b", b)):
+        medians = [statistics.median(values) for values in samples]
+        latency = Latency(
+            median=statistics.median(medians), low=min(medians), high=max(medians), samples=samples,
+            n_processes=len(samples),
+        )  # fmt: skip
+        row = row_for(cell, "ok", latency_s=latency, gate=Gate(ok=True))
+        machine = {"environment": {"cpu": {"model": "pool", "cores_usable": 1}}}
+        sides.append(Side(Run(Path("/nowhere") / label, (row,), machine)))
+    return compare(*sides).cells[0].verdict is Verdict.SLOWER
+
+
+def _median_5_percent(a: Samples, b: Samples) -> bool:
+    """``--benchmark-compare-fail=median:5%`` on one process a side."""
+    return statistics.median(b[0]) > 1.05 * statistics.median(a[0])
+
+
+def _asv(a: Samples, b: Samples) -> bool:
+    """``asv continuous`` with its default factor of 1.1 and its own test."""
+    from asv._stats import is_different
+    from asv_runner.statistics import compute_stats
+
+    one, two = ([value for samples in side for value in samples] for side in (a, b))
+    (_, left), (_, right) = compute_stats(one, 1), compute_stats(two, 1)
+    return bool(is_different(one, two, left, right)) and statistics.median(two) > 1.1 * statistics.median(one)
+
+
+GATES: dict[str, tuple[str, int, Callable[[Sequence, Sequence], bool]]] = {
+    "ctxbench": ("", 8, _ours),
+    "pytest-benchmark": ("pytest-benchmark", 1, _median_5_percent),
+    "asv": ("asv", 2, _asv),
+}
