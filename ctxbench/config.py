@@ -19,7 +19,7 @@ from ctxbench.suite import Layer, Limits, Suite, Values
 from ctxbench.units import parse_bytes, parse_fraction, parse_seconds
 
 AUTO = "auto"
-FASTEST = "fastest"  # of a method's impls: its portable fast path, else its oracle
+FASTEST = "fastest"  # of a method's impls, see ``Method.fastest``
 BUDGET_S = {"cpu": 600.0, "cuda": 540.0}
 _T = TypeVar("_T")
 

@@ -187,6 +187,7 @@ class Impl:
         modes: modes it runs in; empty means all that the method has.
         positions: position encodings it takes; empty means all that the method takes.
         support: ``f(dims, params, device, dtype) -> Support`` or its ``"module:attribute"``, for anything finer.
+        faster_in: dtypes in which it is faster than ``blocked``, so that ``fastest`` means it wherever it is supported.
         defects: for ``as_written`` only: what the literal sketch gets wrong, as ``{probe: explanation}``. A probe is
             one of ``agreement, causality, batch_independence, receptive_field, state``. Such an impl is not compared
             with the reference; the gate demands instead that exactly these probes fail.
@@ -201,6 +202,7 @@ class Impl:
     modes: tuple[str, ...] = ()
     positions: tuple[str, ...] = ()
     support: Callable[..., Support] | str | None = None
+    faster_in: tuple[str, ...] = ()
     defects: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
@@ -305,6 +307,18 @@ class Method:
         """Name of the impl that all others are compared with: ``reference``, or the first one."""
         names = [impl.name for impl in self.impls]
         return "reference" if "reference" in names else names[0]
+
+    @property
+    def portable(self) -> str:
+        """Name of the fast path that runs everywhere: ``blocked``, or the oracle where there is none."""
+        return "blocked" if any(impl.name == "blocked" for impl in self.impls) else self.oracle
+
+    def fastest(self, mode: str, dims: Dims, params: Params, device: str, dtype: str) -> str:
+        """Name of the impl that ``fastest`` means for a cell: one that says so, else the portable one."""
+        for impl in self.impls:
+            if dtype in impl.faster_in and self.impl_support(impl, mode, dims, params, device, dtype):
+                return impl.name
+        return self.portable
 
     def fewest_layers(self, params: Params) -> int:
         """The fewest layers the method can have with these parameters."""

@@ -158,7 +158,7 @@ def _cells(config: Config, method: Method) -> Iterator[Cell]:
         )  # fmt: skip
         for impl, mode, device, batch, width, heads, layers, ffn, causal, position, seq_len in axes:
             for dtype in config.dtype:
-                yield Cell(
+                cell = Cell(
                     method=method.name,
                     impl=impl,
                     mode=mode,
@@ -176,6 +176,21 @@ def _cells(config: Config, method: Method) -> Iterator[Cell]:
                     params=params,
                     threads=threads,
                 )
+                if impl == FASTEST:
+                    cell = _fastest(cell, method)
+                    if f"-{cell.impl}" in config.impls:
+                        continue
+                yield cell
+
+
+def _fastest(cell: Cell, method: Method) -> Cell:
+    """The cell with an impl for ``fastest``, which depends on its dtype, mode and device."""
+    try:
+        params, dims = cell.params_for(method), cell.dims
+    except ValueError:  # values out of range; the support check of the cell says so
+        return msgspec.structs.replace(cell, impl=method.portable)
+    impl = method.fastest(cell.mode, dims, params, cell.device, cell.dtype)
+    return msgspec.structs.replace(cell, impl=impl)
 
 
 def _parameters(config: Config, method: Method) -> Iterator[tuple[dict[str, Any], int | None]]:
@@ -196,8 +211,6 @@ def _impl_names(chosen: list[str], method: Method) -> list[str]:
     for name in chosen if not chosen[0].startswith("-") else ["all", *chosen]:
         if name in ("all", AUTO):
             wanted += own
-        elif name == FASTEST:
-            wanted.append("blocked" if "blocked" in own else method.oracle)
         elif name.startswith("-"):
             wanted = [other for other in wanted if other != name[1:]]
         else:

@@ -125,10 +125,11 @@ def peak_equals_formula(case: Case) -> str:
                 seq_len=length, causal=case.dims.causal, position=case.dims.position, num_layers=layers
             )
             sized = replace(ordinary, dims=dims)
-            if not sized.supports(mode, dtype="fp32"):
+            dtype = next((dtype for dtype in ("fp32", "bf16") if sized.supports(mode, dtype=dtype)), None)
+            if dtype is None:
                 continue
-            formula = _value(_cost(sized, mode, dims).peak_bytes, sized, dims)
-            seen = _traced(sized, dims, mode).peak_bytes
+            formula = _value(_cost(sized, mode, dims).peak_bytes, sized, dims, dtype)
+            seen = _traced(sized, dims, mode, dtype).peak_bytes
             error = abs(seen - formula) / formula if formula else float(seen > 0)
             require(
                 error <= PEAK, expected=f"a {mode} peak of {formula:,} bytes within 3 %",
@@ -206,8 +207,8 @@ def _counted(case: Case, dims: Dims, mode: str) -> Trace:
     return meter.result()
 
 
-def _traced(case: Case, dims: Dims, mode: str) -> Trace:
-    result = trace(case.method, dims, case.params, case.impl, mode, "fp32", case.device)
+def _traced(case: Case, dims: Dims, mode: str, dtype: str = "fp32") -> Trace:
+    result = trace(case.method, dims, case.params, case.impl, mode, dtype, case.device)
     if result.untraceable:
         not_applicable(f"cannot be traced: {result.untraceable}")
     return result

@@ -112,3 +112,26 @@ def test_a_suite_with_a_wrong_key_names_it(ctxbench: Callable[..., Any], tmp_pat
     assert result.code == 2
     assert "unknown field `btach`" in result.err
     assert "batch_size" in result.err
+
+
+def test_the_fastest_impl_depends_on_the_dtype(ctxbench: Callable[..., Any]) -> None:
+    arguments = (
+        "plan",
+        "--methods",
+        "rmt,longformer",
+        "--seq",
+        "1k",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32,bf16",
+        "--json",
+    )
+    cells = ctxbench(*arguments, "--impls", "fastest").json["cells"]
+    assert {(cell["method"], cell["dtype"], cell["impl"]) for cell in cells} == {
+        ("rmt", "fp32", "blocked"), ("rmt", "bf16", "slabs"),
+        ("longformer", "fp32", "blocked"), ("longformer", "bf16", "blocked"),
+    }  # fmt: skip
+    without = ctxbench(*arguments, "--impls", "fastest,-slabs").json["cells"]
+    assert {cell["impl"] for cell in without} == {"blocked"}
+    assert len(without) == 3
