@@ -26,6 +26,11 @@ METHOD = Method(
             note="fused attention inside a block",
         ),
         Impl(
+            "slabs", run=f"{__name__}.slabs:attend", devices=("cpu",), dtypes=("bf16", "fp64"),
+            modes=("forward", "train", "stream"), positions=("none", *ROPE), faster_in=("bf16",),
+            note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
+        ),
+        Impl(
             "diagonal", run=f"{__name__}.blocked:attend", support=f"{__name__}.params:diagonal_support",
             note="as blocked, but block t of layer l together with block t + 1 of layer l - 1; variant layer",
         ),

@@ -9,6 +9,7 @@ from sympy import Expr, Integer, Min, Piecewise, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
+from ctxbench.implementations._shared.products_forms import scratch
 
 b, k = param("block_len"), param("num_states")
 WHOLE = floor(T / b)
@@ -47,10 +48,12 @@ def _block(impl: str, n: Expr, outputs: Expr, cached: bool) -> Expr:
 
 
 def _core(impl: str, n: Expr | int, keys: Expr) -> Expr:
-    """Scores twice with mask and its inverse, or with the output; fused: the output and its statistics."""
+    """Scores twice with mask and its inverse, or with the output; fused: the output and its statistics, or buffers."""
     n = sympify(n)
     if impl in ("blocked", "triton"):
         return row(n) + 4 * B * h * n
+    if impl == "slabs":
+        return row(n) + scratch(n, keys)
     return 2 * tensor(B, h, n, keys) + n * keys + largest(n * keys, row(n))
 
 

@@ -28,6 +28,15 @@ METHOD = Method(
             note="all segments choose at once and are stacked into the batch of one fused attention",
         ),
         Impl(
+            "slabs",
+            run=f"{__name__}.slabs:attend",
+            devices=("cpu",),
+            dtypes=("bf16", "fp64"),
+            modes=("forward", "train", "stream"),
+            faster_in=("bf16",),
+            note="plain products by slabs of queries: the schedule of blocked, for bf16",
+        ),
+        Impl(
             "triton",
             run=f"{__name__}.triton:attend",
             needs=("triton",),

@@ -66,11 +66,17 @@ def _own(layer: Any, x: torch.Tensor, fill: int) -> tuple[torch.Tensor, torch.Te
 
 def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: Found | None = None) -> torch.Tensor:
     """The last key is the last query's own; what is ``found`` stands in front and is seen by all."""
-    if found is not None:
-        k, v = (torch.cat((old, own), dim=2) for old, own in zip(found, (k, v), strict=True))
+    k, v = joined(k, v, found)
     m, K = q.shape[2], k.shape[2]
     visible = torch.ones(m, K, dtype=torch.bool, device=q.device).tril(K - m) if m > 1 else None
     return scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
+def joined(k: torch.Tensor, v: torch.Tensor, found: Found | None) -> Found:
+    """Own keys and values behind what is ``found``."""
+    if found is None:
+        return k, v
+    return torch.cat((found[0], k), dim=2), torch.cat((found[1], v), dim=2)
 
 
 def _attend_segments(

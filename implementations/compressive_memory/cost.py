@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, Rational, ceiling, floor
+from collections.abc import Callable
+
+from sympy import Expr, Integer, Min, ceiling, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.flash_table import BACKWARD
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor, triangle
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, slab_pairs
 from ctxbench.implementations.compressive_memory import peaks
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.implementations.compressive_memory.sizes import (
@@ -29,10 +30,10 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: CompressiveM
     """One impl in one mode; None for the sketch, whose work depends on what it finds most similar."""
     if impl == "as_written":
         return None
-    flops = _forward(mode, params, rectangles=impl != "triton")
-    algorithmic = _forward(mode, params, rectangles=False)
+    own = {"slabs": slab_pairs, "triton": triangle}.get(impl, lambda n: n * n)
+    flops, algorithmic = _forward(mode, params, own), _forward(mode, params, triangle)
     if mode == "train":
-        core = {"reference": Integer(2), "blocked": FUSED_BACKWARD, "triton": Rational(BACKWARD)}[impl]
+        core = core_backward(impl)
         flops, algorithmic = (_trained(*pair, params) for pair in ((flops, core), (algorithmic, Integer(2))))
     state = made(T, WHOLE * S) + 2 * (retrieved(WHOLE) * N + REST)
     return Cost(
@@ -45,9 +46,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: CompressiveM
     )
 
 
-def _forward(mode: str, params: CompressiveMemoryParams, rectangles: bool) -> dict[str, Expr]:
-    """By term; ``rectangles``: also the pairs of a segment that a causal query cannot see."""
-    own = (lambda n: n * n) if rectangles else triangle
+def _forward(mode: str, params: CompressiveMemoryParams, own: Callable[[Expr], Expr]) -> dict[str, Expr]:
+    """By term; ``own``: pairs of n tokens of a segment among themselves."""
     if mode == "decode":
         tokens: Expr = Integer(1)
         pairs = retrieved(WHOLE) * N + REST + 1

@@ -9,6 +9,7 @@ from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, f, h
 from ctxbench.cost.terms import largest, tensor
+from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.implementations.compressive_memory.sizes import (
     ARRIVING,
@@ -34,9 +35,9 @@ def peak(impl: str, mode: str, params: CompressiveMemoryParams) -> Expr:
     compresses = params.compressed_len > 0
     if mode == "decode":
         return _decode(compresses)
-    if impl == "blocked":
+    if impl != "reference":
         stacked = {"forward": _stacked_forward, "stream": _stacked_stream, "train": _stacked_train}
-        return stacked[mode](compresses)
+        return stacked[mode](impl, compresses)
     if mode == "stream":
         return _stream()
     return _forward(compresses) if mode == "forward" else _train(compresses)
@@ -92,10 +93,12 @@ def _stream() -> Expr:
     return largest(Min(WHOLE, 1) * call(S, WHOLE - 1, True), Min(REST, 1) * call(REST, WHOLE, False))
 
 
-def _stacked(count: Expr | int, queries: Expr, found: Expr) -> Expr:
-    """``count`` segments in the batch of one fused attention: operands, output, and the mask twice."""
-    mask = queries * (found + queries)
+def _stacked(impl: str, count: Expr | int, queries: Expr, found: Expr) -> Expr:
+    """``count`` segments in the batch of one attention: operands, output, and the mask twice or buffers."""
     operands = 3 * row(count * queries) + 2 * row(count * (found + queries)) + row(count * queries)
+    if impl == "slabs":
+        return operands + scratch(queries, found + queries, B * count)
+    mask = queries * (found + queries)
     return operands + mask + tensor(queries, found + queries) + 4 * B * h * count * queries
 
 
@@ -107,17 +110,17 @@ def _last_run(compresses: bool) -> Expr:
     return largest(WHOLE - first, 1)
 
 
-def _stacked_forward(compresses: bool) -> Expr:
+def _stacked_forward(impl: str, compresses: bool) -> Expr:
     """Normed input, its copy as memory, entries, outputs so far, and the last and largest run of equal segments."""
     count = _last_run(compresses)
     made = N * compressions((WHOLE - 1) * S) if compresses else Integer(0)
     found = N * retrieved(WHOLE - 1)
-    run = _stacked(count, S, found) + 2 * row(count * found) + SEVERAL * row(count * S)
+    run = _stacked(impl, count, S, found) + 2 * row(count * found) + SEVERAL * row(count * S)
     mixing = row(T) + row(WHOLE * S) + row(made) + row((WHOLE - count) * S) + run
     return largest(Min(WHOLE, 1) * mixing, 3 * row(T), _feed(T)) + Min(L - 1, 1) * row(T)
 
 
-def _stacked_train(compresses: bool) -> Expr:
+def _stacked_train(impl: str, compresses: bool) -> Expr:
     """As in the reference, but of the scores only a mask for each form of segment is kept."""
     segments = ceiling(T / S)
     found = N * retrieved_before(segments)
@@ -125,7 +128,9 @@ def _stacked_train(compresses: bool) -> Expr:
     width = N * retrieved(WHOLE - 1) + S
     masks = tensor(S, S) + Min(WHOLE - 1, 1 + compresses) * tensor(S, width)
     run = S * _last_run(compresses)
-    saved = 4 * row(T) + 2 * row(T + found) + 2 * row(found) + masks + statistics + 4 * B * h * T
+    saved = 3 * row(T) + 2 * row(T + found) + 2 * row(found) + statistics
+    if impl == "blocked":  # each run's output beside the joined one
+        saved += row(T) + masks + 4 * B * h * T
     saved += SEVERAL * row(run)  # of a batch of several, stacking copies
     if compresses:
         made = N * compressions((segments - 1) * S)
@@ -135,11 +140,13 @@ def _stacked_train(compresses: bool) -> Expr:
     network = layer + row(T) + hidden + tensor(d, f)
     residual = Min(f, 1) * row(T)  # where a network's gradient passed it
     attention = saved + row(T) + residual + row(run) + 2 * row(run / S * width) + 2 * tensor(d, f)
+    if impl == "slabs":
+        attention += backward_scratch(S, width, B * run / S)
     attention += SEVERAL * row(run) + 2 * Min(REST, 1) * row(T)  # an unfinished segment's gradient is padded to all
     return (L - 1) * (layer + row(T)) + largest(attention, Piecewise((network, f > 0), (Integer(0), True)))
 
 
-def _stacked_stream(compresses: bool) -> Expr:
+def _stacked_stream(impl: str, compresses: bool) -> Expr:
     """As in the reference, with old and new rows joined before the segment is computed."""
 
     def call(tokens: Expr, number: Expr, whole: bool) -> Expr:
@@ -150,7 +157,7 @@ def _stacked_stream(compresses: bool) -> Expr:
         joined = row(Min(begin, R) + tokens)
         if compresses and whole:
             joined += row(Min(C, N * compressions(begin)) + S / RATE)
-        stages = [row(tokens) + joined + _stacked(1, tokens, found), new + _feed(tokens)]
+        stages = [row(tokens) + joined + _stacked(impl, 1, tokens, found), new + _feed(tokens)]
         if whole:  # input, output, all items in one tensor, the question, then items with their keys and values
             items = joined if compresses else Integer(0)
             stages.append(2 * row(tokens) + joined + items + row(S) + 4 * row(N * retrieved(number + 1)))

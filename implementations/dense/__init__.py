@@ -22,6 +22,7 @@ METHOD = Method(
             devices=("cpu",),
             dtypes=("bf16", "fp64"),
             support=f"{__name__}.params:slabs_support",
+            faster_in=("bf16",),
             note="plain products by slabs of queries: bf16 at twice the fused kernel's speed",
         ),
         Impl(

@@ -25,6 +25,15 @@ METHOD = Method(
         ),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="fused attention, one null slot for all empty ones"),
         Impl(
+            "slabs",
+            run=f"{__name__}.slabs:OPERATORS",
+            devices=("cpu",),
+            dtypes=("bf16", "fp64"),
+            modes=("forward", "train", "stream"),
+            faster_in=("bf16",),
+            note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
+        ),
+        Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",
             needs=("triton",),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sympy import Expr, Integer, Min, Rational, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, f, h
-from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, tensor, when_ffn
+from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, tensor, triangle, when_ffn
 from ctxbench.implementations._shared.flash_table import BACKWARD, DQ_ALONE
-from ctxbench.implementations._shared.forms import core_backward, position_parameters, replayed
+from ctxbench.implementations._shared.forms import core_backward, position_parameters, replayed, slab_pairs
 from ctxbench.implementations.melodi.params import MelodiParams
 from ctxbench.implementations.melodi.peaks import FULL, M, P, S, U, W, peak
 from ctxbench.method import ROPE
@@ -59,7 +60,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
     handed = L * S + has_long * P  # slots a window hands on, over all layers
     algorithmic = {
         "projections": L * B * call.asking * row_forward,
-        "attention": L * attention(_pairs(call, executed=False)),
+        "attention": L * attention(_pairs(call, triangle)),
         "recall": has_long * attention(_recalled(call, null=0)),
         "ffn": L * ffn(call.asking),
         "mixing": linear(B * call.handed_on * (W + U), handed + (L - 1) * U, d),
@@ -67,8 +68,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
     }
     flops = dict(algorithmic)
     if kernels != "triton":
-        flops["attention"] = L * attention(_pairs(call, executed=True))
-        flops["recall"] = has_long * attention(_recalled(call, null=1) if impl == "blocked" else call.asking * M)
+        flops["attention"] = L * attention(_pairs(call, {"slabs": slab_pairs}.get(impl, lambda n: n**2)))
+        nulls = {"blocked": 1, "slabs": 2}.get(impl)
+        flops["recall"] = has_long * attention(call.asking * M if nulls is None else _recalled(call, nulls))
     if mode == "train":
         core, any_closed = core_backward(kernels), Min(call.closed, 1)
         first = any_closed * (W + U) + (1 - any_closed) * T  # rows of the first window
@@ -90,12 +92,11 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
     )
 
 
-def _pairs(call: Windows, executed: bool) -> Expr:
-    """Pairs inside windows, short-term memory included; no row sees itself. ``executed``: the whole rectangle."""
+def _pairs(call: Windows, of: Callable[[Expr], Expr]) -> Expr:
+    """Pairs inside windows, short-term memory included; no row sees itself. ``of``: n rows and themselves."""
 
     def window(rows: Expr, fill: Expr) -> Expr:
-        own = rows * (rows - 1)
-        return rows * (S + fill) + (own if executed else own / 2)
+        return rows * (S + fill) + of(rows) - rows
 
     return call.closed * window(W + U, Integer(0)) + window(call.rows, call.fill)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sympy import Expr, Integer, Min, Piecewise, ceiling, floor, sympify
+from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
+from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
 from ctxbench.implementations.melodi.params import MelodiParams
 
 W, U, S, M, P = (param(name) for name in ("window", "summary_tokens", "short_slots", "long_slots", "long_per_window"))
@@ -21,15 +22,20 @@ ROWS = W + U
 class Form(NamedTuple):
     """What decides the structure of a peak: the impl; 0 or 1: a long-term memory, a norm in the last mixing."""
 
-    reference: bool
+    impl: str
     has_long: int
     norm_last: int
+
+    @property
+    def reference(self) -> bool:
+        """Whether all scores are kept."""
+        return self.impl == "reference"
 
 
 def peak(impl: str, mode: str, params: MelodiParams) -> Expr:
     """Bytes of one impl in one mode."""
     same = params.summary_tokens == params.short_slots > 0
-    form = Form(impl == "reference", 1 if params.long_slots else 0, 1 if same else 0)
+    form = Form(impl, 1 if params.long_slots else 0, 1 if same else 0)
     return {"forward": _forward, "stream": _stream, "decode": _decode, "train": _train}[mode](form)
 
 
@@ -70,9 +76,15 @@ def _layer(form: Form, rows: Expr, windows: Expr, fill: Expr | int = 0, kept: in
         own = 3 * seen + bias(rows, keys) / e
         memory = 2 * row(M) + row(M - there) + 2 * tensor(B, h, rows, M) + row(rows)
     else:
-        own = row(rows) + 4 * B * h * rows
         is_partly = some(windows) * (1 - Min(floor(windows / sympify(FULL)), 1))
-        memory = is_partly * 2 * row(there + 1) + 2 * row(rows) + 4 * B * h * rows
+        if form.impl == "slabs":
+            own = row(rows) + scratch(rows, keys)
+            nulls = 2
+            beside = some(windows) * scratch(rows, there + is_partly * nulls, causal=False)
+        else:
+            own = row(rows) + 4 * B * h * rows
+            nulls, beside = 1, 4 * B * h * rows
+        memory = is_partly * 2 * row(there + nulls) + 2 * row(rows) + beside
     attending = operands + (largest(own, memory) if form.has_long else own)
     feeding = 2 * row(rows) + when_ffn(2 * tensor(B, rows, f)) + 2 * kept * row(keys)
     return largest(attending, feeding)
@@ -153,13 +165,14 @@ def _train(form: Form) -> Expr:
     def scores(rows: Expr) -> tuple[Expr, Expr]:
         """Kept for backward by a layer, and by its recall."""
         if not form.reference:
-            return Integer(0), 4 * B * h * rows * form.has_long
+            return Integer(0), 4 * B * h * rows * form.has_long if form.impl == "blocked" else Integer(0)
         seen = 2 * tensor(B, h, rows, S + rows) + h * rows * (S + rows)
         return seen, form.has_long * tensor(B, h, rows, M) + memory
 
     def window(rows: Expr, mixed: int) -> Expr:
         """Kept by all layers for a window; ``mixed``: it hands slots on."""
-        norms = 2 * mixed * (L - 1 + form.norm_last) * row(rows)
+        mixing = mixed * (L - 1 + form.norm_last)
+        norms = 2 * mixing * row(rows) + _upcast(rows) * (L * Piecewise((4, f > 0), (3, True)) + mixing)
         width = Piecewise((14, f > 0), (11, True)) * row(rows) + tensor(B, rows, f)
         small = 2 * row(S) + mixed * 5 * row(S) + 2 * e * B * h * rows
         own, recall = scores(rows)
@@ -171,6 +184,8 @@ def _train(form: Form) -> Expr:
         own, recall = scores(rows)
         if form.reference:
             made = largest(tensor(B, h, rows, S + rows), form.has_long * tensor(B, h, rows, M)) * 2
+        elif form.impl == "slabs":
+            made = backward_scratch(rows, S + rows) + (Max(e, 4) + e) * h * rows * (S + rows)
         else:
             made = 3 * tensor(B, h, rows, S + rows)
         lower = (L - 1) * (window(rows, 0) - form.has_long * 2 * row(rows) - recall) / L
@@ -182,6 +197,11 @@ def _train(form: Form) -> Expr:
         (closed - 1) * window(ROWS, 1) + attention(ROWS, closed) + biases[1] + e * (2 * d * f + 3 * d**2)
     )
     return row(T) + largest(in_rest, in_closed)
+
+
+def _upcast(rows: Expr) -> Expr:
+    """What a root-mean-square norm keeps in fp32 of an input in less."""
+    return Piecewise((4 * B * rows * d, e < 4), (Integer(0), True))
 
 
 def _slots(form: Form, windows: Expr) -> Expr:

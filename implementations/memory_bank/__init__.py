@@ -32,6 +32,16 @@ METHOD = Method(
             note="fused attention, whole segments at once up to the read, one bank row projected each write",
         ),
         Impl(
+            "slabs",
+            run=f"{__name__}.slabs:run",
+            devices=("cpu",),
+            dtypes=("bf16", "fp64"),
+            modes=("forward", "train", "stream"),
+            positions=("none", *ROPE),
+            faster_in=("bf16",),
+            note="plain products by slabs of queries: the schedule of blocked, for bf16",
+        ),
+        Impl(
             "triton",
             run=f"{__name__}.triton:run",
             needs=("triton",),

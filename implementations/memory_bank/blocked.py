@@ -124,11 +124,12 @@ def _with_bank(
 
 
 def gated_read(
-    layer: MemoryBankLayer, bank: Bank, x: torch.Tensor, query: torch.Tensor, half: torch.Tensor
-) -> torch.Tensor:
-    """``x`` and what its queries read, as much as the gate lets through."""
+    layer: MemoryBankLayer, bank: Bank, x: torch.Tensor, query: torch.Tensor, half: torch.Tensor,
+    attend: Callable[..., torch.Tensor] = scaled_dot_product_attention,
+) -> torch.Tensor:  # fmt: skip
+    """``x`` and what its queries read, as much as the gate lets through; ``attend(q, k, v)`` sees every slot."""
     q, k, v = (split_heads(part, layer.num_heads) for part in (query, bank.read_keys, bank.read_values))
-    read = layer.read_o(merge_heads(scaled_dot_product_attention(q, k, v)))
+    read = layer.read_o(merge_heads(attend(q, k, v)))
     gate = torch.sigmoid(half + linear(read, layer.gate.weight[:, x.shape[2] :]))
     return torch.addcmul(x, gate, read)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sympy import Expr, Integer, Max, Rational, ceiling, floor
+from sympy import Expr, Integer, Max, ceiling, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, e
-from ctxbench.cost.terms import FUSED_BACKWARD, attention, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.flash_table import BACKWARD
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters, slab_pairs
+from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor, triangle
+from ctxbench.implementations._shared.forms import (
+    block_ffn,
+    block_parameters,
+    core_backward,
+    position_parameters,
+    slab_pairs,
+)
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.implementations.memory_bank.peaks import REST, WHOLE, M, S, peak
 
@@ -34,13 +39,13 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
         "bank": L * linear(M, d, 2 * d) if mode != "decode" else Integer(0),  # the initial one, once for all rows
     }
     flops = dict(algorithmic)
-    if impl == "blocked" and position in ("t5", "alibi"):
+    if impl == "slabs" or (impl == "blocked" and position in ("t5", "alibi")):
         flops["attention"] = L * attention(_pairs(mode, slab_pairs))
     if impl == "reference":
         flops["attention"] = L * attention(_pairs(mode, lambda n: n**2))
         flops["write"] = L * writes * (row_write + linear(B * (M - 1), d, 2 * d))  # every row projected
     if mode == "train":
-        core = {"blocked": FUSED_BACKWARD, "triton": Rational(BACKWARD)}.get(impl, 2)
+        core = core_backward(impl)
         fused = ("attention", "read_attention")
         flops = {term: forward * (1 + core if term in fused else 3) for term, forward in flops.items()}
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}

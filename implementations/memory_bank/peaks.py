@@ -12,6 +12,7 @@ from sympy import Expr, Integer, Max, Min, Mod, Piecewise, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor
+from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
 
 M = param("num_slots")
 S = param("segment_len")
@@ -27,13 +28,14 @@ def peak(impl: str, mode: str, argmax: bool, writes: Expr) -> Expr:
     if impl == "as_written":
         return _sketch_train() if mode == "train" else _sketch_forward()
     if mode == "train":
-        return _blocked_train(argmax, writes) if impl == "blocked" else _reference_train(writes)
-    if impl == "blocked":
-        fixed, piece, extra = 3, _after_self_attention, 0
-    else:
+        return _reference_train(writes) if impl == "reference" else _blocked_train(impl, argmax, writes)
+    fixed, piece, extra = 3, _after_self_attention, 0
+    if impl == "reference":
         fixed, piece, extra = 0, _reference_piece, 1
+    elif impl == "slabs":
+        piece = _after_self_attention_by_slabs
     if mode == "forward":
-        return _forward(fixed, piece, extra, writes)
+        return _forward(impl, fixed, piece, extra, writes)
     if mode == "stream":
         return _stream(fixed, piece, extra)
     return _decode(impl, writes)
@@ -54,6 +56,11 @@ def _after_self_attention(n: Expr | int) -> Expr:
     return largest(3 * row(n), 2 * row(n) + 2 * tensor(B, n, f))
 
 
+def _after_self_attention_by_slabs(n: Expr | int) -> Expr:
+    """The same, or the read."""
+    return largest(_after_self_attention(n), row(n) + scratch(n, M, causal=False))
+
+
 def _reference_piece(n: Expr | int) -> Expr:
     """Reference, one piece, its output included: self-attention's, the read's or the feed-forward network's worst."""
     mask = sympify(n) ** 2  # of one byte each, and its complement where scores are masked
@@ -65,10 +72,11 @@ def _reference_piece(n: Expr | int) -> Expr:
     )
 
 
-def _forward(fixed: int, piece: Piece, extra: int, writes: Expr) -> Expr:
+def _forward(impl: str, fixed: int, piece: Piece, extra: int, writes: Expr) -> Expr:
     """``fixed`` rows of all tokens live through the loop; outputs collect, and are joined at the end."""
     last = T - S * writes  # tokens since the last write
-    stacked = (4 + some(B - 1) * some(REST)) * row(T - REST) + 4 * B * h * T if fixed else Integer(0)
+    beside = scratch(S, S, B * WHOLE) if impl == "slabs" else 4 * B * h * T  # buffers, or log-sum-exp
+    stacked = (4 + some(B - 1) * some(REST)) * row(T - REST) + beside if fixed else Integer(0)
     held = (1 - extra) * 2 * row(REST)  # keys and values of the last, unfinished segment
     loop = (
         fixed * row(T)
@@ -117,13 +125,14 @@ def _decode(impl: str, writes: Expr) -> Expr:
     return kept + largest(step, writes * (5 * SLAB + caches + 8 * row(1)))
 
 
-def _blocked_train(argmax: bool, writes: Expr) -> Expr:
+def _blocked_train(impl: str, argmax: bool, writes: Expr) -> Expr:
     """The last layer's forward at its last write or its end, or its backward through a feed-forward network or a write.
 
     Backward walks the loop from its end: what the last piece kept is gone when the whole segment before it is reached.
     """
     in_loop = Piecewise((5 * row(1) + 2 * tensor(B, f), f > 0), (3 * row(1), True))  # a token's, kept for backward
-    statistics = (8 * h + Piecewise((24, f > 0), (16, True))) * B  # log-sum-exps and norms, fp32
+    by_slabs = 1 if impl == "slabs" else 0
+    statistics = (8 * h * (1 - by_slabs) + Piecewise((24, f > 0), (16, True))) * B  # log-sum-exps and norms, fp32
     small = writes * (10 * row(1) + (tensor(B, M) if argmax else 0))
     slabs = 4 if argmax else 2  # a write's, kept for backward
     restacked = some(B - 1) * some(REST) * some(WHOLE - 1) * row(T - REST)
@@ -140,6 +149,13 @@ def _blocked_train(argmax: bool, writes: Expr) -> Expr:
     ]
     # The loop is done: gradients of all that was prepared before it, next to what that kept.
     stages.append(T * (8 * row(1) + statistics) + (4 + some(REST)) * row(T) + 14 * e * d * d + 4 * SLAB)
+    if by_slabs:  # the read of the last piece or a whole one, and self-attention of all whole segments
+        held = row(T) + until_last + gradients + 2 * SLAB
+        stages.append(held + 6 * row(last) + backward_scratch(last, M, causal=False))
+        whole = 3 * row(last) + 6 * row(S) - S * in_loop + 2 * SLAB + backward_scratch(S, M, causal=False)
+        stages.append(some(WHOLE) * some(REST) * (held + whole))
+        itself = backward_scratch(S, S, B * WHOLE) + 3 * row(WHOLE * S)
+        stages.append(T * (6 * row(1) + statistics) + (2 + some(REST)) * row(T) + 14 * e * d * d + 4 * SLAB + itself)
     if argmax:
         stages.append(some(writes) * (row(T) + 4 * row(last) + gradients + 6 * SLAB + until_last))
     return (L - 1) * (layer + row(T)) + largest(*stages)

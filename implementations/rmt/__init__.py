@@ -25,6 +25,15 @@ METHOD = Method(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores of a segment, with a mask"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention, no mask; the same loop over segments"),
         Impl(
+            "slabs",
+            run=f"{__name__}.slabs:attend",
+            devices=("cpu",),
+            dtypes=("bf16", "fp64"),
+            modes=("forward", "train", "stream"),
+            faster_in=("bf16",),
+            note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
+        ),
+        Impl(
             "triton",
             run=f"{__name__}.triton:attend",
             needs=("triton",),

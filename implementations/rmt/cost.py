@@ -7,7 +7,7 @@ from sympy import Expr, Integer, Min, Mod, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_parameters, core_backward, replayed
+from ctxbench.implementations._shared.forms import block_parameters, core_backward, replayed, slab_pairs
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.implementations.rmt.peaks import REST, M, S, peak
 
@@ -64,10 +64,11 @@ def _segment_pairs(tokens: Expr, writes: Expr, full: bool, how: str) -> Expr:
     rows = M + tokens + writes
     if how == "reference":
         return rows**2
+    causal = slab_pairs if how == "slabs" else triangle
     if not full:
-        return triangle(rows)
-    reads = M**2 if how == "blocked" else M**2 - triangle(M)  # fused: next to the causal product, not instead of it
-    return triangle(M + tokens) + reads + writes * rows
+        return causal(rows)
+    reads = M**2 if how in ("blocked", "slabs") else M**2 - triangle(M)  # next to the causal product, not instead of it
+    return causal(M + tokens) + reads + writes * rows
 
 
 def _unread_pairs(begun: Expr, full: bool) -> Expr:

@@ -10,6 +10,7 @@ from sympy import Expr, Integer, Min, Mod, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
+from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
 
 M = param("num_memory")
 S = param("segment_len")
@@ -43,9 +44,9 @@ def _mixing(impl: str, n: Expr, K: Expr, full: bool, fresh: bool) -> Expr:
 
     ``fresh``: keys and values are the piece's own, so it has read tokens, and heads lie strided.
     """
-    if impl in FUSED:
+    if impl != "reference":
         joined = row(2 * n + (M if fresh else 0)) if full else row(n)
-        return largest(joined, row(n) + 4 * B * h * n)
+        return largest(joined, row(n) + (scratch(n, K) if impl == "slabs" else 4 * B * h * n))
     copied = some(B - 1) * row(K) if fresh else Integer(0)  # strided heads of several rows: no batch of matrices
     return 2 * tensor(B, h, n, K) + largest(row(n) + copied, n * K)
 
@@ -105,14 +106,18 @@ def _train(impl: str, full: bool) -> Expr:
     if impl in FUSED:
         return joined
     top = e * d * d + when_ffn(2 * e * d * f)  # gradients of weights, as far as they are there
-    last = saved + row(T) + _softmax(M + rest, rest) + top
-    earlier = written * whole + row(T) + row(M + rest) + _softmax(S + 2 * M, S + M) + L * (top + 3 * e * d * d)
+    last = saved + row(T) + _softmax(impl, M + rest, rest) + top
+    earlier = written * whole + row(T) + row(M + rest) + _softmax(impl, S + 2 * M, S + M) + L * (top + 3 * e * d * d)
     return largest(joined, last, some(written) * earlier)
 
 
-def _softmax(n: Expr, left: Expr) -> Expr:
-    """Two gradients of scores and one of the residual; what the layer's later part had kept is free again."""
-    return 2 * tensor(B, h, n, n) + row(left) - 2 * row(left) - _network(left) - 8 * B * left
+def _softmax(impl: str, n: Expr, left: Expr) -> Expr:
+    """Two gradients of scores and one of the residual; what the layer's later part had kept is free again.
+
+    Slabs have buffers in place of the first two, and gradients of what was mixed and of queries, keys and values.
+    """
+    made = 4 * row(n) + backward_scratch(n, n) if impl == "slabs" else 2 * tensor(B, h, n, n)
+    return made + row(left) - 2 * row(left) - _network(left) - 8 * B * left
 
 
 def _network(rows: Expr) -> Expr:
@@ -126,6 +131,8 @@ def _saved(impl: str, full: bool, n: Expr, left: Expr) -> Expr:
     if impl == "reference":
         mixing = mixing + tensor(B, h, n, n) + n**2
         unread = row(n - left)  # what was mixed is copied without them
+    elif impl == "slabs":
+        unread = Integer(0)
     else:
         mixing = mixing + 4 * B * h * n + (row(n + M) + 4 * B * h * M if full else 0)
         unread = Integer(0)

@@ -1,0 +1,169 @@
+"""Attention by plain products: the operator, the impls that stand on it, and what ``fastest`` means."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ctxbench.cost import evaluate, total
+from ctxbench.cost.symbols import bindings
+from ctxbench.cost.trace import trace
+from ctxbench.implementations._shared import fused, products
+from ctxbench.implementations._shared.products_forms import backward_scratch, product_pairs, scratch
+from ctxbench.implementations.melodi import reference as melodi_reference
+from ctxbench.implementations.melodi import slabs as melodi_slabs
+from ctxbench.method import Dims
+from ctxbench.registry import discover
+from ctxbench.workload import as_output
+
+METHODS = {method.name: method for method in discover()}
+BY_SLABS = ("block_state", "compressive_memory", "melodi", "memory_bank", "rmt")
+SHAPES = {  # queries, keys, causal, with a bias
+    "whole": (300, 300, True, False),
+    "after a prefix": (300, 421, True, False),
+    "first query blind": (300, 299, True, True),
+    "all seen": (257, 60, False, False),
+    "biased": (130, 130, False, True),
+    "one query": (1, 5, True, True),
+    "one blind query": (1, 0, True, True),
+}
+
+
+def operands(queries: int, keys: int) -> list[torch.Tensor]:
+    """``q, k, v: [2, 3, t, 8]`` as projections leave them: heads inside."""
+    generator = torch.Generator().manual_seed(queries + keys)
+    lengths = (queries, keys, keys)
+    drawn = (torch.randn(2, n, 3, 8, dtype=torch.float64, generator=generator) for n in lengths)
+    return [x.transpose(1, 2).requires_grad_() for x in drawn]
+
+
+def expected(q, k, v, causal, bias, scale):
+    n, K = q.shape[2], k.shape[2]
+    scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    scores = scores if bias is None else scores + bias
+    seen = torch.ones(n, K, dtype=torch.bool).tril(K - n) if causal else torch.ones(n, K, dtype=torch.bool)
+    return (scores.masked_fill(~seen, -1e300).softmax(dim=3) * seen) @ v
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("budget", [1 << 20, 2 * 128 * 300, 7000], ids=["one part", "a row", "a head"])
+def test_products_equal_the_whole_rectangle_with_all_gradients(shape, budget, monkeypatch):
+    monkeypatch.setattr(products, "SLAB", budget)
+    n, K, causal, biased = shape
+    inputs = operands(n, K)
+    bias = torch.randn(3, n, K, dtype=torch.float64).requires_grad_() if biased else None
+    scale = 0.7 if biased else None
+    mine, theirs = (f(*inputs, causal, bias, scale) for f in (products.attend, expected))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    inputs += [bias] if biased else []
+    grad = torch.randn_like(theirs)
+    for ours, other in zip(
+        torch.autograd.grad(mine, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
+
+
+def test_only_the_first_query_may_see_no_key():
+    with pytest.raises(ValueError, match="received 5 queries and 3 keys"):
+        products.attend(*operands(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"), [(1, 1, True), (200, 200, True), (200, 331, True), (9, 4, False)]
+)
+def test_fused_attention_is_causal_at_the_lower_right(queries, keys, causal):
+    inputs = operands(queries, keys)
+    torch.testing.assert_close(fused.attend(*inputs, causal), expected(*inputs, causal, None, None), rtol=0, atol=1e-12)
+
+
+def test_rounding_is_that_of_bf16_scores():
+    """Against exact scores, no worse than three times the fused kernel."""
+    inputs = operands(300, 421)
+    exact = expected(*inputs, True, None, None)
+    low = [x.detach().bfloat16() for x in inputs]
+    errors = [(f(*low, True).double() - exact).square().mean().sqrt() for f in (products.attend, fused.attend)]
+    assert errors[0] < 3 * errors[1]
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
+@pytest.mark.parametrize(("queries", "keys", "heads"), [(512, 512, 4), (300, 832, 8), (2049, 2049, 8)])
+def test_work_and_buffers_are_those_of_the_formulas(queries, keys, heads, train):
+    from ctxbench.cost.symbols import B, d, e, h
+    from ctxbench.cost.trace import Meter
+
+    q, k, v = (torch.randn(2, heads, t, 16).bfloat16().requires_grad_(train) for t in (queries, keys, keys))
+    with Meter() as forward:
+        out = products.attend(q, k, v)
+    sizes = {B: 2, d: heads * 16, h: heads, e: 2}
+    pairs = product_pairs(queries, keys)
+    assert forward.result().flops == 4 * 2 * heads * 16 * pairs
+    buffers = int(scratch(queries, keys).subs(sizes))
+    assert forward.result().peak_bytes == pytest.approx(buffers + out.nbytes, rel=0.01)
+    if train:
+        with Meter() as backward:
+            out.backward(out.detach())
+        assert backward.result().flops == 10 * 2 * heads * 16 * pairs
+        gradients = q.nbytes + k.nbytes + v.nbytes
+        buffers = int(backward_scratch(queries, keys).subs(sizes))
+        assert backward.result().peak_bytes == pytest.approx(buffers + gradients, rel=0.02)
+
+
+@pytest.mark.parametrize("empty", [1, 2, 3, 100, 4095, 4096, 10**6])
+def test_null_scores_add_up_in_bf16(empty):
+    scores = torch.tensor(melodi_slabs.null_scores(empty), dtype=torch.bfloat16).double()
+    assert float(scores.exp().sum()) == pytest.approx(empty, rel=2e-3)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 37])
+def test_null_slots_stand_for_all_empty_ones(empty):
+    q, k, v = operands(5, 9)
+    found, wanted = (each.recall(q, k, v, empty) for each in (melodi_slabs, melodi_reference))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BY_SLABS)
+def test_slabs_equal_the_reference_over_segments_of_several_slabs(name):
+    method = METHODS[name]
+    segment = {method.segment: 256}
+    params = method.params().replace(**segment)
+    dims = Dims(seq_len=800, d_model=16, num_heads=2, d_ff=0, num_layers=1, position=method.positions[0])
+    x, found = torch.randn(1, 800, 16, dtype=torch.float64), []
+    for impl in ("reference", "slabs"):
+        torch.manual_seed(0)
+        module, own = method.make(dims, params, impl, "cpu", torch.float64), x.clone().requires_grad_()
+        y = as_output(module(own)).y
+        y.backward(x.flip(1))
+        found.append([y.detach(), own.grad, *(p.grad for p in module.parameters() if p.grad is not None)])
+    for ours, other in zip(*found, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-9 * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize("name", BY_SLABS)
+@pytest.mark.parametrize("mode", ["forward", "train", "stream"])
+def test_formulas_of_slabs_hold_in_bf16_with_several_layers_and_an_unfinished_segment(name, mode):
+    method = METHODS[name]
+    params, position = method.params(), method.positions[0]
+    dims = Dims(seq_len=4200, batch_size=1, d_model=64, num_heads=4, num_layers=2, d_ff=256, position=position)
+    cost, seen = method.cost_of("slabs", mode, True, position, params), trace(
+        method, dims, params, "slabs", mode, "bf16")  # fmt: skip
+    values = bindings(dims, params, 2, method.segment_len(params))
+    assert evaluate(total(cost.flops), values) == seen.flops
+    if cost.peak_bytes is not None:
+        assert seen.peak_bytes == pytest.approx(evaluate(cost.peak_bytes, values), rel=0.03)
+
+
+@pytest.mark.parametrize("name", [*BY_SLABS, "dense"])
+def test_fastest_is_slabs_in_bf16_on_cpu_alone(name):
+    method = METHODS[name]
+    dims = Dims(seq_len=1024, position=method.positions[0])
+
+    def fastest(device: str, dtype: str, mode: str = "forward") -> str:
+        return method.fastest(mode, dims, method.params(), device, dtype)
+
+    assert fastest("cpu", "bf16") == fastest("cpu", "bf16", "train") == "slabs"
+    assert fastest("cpu", "fp32") == fastest("cuda", "bf16") == fastest("cpu", "fp64") == "blocked"
+    if name != "dense":
+        assert fastest("cpu", "bf16", "decode") == "blocked"
+    assert math.prod(impl.name == "slabs" for impl in method.impls if impl.faster_in) == 1
