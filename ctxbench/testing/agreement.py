@@ -46,8 +46,9 @@ def equivalences(case: Case) -> str:
 
 
 def _shared_positions(case: Case, other: Method) -> list[str]:
-    """Positions that both methods take; of those that differ in a table of constants, one."""
-    both = [name for name in case.method.positions if name in other.positions]
+    """Positions that the impl and the other method take; of those that differ in a table of constants, one."""
+    own = case.method.impl(case.impl).positions or case.method.positions
+    both = [name for name in case.method.positions if name in own and name in other.positions]
     both = [name for name in both if not (name.startswith("rope_") and "rope" in both)]
     return both or [case.dims.position]
 
