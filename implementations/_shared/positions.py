@@ -253,11 +253,12 @@ class RelativeTerm(Position):
         self.content_bias = nn.Parameter(torch.empty(dims.num_heads, dims.head_dim).normal_(std=0.02))
         self.position_bias = nn.Parameter(torch.empty(dims.num_heads, dims.head_dim).normal_(std=0.02))
 
-    def keys(self, farthest: int, nearest: int) -> torch.Tensor:
-        """``W R`` for the distances i - j from ``farthest`` down to ``nearest``: ``[H, farthest - nearest + 1, D]``."""
+    def keys(self, first: int, last: int) -> torch.Tensor:
+        """``W R`` for the distances i - j from ``first`` to ``last``, falling or rising: ``[H, distances, D]``."""
         weight = self.r.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
-        distance = torch.arange(farthest, nearest - 1, -1, device=weight.device, dtype=exact)
+        step = -1 if last < first else 1
+        distance = torch.arange(first, last + step, step, device=weight.device, dtype=exact)
         rows = sinusoids(distance, weight.shape[1]).to(weight.dtype)
         return self.r(rows).unflatten(1, (self.num_heads, -1)).transpose(0, 1)
 

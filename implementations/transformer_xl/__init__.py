@@ -29,6 +29,15 @@ METHOD = Method(
         Impl("reference", run=f"{__name__}.reference:attend", note="the published loop over segments"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="all segments at once, shift without a copy"),
         Impl(
+            "triton",
+            run=f"{__name__}.triton:attend",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "train", "stream"),
+            support=f"{__name__}.params:triton_support",
+            note="fused kernels of our own, all segments in one launch; one token is faster by blocked's projections",
+        ),
+        Impl(
             "as_written",
             run=f"{__name__}.as_written:SketchStack",
             support=f"{__name__}.params:sketch_support",

@@ -13,6 +13,7 @@ from sympy import Expr, Integer, Max, Min, Piecewise, Rational, ceiling, floor, 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
 from ctxbench.cost.terms import linear, projections, tensor, triangle, window_pairs
+from ctxbench.implementations._shared import relative_table
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
 from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.implementations.transformer_xl import peak
@@ -21,7 +22,12 @@ from ctxbench.implementations.transformer_xl.params import TransformerXLParams
 S, M = param("segment_len"), param("mem_len")
 WHOLE = floor(T / S)
 REST = T - WHOLE * S
-BACKWARD = {"reference": 2, "blocked": Rational(8, 3), "as_written": 2}  # of the attention products, per forward
+BACKWARD = {  # of the attention products, per forward
+    "reference": 2,
+    "blocked": Rational(8, 3),
+    "triton": Rational(relative_table.BACKWARD, relative_table.FORWARD),
+    "as_written": 2,
+}
 
 
 class Segments(NamedTuple):
@@ -83,11 +89,14 @@ def _algorithmic(mode: str, params: TransformerXLParams) -> dict[str, Expr]:
         keys = _state_rows(params) + 1
         pairs = Min(keys, M) if params.same_length else keys
         return _terms(projections(1), Integer(0), 6 * B * d * pairs, Integer(1))
+    return _terms(projections(T), linear(_longest(params), d, d), 6 * B * d * _visible(params), T)
+
+
+def _visible(params: TransformerXLParams) -> Expr:
+    """Pairs of a query and a key that it sees, over the whole sequence."""
     if params.same_length:
-        pairs = window_pairs(T, M) if params.start == "empty" else T * M
-    else:
-        pairs = sum(part.visible for part in _sequence(params))
-    return _terms(projections(T), linear(_longest(params), d, d), 6 * B * d * pairs, T)
+        return window_pairs(T, M) if params.start == "empty" else T * M
+    return sum((part.visible for part in _sequence(params)), Integer(0))
 
 
 def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]:
@@ -108,6 +117,13 @@ def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]
     if impl == "reference":
         pairs, keys = sum(part.rectangles for part in parts), sum(part.keys for part in parts)
         return _terms(_projected(tokens, keys), linear(keys, d, d), 6 * B * d * pairs, tokens)
+    if impl == "triton":
+        keys, distances = sum(part.keys for part in parts), _longest(params)
+        if mode != "stream":
+            keys = T + (M if params.start == "zeros" else 0)
+        return _terms(
+            _projected(T, keys), linear(keys if mode == "stream" else distances, d, d), 6 * B * d * _visible(params), T
+        )
     if mode == "stream":
         calls = [_call(part, params) for part in parts]
         sums = [sum(terms) for terms in zip(*calls, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ctxbench.implementations._shared import relative_table
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 
@@ -49,6 +50,11 @@ def reach(dims: Dims, params: TransformerXLParams, i: int) -> frozenset[int]:
             lowest -= lowest % params.segment_len + params.mem_len
         lowest = max(lowest, 0)
     return frozenset(range(lowest, i + 1))
+
+
+def triton_support(dims: Dims, params: TransformerXLParams, device: str, dtype: str) -> Support:
+    """What the kernels of the relative term hold in registers; they take every variant of the method."""
+    return relative_table.support(dims, dtype)
 
 
 def sketch_support(dims: Dims, params: TransformerXLParams, device: str, dtype: str) -> Support:

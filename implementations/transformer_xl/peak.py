@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 def forward(impl: str, shape: Shape) -> Expr:
     """Above input and incoming state; the layers before hold one row each time, the input of the layer."""
     row = tensor(B, shape.tokens, d)
-    mixing = {"reference": _loop, "blocked": _one_shot, "as_written": _sketch}[impl](shape)
+    mixing = {"reference": _loop, "blocked": _one_shot, "triton": _fused, "as_written": _sketch}[impl](shape)
     return largest(mixing, 3 * row, _feed(shape.tokens)) + Min(L - 1, 1) * row
 
 
@@ -58,7 +58,7 @@ def decode(impl: str, shape: Shape) -> Expr:
 def _continued(impl: str, shape: Shape, after: Expr) -> Expr:
     """A call that continues: new states of the layers before, and the widest place of the last layer."""
     state = tensor(B, after, d)
-    mixing = {"reference": _loop, "blocked": _one_shot, "as_written": _sketch_joined}[impl](shape)
+    mixing = {"reference": _loop, "blocked": _one_shot, "triton": _fused, "as_written": _sketch_joined}[impl](shape)
     if impl == "blocked":
         mixing = Piecewise((_token(shape), shape.tokens <= 1), (mixing, True))
     carried = Min(L - 1, 1) * tensor(B, shape.tokens, d)
@@ -68,7 +68,12 @@ def _continued(impl: str, shape: Shape, after: Expr) -> Expr:
 def train(impl: str, shape: Shape) -> Expr:
     """Gradients at the two widest places of the last layer's backward pass: feed-forward network and attention."""
     row, hidden = tensor(B, shape.tokens, d), tensor(B, shape.tokens, f)
-    saved, extra = {"reference": _loop_train, "blocked": _one_shot_train, "as_written": _sketch_train}[impl](shape)
+    saved, extra = {
+        "reference": _loop_train,
+        "blocked": _one_shot_train,
+        "triton": _fused_train,
+        "as_written": _sketch_train,
+    }[impl](shape)
     normed = row + STATISTICS * shape.tokens  # the sum a norm was taken of, with its statistics
     mixed = saved + row + normed  # attention, the heads' output, the first norm
     whole = mixed + Piecewise((row + hidden + normed, f > 0), (Integer(0), True))
@@ -89,6 +94,12 @@ def _one_shot(shape: Shape) -> Expr:
     """Both queries, keys, values, output, distances, and the widest block."""
     streams = 3 * tensor(B, shape.tokens, d) + 2 * tensor(B, shape.past + shape.tokens, d)
     return streams + _joined(shape) + tensor(shape.memory + shape.rows, d) + _block(shape, 2) + BLOCK**2
+
+
+def _fused(shape: Shape) -> Expr:
+    """Queries, keys, values, output and distances; a log-sum-exp a row and head in float32."""
+    streams = 2 * tensor(B, shape.tokens, d) + 2 * tensor(B, shape.past + shape.tokens, d)
+    return streams + _joined(shape) + tensor(shape.memory + shape.rows, d) + 4 * B * h * shape.tokens
 
 
 def _joined(shape: Shape) -> Expr:
@@ -149,6 +160,14 @@ def _one_shot_train(shape: Shape) -> tuple[Expr, Expr]:
     gradients = 3 * row + 4 * stream + distances  # of the output, the queries, the streams twice, the distances
     copies = Min(B - 1, 1) * 4 * stream  # a batch of several turns its streams back
     return saved, gradients + largest(_block(shape, 3), 2 * stream + copies)
+
+
+def _fused_train(shape: Shape) -> tuple[Expr, Expr]:
+    """Saved: queries, keys, values, distances, log-sum-exp. Extra: the gradients of all, of keys and values twice."""
+    row, stream = tensor(B, shape.tokens, d), tensor(B, shape.past + shape.tokens, d)
+    distances = tensor(shape.memory + shape.rows, d)
+    saved = row + 2 * stream + _joined(shape) + distances + 4 * B * h * shape.tokens
+    return saved, 3 * row + 6 * stream + distances + 4 * tensor(d)  # a product of each kind too
 
 
 def _loop_train(shape: Shape) -> tuple[Expr, Expr]:

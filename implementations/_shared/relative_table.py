@@ -1,0 +1,130 @@
+"""Launch parameters, limits and counts of the kernels in ``relative_kernels``; neither torch nor triton here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ctxbench.implementations._shared import lines
+from ctxbench.implementations._shared.flash_table import padded
+from ctxbench.implementations._shared.lines import Line
+from ctxbench.method import DTYPE_BYTES, YES, Dims, Support, no
+
+FORWARD = 3  # products of a visible pair: contents, distances, values
+# dQ: scores again with one new block of distances, dP, and two parts of dQ. By keys: scores with both blocks, dP, dV,
+# dK. By distances: both blocks of keys for scores and for dP, the distances themselves, dR.
+BACKWARD = 5 + 6 + 6
+ENDLESS = 1 << 30  # rows of a segment that never ends
+KERNELS = ("forward", "dq", "dkv", "dr")
+WIDEST = {2: 64, 4: 32}  # channels of a head by bytes of an element: beyond them, registers spill
+MOST_HEADS = 65535  # blocks along the second axis of a grid
+
+
+class Tile(NamedTuple):
+    """Side of a tile, warps and pipeline stages of one launch."""
+
+    side: int
+    warps: int
+    stages: int
+
+
+class Stair(NamedTuple):
+    """Who sees what, as plain integers: one argument of the operators.
+
+    Row i of T stands at row ``i + past`` of the keys and lies ``(i + phase) mod segment`` rows into its segment. It
+    sees the keys from ``memory`` rows before its segment on, or, where ``band``, its last ``memory`` ones; up to
+    itself, or all later ones where not ``causal``. ``nearest`` is the first distance that has a key of its own.
+    Entries: ``known`` ones exist before the rows, one more for each ``rate`` rows that leave the memory; the last
+    ``capacity`` of them are seen.
+    """
+
+    segment: int = ENDLESS
+    memory: int = 0
+    past: int = 0
+    phase: int = 0
+    band: int = 0
+    causal: int = 1
+    nearest: int = 0
+    known: int = 0
+    capacity: int = 0
+    rate: int = 1
+
+
+# By bytes of an element and padded head width, in the order of KERNELS: without entries, and with them, where a second
+# loop takes registers too. A side of 64 is what a Hopper's own matrix instruction needs; other kernels would spill.
+PLAIN = (Tile(32, 4, 2), Tile(32, 4, 2), Tile(32, 4, 2), Tile(32, 4, 2))
+WIDE = (Tile(64, 4, 2), *PLAIN[1:])
+SMALL = (Tile(32, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2))
+LAST_SMALL = (*PLAIN[:3], Tile(16, 4, 2))
+Pair = tuple[tuple[Tile, ...], tuple[Tile, ...]]
+CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
+    90: {
+        (2, 16): (WIDE, PLAIN),
+        (2, 32): (WIDE, PLAIN),
+        (2, 64): (WIDE, LAST_SMALL),
+        (4, 16): (SMALL, SMALL),
+        (4, 32): (SMALL, SMALL),
+    },
+    80: {
+        (2, 16): (PLAIN, PLAIN),
+        (2, 32): (PLAIN, PLAIN),
+        (2, 64): (PLAIN, LAST_SMALL),
+        (4, 16): (SMALL, SMALL),
+        (4, 32): (SMALL, SMALL),
+    },
+}
+
+
+def tile(kernel: str, width: int, itemsize: int, architecture: int, far: bool) -> Tile:
+    """The shipped launch parameters of one kernel; KeyError for a head or dtype that none takes."""
+    return CONFIGS[architecture][itemsize, padded(width)][far][KERNELS.index(kernel)]
+
+
+def support(dims: Dims, dtype: str) -> Support:
+    """Whether the kernels take heads of this width in this dtype; fp64 has no matrix instructions in Triton."""
+    taken = [name for name, size in DTYPE_BYTES.items() if size in WIDEST]
+    if dtype not in taken:
+        return no(f"the kernels of the relative term compute in {', '.join(taken)}, not in {dtype}")
+    widest, heads = WIDEST[DTYPE_BYTES[dtype]], dims.batch_size * dims.num_heads
+    if dims.head_dim > widest:
+        return no(
+            f"in {dtype} the kernels of the relative term hold heads of at most {widest} channels, "
+            f"received {dims.head_dim}: a wider one would spill registers"
+        )
+    if heads > MOST_HEADS:
+        return no(f"the kernels of the relative term take at most {MOST_HEADS} heads in a batch, received {heads}")
+    return YES
+
+
+def visible_pairs(rows: int, keys: int, stair: Stair) -> int:
+    """How many pairs of a row and a key or entry that it sees there are."""
+    if stair.band:
+        low = Line(base=stair.past - stair.memory + 1)
+    else:
+        base = stair.past - stair.phase - stair.memory
+        low = Line(stair.segment, stair.segment, stair.phase, base)
+    near = lines.visible_pairs(rows, keys, low, Line(base=stair.past + 1) if stair.causal else None)
+    return near + sum(
+        entries * (min(end, rows) - max(begin, 0)) for begin, end, entries in _segments(rows, stair) if entries
+    )
+
+
+def _segments(rows: int, stair: Stair) -> list[tuple[int, int, int]]:
+    """First row, one past the last, and entries seen, of every segment; none where no entries are."""
+    if not stair.capacity:
+        return []
+    found = []
+    for begin in range(-stair.phase, rows, stair.segment):
+        left = max(0, begin + stair.past - stair.memory)
+        found.append((begin, begin + stair.segment, min(stair.capacity, stair.known + left // stair.rate)))
+    return found
+
+
+def row_parts(distances: int, rows: int, heads: int, stair: Stair, side: int) -> int:
+    """Over how many programs the segments of one tile of distances are spread, so that a device is full: 512 programs.
+
+    A fixed number of the sizes alone, so that a sum has the same order everywhere.
+    """
+    if stair.band:
+        return 1
+    segments = (rows - 1 + stair.phase) // stair.segment + 1
+    return max(1, min(segments, 512 // (-(-distances // side) * heads)))
