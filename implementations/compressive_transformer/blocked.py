@@ -17,19 +17,29 @@ from ctxbench.implementations._shared.staircase import Far
 
 def attend(layer: Any, x: torch.Tensor, state: Any, keep: bool) -> tuple[torch.Tensor, Any]:
     """Heads merged, before the output projection: ``[B, T, d_model]``; arguments as in the reference."""
-    params, T, known = layer.params, x.shape[1], state.hidden.shape[1]
+    return one_shot(layer, x, state, keep, _staircase)
+
+
+def one_shot(layer: Any, x: torch.Tensor, state: Any, keep: bool, operator: Any) -> tuple[torch.Tensor, Any]:
+    """The same, with ``operator(layer, x, rows, geometry, entries or None) -> [B, T, d_model]`` for the attention."""
+    params, known = layer.params, state.hidden.shape[1]
     rows = torch.cat((state.hidden, x), dim=1) if known else x
     begin = known - state.phase  # row at which the first, then the last segment of the call begins
     begin += (rows.shape[1] - 1 - begin) // params.segment_len * params.segment_len
     left = max(0, begin - params.mem_len)
     far = _joined(layer, state.compressed, rows[:, :left])
-    if T == 1 and not torch.is_grad_enabled():
-        mixed = attend_token(layer, x, torch.cat((far, rows), dim=1) if far.shape[1] else rows)
-    else:
-        known_entries = Far(state.compressed.shape[1], params.compressed_len, params.rate)
-        geometry = Geometry(params.segment_len, params.mem_len, False, known, state.phase, known_entries)
-        mixed = attend_staircase(layer, x, rows, geometry, far if far.shape[1] else None)
+    known_entries = Far(state.compressed.shape[1], params.compressed_len, params.rate)
+    geometry = Geometry(params.segment_len, params.mem_len, False, known, state.phase, known_entries)
+    mixed = operator(layer, x, rows, geometry, far if far.shape[1] else None)
     return mixed, _after(layer, rows.detach(), left, far, state) if keep else None
+
+
+def _staircase(
+    layer: Any, x: torch.Tensor, rows: torch.Tensor, geometry: Geometry, far: torch.Tensor | None
+) -> torch.Tensor:
+    if x.shape[1] == 1 and not torch.is_grad_enabled():
+        return attend_token(layer, x, rows if far is None else torch.cat((far, rows), dim=1))
+    return attend_staircase(layer, x, rows, geometry, far)
 
 
 def _after(layer: Any, rows: torch.Tensor, left: int, far: torch.Tensor, state: Any) -> Any:

@@ -9,12 +9,17 @@ from sympy import Expr, Integer, Max, Piecewise, Rational, ceiling, floor
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, e, h
 from ctxbench.cost.terms import linear, linear_parameters, projections, tensor
+from ctxbench.implementations._shared import relative_table
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
 from ctxbench.implementations.compressive_transformer import peaks, sizes
 from ctxbench.implementations.compressive_transformer.params import DILATIONS, KERNEL, CompressiveTransformerParams
 from ctxbench.implementations.compressive_transformer.sizes import LAST, ONE, RATE, WHOLE, S, Segments
 
-BACKWARD = {"reference": 2, "blocked": Rational(8, 3)}  # of the attention products, per forward
+BACKWARD = {  # of the attention products, per forward
+    "reference": 2,
+    "blocked": Rational(8, 3),
+    "triton": Rational(relative_table.BACKWARD, relative_table.FORWARD),
+}
 
 
 class Work(NamedTuple):
@@ -92,15 +97,15 @@ def _work(impl: str, mode: str, params: CompressiveTransformerParams) -> Work:
     parts = sizes.sequence()
     if mode == "stream":
         gone = sizes.evicted(WHOLE * S)
-        work = _segment_by_segment(parts) if impl == "reference" else _calls(parts)
+        work = _segment_by_segment(parts) if impl == "reference" else _calls(parts, impl)
         return work._replace(compression=_compress(gone, params))
     gone = sizes.evicted(LAST)
     if impl == "reference":
         return _segment_by_segment(parts)._replace(compression=_compress(gone, params))
-    pairs = sum(part.blocks for part in parts)
+    pairs = sum(part.visible if impl == "triton" else part.blocks for part in parts)
     entries = linear(B * gone / RATE, d, 2 * d) if params.compressed_len else Integer(0)
     whole = Work(projections(T), entries, linear(sizes.longest(), d, d), 6 * B * d * pairs, _compress(gone, params))
-    if mode == "train":
+    if mode == "train" or impl == "triton":
         return whole
     return _either(T, _single(Segments(ONE, ONE, Integer(0))), whole)
 
@@ -113,12 +118,13 @@ def _segment_by_segment(parts: tuple[Segments, ...]) -> Work:
     return Work(projected, Integer(0), linear(keys, d, d), 6 * B * d * pairs, Integer(0))
 
 
-def _calls(parts: tuple[Segments, ...]) -> Work:
+def _calls(parts: tuple[Segments, ...], impl: str) -> Work:
     """The one-shot form a segment a call: each projects what its state brings."""
     found = []
     for part in parts:
-        work = _segment_by_segment((part,))._replace(attention=6 * B * d * part.blocks)
-        found.append(_either(part.rows, _single(part), work))
+        pairs = part.visible if impl == "triton" else part.blocks
+        work = _segment_by_segment((part,))._replace(attention=6 * B * d * pairs)
+        found.append(work if impl == "triton" else _either(part.rows, _single(part), work))
     return Work(*(sum(terms) for terms in zip(*found, strict=True)))
 
 

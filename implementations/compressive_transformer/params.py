@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ctxbench.implementations._shared import relative_table
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 TRAINED = ("conv", "dilated_conv")  # compressions that have weights
@@ -76,3 +77,9 @@ def blocked_support(dims: Dims, params: CompressiveTransformerParams, device: st
     if params.compression == "most_used" and params.compressed_len:
         return no("most_used keeps what earlier segments attended to, so segments can only follow one another")
     return YES
+
+
+def triton_support(dims: Dims, params: CompressiveTransformerParams, device: str, dtype: str) -> Support:
+    """What all segments at once allow, and what the kernels of the relative term hold in registers."""
+    at_once = blocked_support(dims, params, device, dtype)
+    return relative_table.support(dims, dtype) if at_once else at_once

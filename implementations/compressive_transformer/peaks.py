@@ -74,6 +74,8 @@ def _continued(impl: str, call: Call) -> Expr:
 def _mixing(impl: str, call: Call) -> Expr:
     if impl == "reference":
         return _loop(call)
+    if impl == "triton":
+        return _fused(call)
     return Piecewise((_token(call), call.tokens <= 1), (_one_shot(call), True))
 
 
@@ -99,6 +101,13 @@ def _one_shot(call: Call) -> Expr:
     streams = 3 * tensor(B, call.tokens, d) + 2 * tensor(B, call.past + call.tokens, d)
     far = 2 * tensor(B, entries, d) + tensor(B, call.made, d)
     return streams + _joined(call) + far + tensor(call.before + call.rows, d) + _block(call, 2) + BLOCK**2
+
+
+def _fused(call: Call) -> Expr:
+    """Queries, keys, values, output, entries with their keys and values, distances; the log-sum-exp in float32."""
+    streams = 2 * tensor(B, call.tokens, d) + 2 * tensor(B, call.past + call.tokens, d)
+    far = 2 * tensor(B, call.known + call.made, d) + tensor(B, call.made, d)
+    return streams + _joined(call) + far + tensor(call.before + call.rows, d) + 4 * B * h * call.tokens
 
 
 def _joined(call: Call) -> Expr:
@@ -131,7 +140,7 @@ def _token(call: Call) -> Expr:
 def _train(impl: str, call: Call, params: CompressiveTransformerParams, weights: Expr) -> Expr:
     """Gradients at the two widest places of the last layer's backward pass: feed-forward network and attention."""
     row, hidden = tensor(B, call.tokens, d), tensor(B, call.tokens, f)
-    saved, extra = _loop_saved(call) if impl == "reference" else _one_shot_saved(call)
+    saved, extra = {"reference": _loop_saved, "blocked": _one_shot_saved, "triton": _fused_saved}[impl](call)
     normed = row + STATISTICS * call.tokens  # the sum a norm was taken of, with its statistics
     mixed = saved + row + normed  # attention, the heads' output, the first norm
     whole = mixed + Piecewise((row + hidden + normed, f > 0), (Integer(0), True))
@@ -163,3 +172,11 @@ def _one_shot_saved(call: Call) -> tuple[Expr, Expr]:
     gradients = 7 * row + 2 * far + distances  # of the output, the queries, the streams twice, the distances
     copies = Min(B - 1, 1) * 4 * row  # a batch of several turns its streams back
     return saved, gradients + largest(_block(call, 3), 2 * row + copies)
+
+
+def _fused_saved(call: Call) -> tuple[Expr, Expr]:
+    """Saved: queries, keys, values, entries, distances, log-sum-exp. Extra: all gradients, keys' and values' twice."""
+    row, far = tensor(B, call.tokens, d), tensor(B, call.made, d)
+    distances = tensor(call.before + call.rows, d)
+    saved = 3 * row + 3 * far + distances + 4 * B * h * call.tokens
+    return saved, 9 * row + 2 * far + distances + 4 * tensor(d)
