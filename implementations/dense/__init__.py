@@ -1,6 +1,6 @@
 """Dense softmax attention: the quadratic baseline that every other method is compared with."""
 
-from ctxbench.method import POSITIONS, ROPE, Claim, Impl, Method, Paper
+from ctxbench.method import POSITIONS, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="dense",
@@ -30,7 +30,7 @@ METHOD = Method(
             run=f"{__name__}.triton:attend",
             needs=("triton",),
             devices=("cuda",),
-            positions=("none", "t5", "alibi", *ROPE),
+            positions=POSITIONS,
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own; a decoded token's keys are split over the device",
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, floor
+from sympy import Expr, Integer, Min, Rational, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h
@@ -15,6 +15,7 @@ from ctxbench.cost.terms import (
     tensor,
     when_ffn,
 )
+from ctxbench.implementations._shared import relative_table
 from ctxbench.implementations._shared.forms import (
     block_parameters,
     block_terms,
@@ -55,12 +56,14 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         executed = visible if impl in FUSED else T * T
     algorithmic, flops = block_terms(tokens, visible), block_terms(tokens, executed)
     if relative:
-        needed, projected, by_distance = _relative(mode, causal, slabs, executed)
+        needed, projected, by_distance = _relative(impl, mode, causal, slabs, executed)
         algorithmic |= {"distances": L * linear(needed, d, d), "positions": L * 2 * B * d * visible}
         flops |= {"distances": L * linear(projected, d, d), "positions": L * 2 * B * d * by_distance}
     if mode == "train":
         core = {"reference": 2, "triton": core_backward("triton", position)}.get(impl, FUSED_BACKWARD)
         factor = {"attention": 1 + core, "positions": 4 if slabs else 3, "distances": 2}  # the table is a constant
+        if relative and impl == "triton":
+            factor["attention"] = factor["positions"] = 1 + Rational(relative_table.BACKWARD, relative_table.FORWARD)
         algorithmic = {term: (2 if term == "distances" else 3) * forward for term, forward in algorithmic.items()}
         flops = {term: factor.get(term, 3) * forward for term, forward in flops.items()}
     return Cost(
@@ -72,7 +75,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
     )
 
 
-def _relative(mode: str, causal: bool, slabs: bool, executed: Expr) -> tuple[Expr, Expr, Expr]:
+def _relative(impl: str, mode: str, causal: bool, slabs: bool, executed: Expr) -> tuple[Expr, Expr, Expr]:
     """Distances needed, distances projected, and (query, distance) products of Transformer-XL's term."""
     if mode == "decode":
         return T + 1, T + 1, executed
@@ -84,7 +87,7 @@ def _relative(mode: str, causal: bool, slabs: bool, executed: Expr) -> tuple[Exp
     if slabs:  # n queries and T keys are n + T - 1 distances
         whole = floor(T / BLOCK)
         return 2 * T - 1, 2 * T - 1, T * (T - 1) + whole * BLOCK**2 + (T - whole * BLOCK) ** 2
-    return 2 * T - 1, 2 * T - 1, T * (2 * T - 1)
+    return 2 * T - 1, 2 * T - 1, executed if impl == "triton" else T * (2 * T - 1)  # two blocks a tile, shared
 
 
 def _streamed_slabs() -> Expr:

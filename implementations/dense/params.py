@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctxbench.implementations._shared import flash_table
+from ctxbench.implementations._shared import flash_table, relative_table
 from ctxbench.method import YES, Dims, Params, Support, no
 
 
@@ -21,7 +21,9 @@ def slabs_support(dims: Dims, params: Params, device: str, dtype: str) -> Suppor
 
 
 def triton_support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
-    """What the flash kernels hold in registers."""
+    """What the flash kernels hold in registers, or those of Transformer-XL's term."""
+    if dims.position == "transformer_xl":
+        return relative_table.support(dims, dtype)
     return flash_table.support(dims, dtype)
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from ctxbench.implementations._shared import relative_fused
 from ctxbench.implementations._shared.decode import decode, is_decoding
-from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations._shared.positions import Position, RelativeTerm
 from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations._shared.ranges import attend as attend_ranges
+from ctxbench.implementations._shared.relative_table import Stair
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position) -> torch.Tensor:
     """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``; the last query stands at the last key."""
+    if isinstance(position, RelativeTerm):
+        T, S = q.shape[2], k.shape[2]
+        nearest = 0 if causal else 1 - T
+        stair = Stair(memory=S - T, past=S - T, causal=int(causal), nearest=nearest)
+        r = position.keys(nearest, S - 1)
+        return relative_fused.relative(q, position.content_bias, position.position_bias, k, v, r, stair)
     bias = None if position is None else position.compact()
     if bias is None and is_decoding(q, k, v):
         return decode(q, k, v, causal=causal)[0]
