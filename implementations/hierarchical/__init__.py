@@ -34,6 +34,16 @@ METHOD = Method(
             "seed: fused attention, branches projected before they are added",
         ),
         Impl(
+            "triton",
+            run=f"{__name__}.triton:OPERATORS",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "train", "stream"),
+            positions=("none", *ROPE),
+            support=f"{__name__}.params:triton_support",
+            note="flash kernels of our own, one launch a scale; scales are merged by their log-sum-exps",
+        ),
+        Impl(
             "as_written",
             run=f"{__name__}.as_written:SketchAttention",
             modes=("forward", "train"),

@@ -35,7 +35,12 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl)
     branched = params.form == "seed" or impl == "as_written"
-    known = position == "none" and not params.disjoint and not (branched and mode in ("stream", "decode"))
+    known = (
+        position == "none"
+        and impl != "triton"
+        and not params.disjoint
+        and not (branched and mode in ("stream", "decode"))
+    )
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
@@ -56,7 +61,9 @@ def _executed(impl: str, mode: str, params: HierarchicalParams) -> dict[str, Exp
         return _branches(cells, [count * span for count, span in zip(cells, params.spans, strict=True)][1:])
     pairs: Expr = Integer(0)
     for scale in params.scales:
-        if mode == "decode":
+        if impl == "triton":
+            pairs += _visible(scale, mode)
+        elif mode == "decode":
             pairs += _visible(scale, mode) if impl == "blocked" else keeps(scale, T) + _new(scale, T, T + 1)
         elif mode == "stream":
             pairs += _streamed_slabs(scale, params) if impl == "blocked" else _streamed_rectangles(scale)

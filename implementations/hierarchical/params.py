@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ctxbench.implementations._shared import flash_table
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 FORMS = ("causal_full", "causal_linear", "seed")
@@ -135,6 +136,11 @@ def _tokens(params: HierarchicalParams, i: int) -> set[int]:
         cells = scale.sees(i)
         seen.update(range(cells.start * scale.span, cells.stop * scale.span))
     return seen
+
+
+def triton_support(dims: Dims, params: HierarchicalParams, device: str, dtype: str) -> Support:
+    """What the flash kernels hold in registers; they take every form."""
+    return flash_table.support(dims, dtype)
 
 
 def sketch_support(dims: Dims, params: HierarchicalParams, device: str, dtype: str) -> Support:

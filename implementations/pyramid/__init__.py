@@ -32,6 +32,16 @@ METHOD = Method(
             note="fused attention at every level; levels are projected before they are repeated",
         ),
         Impl(
+            "triton",
+            run=f"{__name__}.triton:OPERATORS",
+            needs=("triton",),
+            devices=("cuda",),
+            modes=("forward", "train", "stream"),
+            positions=("none", *ROPE),
+            support=f"{__name__}.params:triton_support",
+            note="flash kernels of our own at every level; levels are projected before they are repeated",
+        ),
+        Impl(
             "as_written",
             run=f"{__name__}.as_written:SketchPyramid",
             modes=("forward", "train"),

@@ -41,7 +41,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         flops=flops,
         num_parameters=_parameters(levels, sketch=impl == "as_written") + _tables(levels, position),
         state_bytes=_state(levels, params.pooled_queries) if causal and impl != "as_written" else Integer(0),
-        peak_bytes=peak_bytes(impl, mode, causal, levels) if position == "none" and not params.pooled_queries else None,
+        peak_bytes=peak_bytes(impl, mode, causal, levels)
+        if position == "none" and impl != "triton" and not params.pooled_queries
+        else None,
     )
 
 
@@ -115,6 +117,8 @@ def _visible_pairs(level: int, mode: str, causal: bool) -> Expr:
 
 def _executed_pairs(level: int, impl: str, mode: str, causal: bool) -> Expr:
     """Pairs that are multiplied: masked ones too, unless the fused kernel skips them."""
+    if impl == "triton":
+        return _visible_pairs(level, mode, causal)
     if mode == "stream":
         first = cells_at(level, C, True)  # of the call without a cache, where the fused kernel may skip
         return _streamed_rectangles(level) - (first * (first - 1) / 2 if impl == "blocked" else 0)

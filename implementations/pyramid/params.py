@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ctxbench.implementations._shared import flash_table
 from ctxbench.method import ROPE, YES, Dims, Params, Support, no, param
 
 
@@ -70,6 +71,15 @@ def support(dims: Dims, params: PyramidParams, mode: str) -> Support:
 def reach(dims: Dims, params: PyramidParams, i: int) -> range:
     """Input positions that may influence output ``i``: level 0 alone reaches all that the direction allows."""
     return range(i + 1) if dims.causal else range(dims.seq_len)
+
+
+def triton_support(dims: Dims, params: PyramidParams, device: str, dtype: str) -> Support:
+    """What the flash kernels hold in registers, at every level: heads widen where their number does not halve."""
+    for level in level_dims(dims, params):
+        answer = flash_table.support(level, dtype)
+        if not answer:
+            return answer
+    return YES
 
 
 def sketch_support(dims: Dims, params: PyramidParams, device: str, dtype: str) -> Support:

@@ -23,7 +23,7 @@ def pairs_below(impl: str | None, level: int, mode: str, causal: bool, params: P
         return (after - cells) * after * pool
     if not causal:
         return cells * below
-    if impl is None:
+    if impl in (None, "triton"):
         return pool * triangle(cells)
     if mode == "stream":
         return _streamed(impl, level, pool)

@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 
-from ctxbench.implementations._shared import decode, decode_table, ranges
+from ctxbench.implementations._shared import decode, decode_table, ranges, relative_fused, relative_table
 from ctxbench.implementations._shared.flash_table import Config
 from ctxbench.method import Dims, Method
 from ctxbench.registry import discover
@@ -40,6 +40,29 @@ FORMS = {  # method, position, layers, parameters, lengths
                               "long_per_window": 3}, (1, 53)),
     "melodi, no memory": (
         "melodi", "rope", 1, {"window": 18, "summary_tokens": 0, "short_slots": 0, "long_slots": 0}, (40,)),
+    "transformer_xl": ("transformer_xl", "transformer_xl", 1, {"segment_len": 11, "mem_len": 17}, (1, 37)),
+    "transformer_xl, zeros that are seen": (
+        "transformer_xl", "transformer_xl", 1, {"segment_len": 9, "mem_len": 7, "start": "zeros"}, (20,)),
+    "transformer_xl, as many keys for all": (
+        "transformer_xl", "transformer_xl", 1,
+        {"segment_len": 9, "mem_len": 13, "same_length": True, "clamp_len": 8}, (29,)),
+    "compressive_transformer": (
+        "compressive_transformer", "transformer_xl", 1,
+        {"segment_len": 8, "mem_len": 6, "compressed_len": 5, "rate": 2, "auxiliary": "none"}, (1, 43)),
+    "compressive_transformer, mean": (
+        "compressive_transformer", "transformer_xl", 1,
+        {"segment_len": 6, "mem_len": 3, "compressed_len": 20, "rate": 3, "compression": "mean"}, (31,)),
+    "hierarchical": ("hierarchical", "none", 1, {"window": 9, "pool": 3, "levels": 3, "cells": 4}, (1, 50)),
+    "hierarchical, all cells": (
+        "hierarchical", "rope", 1, {"form": "causal_full", "window": 5, "pool": 2, "levels": 4}, (39,)),
+    "hierarchical, disjoint": (
+        "hierarchical", "none", 1, {"window": 5, "pool": 2, "levels": 3, "cells": 3, "disjoint": True}, (41,)),
+    "hierarchical, seed": ("hierarchical", "none", 1, {"form": "seed", "pool": 2, "levels": 3}, (33,)),
+    "pyramid": ("pyramid", "rope", 3, {"levels": 3}, (1, 43)),
+    "pyramid, pooled queries": ("pyramid", "none", 2, {"levels": 2, "pool": 3, "pooled_queries": True}, (1, 35)),
+    "pyramid, both directions": ("pyramid", "none", 2, {"levels": 2, "pooled_queries": True}, (29,)),
+    "dense, relative": ("dense", "transformer_xl", 1, {}, (1, 37)),
+    "dense, relative, both directions": ("dense", "transformer_xl", 1, {}, (29,)),
     "diagonals": ("segment_recurrent", "none", 3, {"memory_len": 3, "segment_len": 5}, (23,)),
     "diagonals of windows": (
         "melodi", "rope", 4,
@@ -47,8 +70,13 @@ FORMS = {  # method, position, layers, parameters, lengths
         (23,)),
     "diagonals of states": ("block_state", "none", 3, {"block_len": 5, "variant": "layer"}, (18,)),
 }  # fmt: skip
+BIDIRECTIONAL = ("dense, relative, both directions", "hierarchical, seed", "pyramid, both directions")
 IMPLS = dict.fromkeys(("diagonals", "diagonals of windows", "diagonals of states"), "diagonal_triton")
-AGREEMENT_ALONE = ("rmt, gradients cut", "block_state, one state a layer", "block_recurrent, lstm", *IMPLS)
+AGREEMENT_ALONE = (
+    "rmt, gradients cut", "block_state, one state a layer", "block_recurrent, lstm",
+    "transformer_xl, zeros that are seen", "compressive_transformer, mean", "hierarchical, all cells", *BIDIRECTIONAL,
+    *IMPLS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,20 +98,29 @@ def here(method: Method, impl: str) -> Method:
 def main(wanted: list[str]) -> None:
     if INTERPRETED:
         ranges.config = lambda kernel, *_: TILES[kernel]
+        relative_fused.tile = lambda *_: relative_table.Tile(16, 4, 1)
         decode.config = lambda *_: decode_table.Config(16, 16, 4, 1)
     for form in wanted or FORMS:
         name, position, layers, values, lengths = FORMS[form]
         impl = IMPLS.get(form, "triton")
         method = here(discover()[name], impl)
         dims = Dims(
-            seq_len=lengths[-1], batch_size=1, d_model=32, num_heads=2, num_layers=layers, d_ff=0, position=position
+            seq_len=lengths[-1],
+            causal=form not in BIDIRECTIONAL,
+            batch_size=1,
+            d_model=32,
+            num_heads=2,
+            num_layers=layers,
+            d_ff=0,
+            position=position,
         )
         case = Chosen(
             method, impl, method.params().replace(**values), dims, method.modes, "cpu" if INTERPRETED else "cuda",
             chosen=lengths,
         )  # fmt: skip
         others = () if form in AGREEMENT_ALONE else ("streaming_equals_whole", "decode_continues")
-        for law in ("agreement", *others):
+        decoded = not method.impl(impl).modes or "decode" in method.impl(impl).modes
+        for law in ("agreement", *(law for law in others if decoded or law != "decode_continues")):
             finding = LAWS[law](case)
             print(json.dumps([form, law, finding.status, finding.message]), flush=True)
 
