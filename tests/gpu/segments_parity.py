@@ -24,7 +24,7 @@ TILES = {"forward": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1), "dkv": Con
 FORMS = {  # method, position, layers, parameters, lengths
     "rmt": ("rmt", "none", 2, {"num_memory": 3, "segment_len": 14}, (31,)),
     "rmt, memory tokens that see each other": (
-        "rmt", "rope", 1, {"num_memory": 3, "segment_len": 20, "variant": "xl"}, (1, 47)),
+        "rmt", "rope", 1, {"num_memory": 3, "segment_len": 20, "variant": "xl"}, (1, 31)),
     "rmt, gradients cut": (
         "rmt", "none", 1, {"num_memory": 1, "segment_len": 7, "variant": "xl", "bptt_depth": 0}, (21,)),
     "block_state": ("block_state", "none", 1, {"num_states": 2, "block_len": 23}, (1, 49)),

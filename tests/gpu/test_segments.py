@@ -89,7 +89,7 @@ def test_formulas_are_what_the_tracer_counts(form: str, mode: str) -> None:
 @pytest.mark.parametrize("form", ["segment_recurrent cut", "block_state layer", "melodi"])
 def test_diagonals_execute_the_visible_pairs_too(form: str) -> None:
     pytest.importorskip("triton")
-    traced, cost, values = counted_and_formula(form, "diagonal_triton", "train", 203, num_layers=4)
+    traced, cost, values = counted_and_formula(form, "diagonal_triton", "train", 163, num_layers=3)
     assert evaluate(total(cost.flops), values) == traced.flops
 
 
@@ -102,15 +102,15 @@ def test_replays_cost_what_a_stream_does(form: str) -> None:
 
 @pytest.mark.parametrize(
     ("form", "mode"),
-    [(form, mode) for form in ("rmt xl", "block_state", "segment_recurrent") for mode in ("forward", "train", "decode")]
+    [(form, mode) for form in ("rmt xl", "segment_recurrent") for mode in ("forward", "decode")]
+    + [("rmt xl", "train"), ("block_state", "forward")]
     + [(form, mode) for form in ("transformer_xl", "compressive") for mode in ("forward", "train", "stream")],
 )
 def test_peaks_are_near_the_tracers(form: str, mode: str) -> None:
     pytest.importorskip("triton")
     sizes = {"batch_size": 1, "d_model": 128, "num_layers": 1, "d_ff": 512}
     traced, cost, values = counted_and_formula(form, "triton", mode, 2048, **sizes)
-    if cost.peak_bytes is not None:
-        assert abs(traced.peak_bytes / evaluate(cost.peak_bytes, values) - 1) <= 0.03
+    assert abs(traced.peak_bytes / evaluate(cost.peak_bytes, values) - 1) <= 0.03
 
 
 def test_methods_hold_the_laws_in_the_interpreter(program) -> None:

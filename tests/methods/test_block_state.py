@@ -232,6 +232,14 @@ def test_diagonals_keep_the_laws(law: str, name: str) -> None:
     assert LAWS[law](case).status == HELD
 
 
+@pytest.mark.parametrize("length", [4, 8, 12])
+def test_diagonals_of_nothing_but_whole_blocks_equal_blocked(length: int) -> None:
+    params, x = PARITY["layer/mlp"], tokens(length)
+    plain, ours = (build(impl, params, num_layers=3) for impl in ("blocked", "diagonal"))
+    ours.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(ours(x).y, plain(x).y)
+
+
 def test_diagonals_need_a_state_in_every_layer() -> None:
     for impl in ("diagonal", "diagonal_triton"):
         answer = METHOD.impl_support(METHOD.impl(impl), "forward", SIZES, PARITY["bottom/gru"], "cuda", "fp32")
