@@ -26,6 +26,13 @@ class Recent(NamedTuple):
     v: torch.Tensor
 
 
+class Compact(NamedTuple):
+    """The window, and its bias as kernels take it, see ``ranges.attend``."""
+
+    window: int
+    bias: torch.Tensor | None
+
+
 class WindowAttention(nn.Module):
     """Projections and state around ``operator(q, k, v, bias) -> [B, H, T, D]``; ``scale`` is where s_h begins."""
 
@@ -51,9 +58,11 @@ class WindowAttention(nn.Module):
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         return normalize(q, dim=3) * self.scale[:, None, None], normalize(k, dim=3), v
 
-    def bias(self) -> torch.Tensor:
-        """Bias of distances 0 to W - 1, ``[H, W]``."""
+    def bias(self) -> Any:
+        """Bias of distances 0 to W - 1, ``[H, W]``; a :class:`Compact` for an operator that takes one."""
         weight = self.k.weight
+        if getattr(self.operator, "compact", False):
+            return Compact(self.window, self.position.compact())
         bias = self.position.bias(-torch.arange(self.window, device=weight.device), weight.dtype)
         return weight.new_zeros(self.num_heads, self.window) if bias is None else bias
 

@@ -32,7 +32,7 @@ METHOD = Method(
             needs=("triton",),
             devices=("cuda",),
             support=f"{__name__}.params:triton_support",
-            note="our kernels: windows in one launch, states without a mask; no bias",
+            note="our kernels: windows in one launch, states without a mask",
         ),
         Impl(
             "graph",

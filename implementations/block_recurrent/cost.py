@@ -47,9 +47,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BlockRecurre
     }
     flops = {**terms, "window": L * attention(_executed(impl, mode, params))}
     if mode == "train":
-        core = core_backward(impl)
-        products = ("window", "read", "write")
-        flops = {term: value * (1 + core if term in products else 3) for term, value in flops.items()}
+        core = dict.fromkeys(("read", "write"), core_backward(impl)) | {"window": core_backward(impl, position)}
+        flops = {term: value * (1 + core.get(term, Integer(2))) for term, value in flops.items()}
         terms = {term: 3 * value for term, value in terms.items()}
     states = 6 * d * d + 3 * d + 2 * R * d + 3 * h + (2 * linear_parameters(d, d) if lstm else d)
     phase = T - WHOLE * W

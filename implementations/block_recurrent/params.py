@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ctxbench.implementations._shared import flash_table, graph_table
-from ctxbench.method import Dims, Params, Support, no, param
+from ctxbench.method import Dims, Params, Support, param
 
 FROM_TOP = 3  # the recurrent layer, counted from the top; in shallower stacks the lowest layer
 
@@ -40,11 +40,7 @@ def reach(dims: Dims, params: BlockRecurrentParams, i: int) -> range:
 
 
 def triton_support(dims: Dims, params: BlockRecurrentParams, device: str, dtype: str) -> Support:
-    """What the kernels hold in registers; they add nothing to scores."""
-    if dims.position == "t5":
-        return no("the kernels have no gradient of a bias that is learned, which t5's is: take the position none")
-    if dims.position == "alibi":
-        return no("the kernels add nothing to scores, and alibi does: take the position none")
+    """What the kernels hold in registers."""
     return flash_table.support(dims, dtype)
 
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from ctxbench.implementations._shared.biased_window import Compact
 from ctxbench.implementations._shared.decode import decode, is_decoding
 from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations._shared.ranges import attend as attend_ranges
 
 
-def attend_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """``q: [B, H, T, D]``, scaled, the last T of the rows of ``k, v: [B, H, S, D]``; ``bias: [H, W]`` is zero."""
-    W, past = bias.shape[1], k.shape[2] - q.shape[2]
-    if q.shape[2] == 1 and is_decoding(q, k, v):  # of several queries each has a window of its own
-        nearest = slice(max(k.shape[2] - W, 0), None)
-        return decode(q, k[:, :, nearest], v[:, :, nearest], scale=1.0)[0]
-    window = Range(k, v, low=Line(base=1 - W), high=Line(base=1))
-    return attend_ranges(q, [window], offset=past, scale=1.0)[0]
+class Window:
+    """Sliding-window attention with scaled queries and a bias by distance."""
+
+    compact = True
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sizes: Compact) -> torch.Tensor:
+        """``q: [B, H, T, D]``, the last T of the rows of ``k, v: [B, H, S, D]``; result ``[B, H, T, D]``."""
+        W, bias = sizes
+        if bias is None and q.shape[2] == 1 and is_decoding(q, k, v):  # of several queries each has a window of its own
+            nearest = slice(max(k.shape[2] - W, 0), None)
+            return decode(q, k[:, :, nearest], v[:, :, nearest], scale=1.0)[0]
+        window = Range(k, v, low=Line(base=1 - W), high=Line(base=1), start=0)
+        return attend_ranges(q, [window], offset=k.shape[2] - q.shape[2], scale=1.0, bias=bias)[0]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -26,4 +32,4 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return attend_ranges(q, [Range(k, v)], scale=1.0)[0]
 
 
-OPERATORS = (attend_window, attend)
+OPERATORS = (Window(), attend)

@@ -49,7 +49,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BlockStatePa
     }
     flops = {**algorithmic, "attention": L * attention(executed)}
     if mode == "train":
-        core = core_backward({"diagonal": "blocked", "diagonal_triton": "triton"}.get(impl, impl))
+        core = core_backward({"diagonal": "blocked", "diagonal_triton": "triton"}.get(impl, impl), position)
         flops = {term: value * (1 + core if term == "attention" else 3) for term, value in flops.items()}
         algorithmic = {term: 3 * value for term, value in algorithmic.items()}
     unit = (

@@ -39,14 +39,14 @@ METHOD = Method(
             needs=("triton",),
             devices=("cuda",),
             support=f"{__name__}.params:triton_support",
-            note="our kernels, the null slot in closed form; no bias",
+            note="our kernels, the null slot in closed form",
         ),
         Impl(
             "diagonal_triton",
             run=f"{__name__}.triton:OPERATORS",
             needs=("triton",),
             devices=("cuda",),
-            support=f"{__name__}.params:triton_support",
+            support=f"{__name__}.params:diagonal_support",
             note="as triton, but window t of layer l together with window t + 1 of layer l - 1",
         ),
         Impl(

@@ -72,10 +72,11 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         nulls = {"blocked": 1, "slabs": 2}.get(impl)
         flops["recall"] = has_long * attention(call.asking * M if nulls is None else _recalled(call, nulls))
     if mode == "train":
-        core, any_closed = core_backward(kernels), Min(call.closed, 1)
+        any_closed = Min(call.closed, 1)
         first = any_closed * (W + U) + (1 - any_closed) * T  # rows of the first window
-        fused = ("attention", "recall")
-        flops = {term: forward * (1 + core if term in fused else 3) for term, forward in flops.items()}
+        table = "t5" if position in ("t5", "alibi") else "none"  # slopes times a scale that learns are a table too
+        core = {"recall": core_backward(kernels), "attention": core_backward(kernels, table)}
+        flops = {term: forward * (1 + core.get(term, Integer(2))) for term, forward in flops.items()}
         if impl == "reference":  # the first window recalls zeros, which ask for no gradient
             flops["recall"] -= has_long * attention(first * M)
         if kernels == "triton":  # its short-term memory neither

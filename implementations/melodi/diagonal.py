@@ -85,7 +85,7 @@ class DiagonalStack(MelodiStack):
         k, v = layers[0]._unit(k.flatten(0, 1)), split_heads(v.flatten(0, 1), H)
         q, k = (layers[0].position.rotate(part, begin) for part in (q, k))
         memory_k, memory_v = (torch.stack([memory[part] for _, memory in cells]).flatten(0, 1) for part in (0, 1))
-        mixed = layers[0].operators.attend_apart(q, memory_k, memory_v, k, v)
+        mixed = layers[0].operators.attend_apart(q, memory_k, memory_v, k, v, None)
         x = x + weights("o", merge_heads(mixed).unflatten(0, x.shape[:2]), first)
         if layers[0].ffn is not None:
             x = x + weights("ffn.down", relu(weights("ffn.up", norm(x, "norm_ffn"), first)), first)

@@ -92,7 +92,7 @@ class MelodiLayer(nn.Module):
             v = torch.cat((memory.v, v), dim=2)
             mixed = self.operators.attend(turned, k[:, :, :-1], v[:, :, :-1], bias)  # nobody sees the last row
         else:
-            mixed = self.operators.attend_apart(turned, memory.k, memory.v, k, v)
+            mixed = self.operators.attend_apart(turned, memory.k, memory.v, k, v, bias)
         del turned
         if self.gate is not None:
             empty = self.params.long_slots - memory.long_k.shape[2]
@@ -149,12 +149,12 @@ class MelodiLayer(nn.Module):
     def biases(self, rows: int, keys: int) -> torch.Tensor | None:
         """What is added to scores ``[H, rows, keys]``: the scaled bias of the distance, minus infinity from 0 down.
 
-        None where operators know which keys a row sees, and take no other bias. The last row asks one place after the
+        Kernels know which keys a row sees: for them a table by distance, or None. The last row asks one place after the
         last key. Equal distances lie on diagonals, so the matrix is read from one vector of distances ``keys .. 2 -
         rows`` in overlapping windows.
         """
         if not self.operators.takes_bias:
-            return None
+            return self._table(keys)
         before = torch.arange(-keys, 0, device=self.scale.device)
         seen = self.position.bias(before, self.scale.dtype)
         if seen is None:
@@ -162,6 +162,14 @@ class MelodiLayer(nn.Module):
         seen = seen * self.scale.abs()[:, None]
         hidden = seen.new_full((self.num_heads, rows - 1), float("-inf"))
         return torch.cat((seen, hidden), dim=1).unfold(1, keys, 1).flip(1)
+
+    def _table(self, keys: int) -> torch.Tensor | None:
+        """The scaled bias of distances -F .. F, ``[H, 2 F + 1]``; slopes times a scale that learns are a table too."""
+        table = self.position.compact()
+        if table is not None and table.dim() == 1:
+            reach = torch.arange(-keys, keys + 1, device=self.scale.device)
+            table = self.position.bias(reach, torch.float32)
+        return None if table is None else table * self.scale.abs()[:, None]
 
     def empty(self, batch_size: int, fill: int, filled: int, make: Any) -> Memory:
         """A memory with ``fill`` tokens in the window and ``filled`` slots in the long-term memory."""

@@ -59,11 +59,16 @@ def reach(dims: Dims, params: MelodiParams, i: int) -> frozenset[int]:
 
 
 def triton_support(dims: Dims, params: MelodiParams, device: str, dtype: str) -> Support:
-    """What the kernels hold in registers; they add nothing to scores."""
+    """What the kernels hold in registers."""
+    return flash_table.support(dims, dtype)
+
+
+def diagonal_support(dims: Dims, params: MelodiParams, device: str, dtype: str) -> Support:
+    """Of the kernels; layers that go together share what is added to scores."""
     if dims.position in ("t5", "alibi"):
         return no(
-            f"the kernels have no gradient of a bias that is learned, and {dims.position}'s is multiplied by a learned "
-            "scale: take the position none or rope"
+            f"every layer scales {dims.position}'s bias by itself, and layers that go together share one: take the "
+            "position none or rope"
         )
     return flash_table.support(dims, dtype)
 

@@ -15,21 +15,26 @@ from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations._shared.ranges import attend as attend_ranges
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: None) -> torch.Tensor:
-    """``q: [B, H, n, D]``, ``k, v: [B, H, K, D]``; the last row sees all keys, each row before it one less."""
-    if is_decoding(q, k, v):
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``q: [B, H, n, D]``, ``k, v: [B, H, K, D]``; the last row sees all keys, each row before it one less.
+
+    ``bias``: a table ``[H, 2 F + 1]`` of distances, see ``ranges.attend``.
+    """
+    if bias is None and is_decoding(q, k, v):
         return decode(q, k, v, scale=1.0)[0]
-    strictly_earlier = Range(k, v, high=Line())
-    return attend_ranges(q, [strictly_earlier], offset=k.shape[2] + 1 - q.shape[2], scale=1.0)[0]
+    strictly_earlier = Range(k, v, high=Line(), start=0)
+    return attend_ranges(q, [strictly_earlier], offset=k.shape[2] + 1 - q.shape[2], scale=1.0, bias=bias)[0]
 
 
 def attend_apart(
-    q: torch.Tensor, memory_k: torch.Tensor, memory_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
+    q: torch.Tensor, memory_k: torch.Tensor, memory_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """The same where the window's own keys ``k, v: [B, H, n, D]`` are joined to nothing: all see what lies before."""
-    own = Range(k, v, high=Line())
-    ranges = [Range(memory_k, memory_v), own] if memory_k.shape[2] else [own]
-    return attend_ranges(q, ranges, scale=1.0)[0]
+    before = memory_k.shape[2]
+    own = Range(k, v, high=Line(base=-before), start=before)
+    ranges = [Range(memory_k, memory_v, start=0), own] if before else [own]
+    return attend_ranges(q, ranges, offset=before, scale=1.0, bias=bias)[0]
 
 
 def recall(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty: int) -> torch.Tensor:

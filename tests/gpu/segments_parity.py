@@ -20,7 +20,8 @@ from ctxbench.testing import LAWS
 from ctxbench.testing.case import Case
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TILES = {"forward": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(16, 16, 4, 1)}
+TILES = {"forward": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(16, 16, 4, 1),
+         "table": Config(16, 16, 4, 1)}  # fmt: skip
 FORMS = {  # method, position, layers, parameters, lengths
     "rmt": ("rmt", "none", 2, {"num_memory": 3, "segment_len": 14}, (31,)),
     "rmt, memory tokens that see each other": (
@@ -28,16 +29,20 @@ FORMS = {  # method, position, layers, parameters, lengths
     "rmt, gradients cut": (
         "rmt", "none", 1, {"num_memory": 1, "segment_len": 7, "variant": "xl", "bptt_depth": 0}, (21,)),
     "block_state": ("block_state", "none", 1, {"num_states": 2, "block_len": 23}, (1, 49)),
-    "block_state, one state a layer": ("block_state", "rope", 2, {"block_len": 9, "variant": "layer"}, (19,)),
+    "block_state, one state a layer": ("block_state", "t5", 2, {"block_len": 9, "variant": "layer"}, (19,)),
     "segment_recurrent": ("segment_recurrent", "none", 1, {"memory_len": 18, "segment_len": 17}, (1, 39)),
     "segment_recurrent, long memory": (
         "segment_recurrent", "rope", 1, {"memory_len": 21, "segment_len": 6}, (25,)),
-    "block_recurrent": ("block_recurrent", "none", 1, {"window": 19, "num_states": 5}, (1, 45)),
+    "block_recurrent": ("block_recurrent", "t5", 1, {"window": 19, "num_states": 5}, (1, 41)),
+    "block_recurrent, slopes": ("block_recurrent", "alibi", 1, {"window": 7, "num_states": 3}, (16,)),
     "block_recurrent, lstm": (
         "block_recurrent", "none", 2, {"window": 5, "num_states": 18, "gate": "lstm"}, (12,)),
     "melodi": (
-        "melodi", "none", 1, {"window": 15, "summary_tokens": 3, "short_slots": 3, "long_slots": 7,
-                              "long_per_window": 3}, (1, 53)),
+        "melodi", "t5", 1, {"window": 15, "summary_tokens": 3, "short_slots": 3, "long_slots": 7,
+                            "long_per_window": 3}, (1, 53)),
+    "melodi, slopes": (
+        "melodi", "alibi", 1, {"window": 7, "summary_tokens": 2, "short_slots": 3, "long_slots": 4,
+                               "long_per_window": 2}, (17,)),
     "melodi, no memory": (
         "melodi", "rope", 1, {"window": 18, "summary_tokens": 0, "short_slots": 0, "long_slots": 0}, (40,)),
     "transformer_xl": ("transformer_xl", "transformer_xl", 1, {"segment_len": 11, "mem_len": 17}, (1, 37)),
@@ -73,7 +78,7 @@ FORMS = {  # method, position, layers, parameters, lengths
 BIDIRECTIONAL = ("dense, relative, both directions", "hierarchical, seed", "pyramid, both directions")
 IMPLS = dict.fromkeys(("diagonals", "diagonals of windows", "diagonals of states"), "diagonal_triton")
 AGREEMENT_ALONE = (
-    "rmt, gradients cut", "block_state, one state a layer", "block_recurrent, lstm",
+    "rmt, gradients cut", "block_state, one state a layer", "block_recurrent, slopes", "melodi, slopes",
     "transformer_xl, zeros that are seen", "compressive_transformer, mean", "hierarchical, all cells", *BIDIRECTIONAL,
     *IMPLS,
 )  # fmt: skip

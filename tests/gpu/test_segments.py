@@ -17,10 +17,13 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # method, position, param
     "rmt": ("rmt", "none", {"num_memory": 3, "segment_len": 40}),
     "rmt xl": ("rmt", "none", {"num_memory": 3, "segment_len": 40, "variant": "xl"}),
     "block_state": ("block_state", "none", {"num_states": 2, "block_len": 50}),
+    "block_state t5": ("block_state", "t5", {"num_states": 2, "block_len": 50}),
     "block_state layer": ("block_state", "rope", {"block_len": 50, "variant": "layer", "update": "gru"}),
     "segment_recurrent": ("segment_recurrent", "none", {"memory_len": 30, "segment_len": 40}),
     "segment_recurrent cut": ("segment_recurrent", "rope", {"memory_len": 50, "segment_len": 40, "bptt_depth": 1}),
     "block_recurrent": ("block_recurrent", "none", {"window": 40, "num_states": 24}),
+    "block_recurrent t5": ("block_recurrent", "t5", {"window": 40, "num_states": 8}),
+    "block_recurrent alibi": ("block_recurrent", "alibi", {"window": 40, "num_states": 8}),
     "transformer_xl": ("transformer_xl", "transformer_xl", {"segment_len": 40, "mem_len": 70}),
     "transformer_xl zeros": (
         "transformer_xl",
@@ -48,7 +51,12 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # method, position, param
         "none",
         {"window": 40, "summary_tokens": 4, "short_slots": 4, "long_slots": 7, "long_per_window": 3},
     ),
-    "melodi short": ("melodi", "rope", {"window": 40, "summary_tokens": 0, "short_slots": 3, "long_slots": 0}),
+    "melodi t5": (
+        "melodi",
+        "t5",
+        {"window": 40, "summary_tokens": 4, "short_slots": 4, "long_slots": 7, "long_per_window": 3},
+    ),
+    "melodi short": ("melodi", "alibi", {"window": 40, "summary_tokens": 0, "short_slots": 3, "long_slots": 0}),
 }
 LENGTHS = {"forward": (1, 203), "train": (121,), "stream": (203,), "decode": (39, 40)}
 # One token would leave a device idle; it goes by their impl `blocked`.
@@ -115,7 +123,7 @@ def test_peaks_are_near_the_tracers(form: str, mode: str) -> None:
 
 def test_methods_hold_the_laws_in_the_interpreter(program) -> None:
     answers = program("segments_parity.py", interpret=True)
-    assert len(answers) == 53
+    assert len(answers) == 57
     assert not [answer for answer in answers if answer[2] != "held"]
 
 
@@ -137,13 +145,13 @@ def test_methods_hold_the_laws_on_the_device(program) -> None:
         ("rmt", "graph", {"device": "cpu"}, "runs on cuda"),
         ("segment_recurrent", "graph", {"seq_len": 2048}, "after 4 while the state still grows"),
         ("segment_recurrent", "graph", {"seq_len": 3072}, ""),
-        ("melodi", "triton", {"position": "t5"}, "no gradient of a bias that is learned"),
-        ("melodi", "triton", {"position": "alibi"}, "multiplied by a learned scale"),
+        ("melodi", "triton", {"position": "t5"}, ""),
+        ("melodi", "diagonal_triton", {"position": "t5"}, "scales t5's bias by itself"),
         ("melodi", "graph", {"position": "rope"}, "after 128 while"),
-        ("block_recurrent", "triton", {"position": "t5"}, "no gradient of a bias"),
-        ("block_recurrent", "triton", {"position": "alibi"}, "add nothing to scores"),
+        ("block_recurrent", "triton", {"position": "alibi"}, ""),
         ("block_recurrent", "graph", {}, ""),
-        ("block_state", "triton", {"position": "t5"}, "takes the positions none"),
+        ("block_state", "triton", {"position": "t5"}, ""),
+        ("block_state", "diagonal_triton", {"position": "t5"}, "takes the positions none"),
     ],
 )
 def test_support_says_why_not(monkeypatch, name: str, impl: str, changes: dict[str, Any], reason: str) -> None:
