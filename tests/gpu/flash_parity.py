@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from ctxbench.implementations._shared import flash, flash_bias, tiles
+from ctxbench.implementations._shared import flash, tiles
 from ctxbench.implementations._shared import ranges as kernels
 from ctxbench.implementations._shared.flash_table import Config
 from ctxbench.implementations._shared.ranges import Line, Range
@@ -140,26 +140,40 @@ def drawn_bias(kind: str, heads: int) -> torch.Tensor | None:
 
 
 class Counting:
-    """Products of the interpreted kernels: two a tile forward, three for dQ, four for dK and dV, two for a table."""
+    """What the interpreted kernels multiply and load, held against the closed forms of ``tiles``."""
 
-    def __init__(self):
-        self.product, self.count = flash._dot, 0
-        flash._dot = flash_bias._dot = self
+    def __init__(self, width, itemsize):
+        self.row, self.originals, self.products, self.moved = width * itemsize, (flash._dot, flash._load), 0, 0
+        self.width, self.itemsize = width, itemsize
+        flash._dot, flash._load = self.dot, self.load
 
-    def __call__(self, *operands):
-        self.count += 1
-        return self.product(*operands)
+    def dot(self, *operands):
+        self.products += 1
+        return self.originals[0](*operands)
 
-    def check(self, products, queries, offset, each, heads, batch=2):
-        """Hold the count against the tiles that the closed form says; ``products`` a tile, by kernel."""
-        visited = {
-            kernel: sum(tiles.visited(kernel, TILES[kernel], queries, keys, low, high, offset).tiles
-                        for _of, keys, low, high, *_ in each)
-            for kernel in products
-        }  # fmt: skip
-        expected = batch * heads * sum(visited[kernel] * products[kernel] for kernel in products)
-        assert self.count == expected, (self.count, expected)
-        self.count = 0
+    def load(self, base, start, stride, count, rows, *widths):
+        self.moved += int(getattr(rows, "value", rows)) * self.row
+        return self.originals[1](base, start, stride, count, rows, *widths)
+
+    def check(self, kernels, queries, offset, each, heads, batch=2):
+        """``kernels``: products of each a tile, and tensors of which it loads its own tile once."""
+        products = moved = 0
+        for kernel, (a_tile, own) in kernels.items():
+            chosen, launches = TILES[kernel], batch * heads
+            for of, keys, low, high, *_ in each:
+                visit = tiles.visited(kernel, chosen, queries, keys, low, high, offset)
+                products += launches * visit.tiles * a_tile
+                moved += launches * tiles.bytes_read(visit, kernel, chosen, self.width, self.itemsize)
+                if kernel == "dkv":  # statistics are loaded as vectors
+                    moved -= launches * visit.tiles * chosen.rows * 8
+                    moved += batch * of * own * -(-keys // chosen.columns) * chosen.columns * self.row
+            if kernel != "dkv":
+                moved += launches * own * -(-queries // chosen.rows) * chosen.rows * self.row
+        assert (self.products, self.moved) == (products, moved)
+        self.products = self.moved = 0
+
+    def stop(self):
+        flash._dot, flash._load = self.originals
 
 
 def parity(heads, queries, offset, width, *each, dtype, kind=""):
@@ -183,17 +197,17 @@ def parity(heads, queries, offset, width, *each, dtype, kind=""):
         return [first._replace(start=3, every=2 if kind == "slopes" else 1), *others]
 
     scale = 0.2
-    counting = Counting() if INTERPRETED and not kind else None
+    counting = Counting(width, operands[0].element_size()) if INTERPRETED and not kind else None
     out, lse = kernels.attend(operands[0], ranges(operands), offset=offset, scale=scale, bias=bias)
     if counting:
-        counting.check({"forward": 2}, queries, offset, each, heads)
+        counting.check({"forward": (2, 1)}, queries, offset, each, heads)
     assert out.stride() == operands[0].stride()
     expected, expected_lse = written_out(exact[0], ranges(exact), offset, scale, exact_bias)
     grad, grad_lse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
     received = torch.autograd.grad((out, lse), operands, (grad, grad_lse), retain_graph=not INTERPRETED)
     if counting:
-        counting.check({"dq": 3, "dkv": 4}, queries, offset, each, heads)
-        flash._dot = flash_bias._dot = counting.product
+        counting.check({"dq": (3, 3), "dkv": (4, 2)}, queries, offset, each, heads)
+        counting.stop()
     if not INTERPRETED:  # the same bits every time
         again = torch.autograd.grad((out, lse), operands, (grad, grad_lse))
         assert all(torch.equal(one, two) for one, two in zip(received, again, strict=True))
