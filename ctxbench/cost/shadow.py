@@ -170,7 +170,7 @@ class ShadowMeter(Meter):
         if kind is _Several:
             return recipe.kind([self._make(item, args, kwargs) for item in recipe.items])
         if kind is _Operand:
-            return args[0] if recipe.index == 0 and args else (tensors_in(args) + tensors_in(kwargs))[recipe.index]
+            return args[0] if recipe.number == 0 and args else (tensors_in(args) + tensors_in(kwargs))[recipe.number]
         return recipe
 
     def _run(self, traits: Traits, args: Any, kwargs: Any) -> Any:
@@ -257,7 +257,7 @@ class _New(NamedTuple):
 class _Operand(NamedTuple):
     """One of the tensors among the arguments."""
 
-    index: int
+    number: int
 
 
 class _Several(NamedTuple):
@@ -291,7 +291,7 @@ def _reach(tensor: torch.Tensor) -> int:
     if 0 in tensor.shape:
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.storage_offset() + 1 + sum((size - 1) * stride for size, stride in steps)
+    return int(tensor.storage_offset()) + 1 + sum((size - 1) * stride for size, stride in steps)
 
 
 def _records(args: Any, kwargs: Any) -> bool:
@@ -327,7 +327,8 @@ def _is_basic(index: Any) -> bool:
 
 def _extent(index: Any, shape: torch.Size) -> tuple[Any, ...] | None:
     """How much of each axis an index of integers and slices takes, None for any other: where it begins is no matter."""
-    items, found = index if type(index) is tuple else (index,), []
+    items = index if type(index) is tuple else (index,)
+    found: list[Any] = []
     if len(items) > len(shape):
         return None
     for item, size in zip(items, shape, strict=False):

@@ -29,16 +29,37 @@ def trace(
     Long cells go to the fast engine (see ``cost.shadow``) when it agrees with fake tensors at a short length.
     """
     subject = (method, params, impl, mode, dtype)
-    if device == "cpu" and mode != "decode" and dims.seq_len > 2 * PROBE:
-        short = dims.replace(seq_len=PROBE)
-        fake = _trace_fake(short, *subject, device)
-        for redirect in (True, False):
-            probe = _trace_shadow(short, *subject, redirect)
-            if probe is not None and _same(probe, fake):
-                found = _trace_shadow(dims, *subject, redirect)
-                if found is not None:
-                    return found
+    if device == "cpu" and mode != "decode":
+        variant = _agreement(dims, *subject)
+        found = None if variant is None else _trace_shadow(dims, *subject, variant)
+        if found is not None:
+            return found
     return _trace_fake(dims, *subject, device)
+
+
+_AGREED: dict[tuple[Any, ...], tuple[Method, bool | None]] = {}  # the method is kept, so that its id is not used again
+
+
+def _agreement(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> bool | None:
+    """How the fast engine follows a cell: with redirected tensors or without; None where it may not be used.
+
+    Both engines trace PROBE tokens, which is worth its time for lengths well beyond that. The answer holds for every
+    length.
+    """
+    short = dims.replace(seq_len=PROBE)
+    key = (id(method), short, params, impl, mode, dtype)
+    if key not in _AGREED:
+        if dims.seq_len <= 2 * PROBE:
+            return None
+        fake = _trace_fake(short, method, params, impl, mode, dtype, "cpu")
+        for redirect in (True, False):
+            probe = _trace_shadow(short, method, params, impl, mode, dtype, redirect)
+            if probe is not None and _same(probe, fake):
+                break
+        else:
+            redirect = None
+        _AGREED[key] = method, redirect
+    return _AGREED[key][1]
 
 
 def _trace_fake(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str, device: str) -> Trace:

@@ -217,3 +217,18 @@ def test_a_mask_made_row_by_row_on_the_cpu_is_followed():
     seen = tracing.trace(method, Dims(seq_len=32768, d_model=16, num_heads=1), method.params(), "reference")
     assert seen.flops == 2 * 32768**2 * 16
     assert seen.peak_bytes == 4 * 32768**2 + 4 * 32768 * 16
+
+
+def test_both_engines_are_compared_once_for_all_lengths_of_a_cell(monkeypatch):
+    method, lengths = discover()["dense"], []
+    plain = tracing._trace_fake
+    monkeypatch.setattr(tracing, "_AGREED", {})
+    monkeypatch.setattr(tracing, "_trace_fake", lambda dims, *rest: lengths.append(dims.seq_len) or plain(dims, *rest))
+    dims = Dims(seq_len=600, d_model=32, num_heads=2)
+    before = tracing.trace(method, dims, method.params(), "blocked", "train")
+    for length in (4096, 600, 5000):
+        seen = tracing.trace(method, dims.replace(seq_len=length), method.params(), "blocked", "train")
+        assert length != 600 or tracing._same(seen, before)
+    assert lengths == [600, tracing.PROBE]
+    tracing.trace(method, dims.replace(seq_len=4096, batch_size=2), method.params(), "blocked", "train")
+    assert lengths == [600, tracing.PROBE, tracing.PROBE]
