@@ -64,21 +64,23 @@ def _reach(view: pd.DataFrame, measured: pd.DataFrame) -> str:
     complete = [str(method) for method, length in reached.items() if length == planned[str(method)]]
     longest = format_tokens(int(planned.max())) + " tokens" if planned.nunique() == 1 else "their longest length"
     furthest = measured.sort_values("seq_len").groupby("method")["series"].last()
-    stops = []
+    stops: dict[tuple[int, str], list[str]] = {}  # by the length after which, and why
     for method in sorted(view["method"].unique(), key=lambda name: (-int(reached.get(name, 0)), name)):
         if method in complete:
             continue
         rows = view[(view["series"] == furthest.get(method, "")) & (view["seq_len"] > reached.get(method, 0))]
         rows = rows if len(rows) else view[(view["method"] == method) & (view["seq_len"] > reached.get(method, 0))]
         first = rows.sort_values("seq_len", kind="stable").iloc[0]
-        why = status_of(first["status"]).words + (f", {_brief(first['reason'])}" if first["reason"] else "")
-        stops.append(f"{method} after {format_tokens(int(reached[method]))} ({why})" if method in reached
-                     else f"{method} before the first length ({why})")  # fmt: skip
+        reason = _brief(first["reason"]).partition("; forecast")[0]
+        why = status_of(first["status"]).words + (f", {reason}" if reason else "")
+        stops.setdefault((int(reached.get(method, 0)), why), []).append(str(method))
     if not stops:
         return f"Every method reaches {'the longest length, ' if planned.nunique() == 1 else ''}{longest}."
     start = f"{_list(complete)} reach{'es' if len(complete) == 1 else ''}" if complete else "No method reaches"
-    more = f"; and {len(stops) - 4} more" if len(stops) > 4 else ""
-    return f"{start} {longest}; measurements stop for {'; for '.join(stops[:4])}{more}."
+    texts = [f"{_list(names)} {f'after {format_tokens(length)}' if length else 'before the first length'} ({why})"
+             for (length, why), names in stops.items()]  # fmt: skip
+    more = f"; and {sum(map(len, list(stops.values())[4:]))} more" if len(texts) > 4 else ""
+    return f"{start} {longest}; measurements stop for {'; for '.join(texts[:4])}{more}."
 
 
 def _growth(view: pd.DataFrame, measured: pd.DataFrame) -> str:

@@ -11,7 +11,7 @@ from ctxbench.analysis.reach import CLAIMED, GRADIENT, NONE, UNCLAIMED, VALUES, 
 from ctxbench.reports.figures import canvas
 
 WORDS = {
-    GRADIENT: "reaches it, and learns from it", VALUES: "reaches it as a value, without a gradient",
+    GRADIENT: "reaches the output, with a gradient", VALUES: "reaches the output as a value, without a gradient",
     CLAIMED: "named by the method, not seen", UNCLAIMED: "seen, not named by the method",
 }  # fmt: skip
 TONES = {NONE: "#ffffff", GRADIENT: "#2450c8", VALUES: "#8fb0ee", CLAIMED: "#d9c48a", UNCLAIMED: "#c0392b"}

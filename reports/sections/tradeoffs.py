@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ctxbench.analysis.curves import best
-from ctxbench.analysis.pareto import FRONT, Frontier, frontier, pareto
+from ctxbench.analysis.pareto import DISTURBED, FRONT, Frontier, frontier, pareto
 from ctxbench.reports.figures import frontier as frontier_figure
 from ctxbench.reports.figures import scales
 from ctxbench.reports.figures import tradeoff as figure
@@ -37,6 +37,7 @@ def context(report: Report) -> dict[str, Any]:
         "at": lengths.index(usual),
         "length": format_tokens(usual),
         "legend": legend(report.frame, report.styles, report.looks, report.shown(report.views[0])),
+        "disturbed": [format_tokens(length) for length in main.lengths if _disturbed(main, length)],
         "fronts": [(format_tokens(length), _front(main, length)) for length in main.lengths],
         "frontier": _frontier(report, main),
     }
@@ -49,6 +50,12 @@ def _usual(setting: Setting) -> int:
     return max(length for length, count in counts.items() if 2 * count >= max(counts.values()))
 
 
+def _disturbed(setting: Setting, length: int) -> bool:
+    """Whether other work ran beside everything that was measured at this length."""
+    found = pareto(setting.curves, length)
+    return bool(found) and all(point.verdict == DISTURBED for point in found)
+
+
 def _chart(report: Report, setting: Setting, key: str, length: int, draw: bool) -> Chart:
     table = figure.data(pareto(setting.curves, length), report.series_of.__getitem__)
     shown = set(table["series"])
@@ -59,7 +66,10 @@ def _chart(report: Report, setting: Setting, key: str, length: int, draw: bool) 
 
 
 def _front(setting: Setting, length: int) -> str:
-    points = [point for point in pareto(setting.curves, length) if point.verdict == FRONT]
+    found = pareto(setting.curves, length)
+    if _disturbed(setting, length):
+        return "other work ran beside all of them, so none is judged"
+    points = [point for point in found if point.verdict == FRONT]
     texts = [f"{p.label} ({scales.text(p.latency_s, 's')}, {scales.text(p.peak_bytes, 'B')})" for p in points]
     return "; ".join(texts) or "no peak was measured"
 
