@@ -169,9 +169,11 @@ def static(table: pd.DataFrame, styles: Mapping[str, Style], baseline: str) -> F
         rows = {name: len(names) - 1 - index for index, name in enumerate(names)}
         for (ours, forecast, series), some in table.groupby(["ours", "forecast", "series"], sort=True):
             style = styles[str(series)]
-            look = {"color": style.color, "linewidth": 5} if ours else {"color": canvas.INK, "linewidth": 1.2}
+            look: dict[str, Any] = {"color": style.color, "linewidth": 5}
+            if not ours:
+                look = {"color": canvas.INK, "linewidth": 1.2}
             x, y = _gaps(some, rows)
-            dotted = {"linestyle": ":"} if forecast else {"solid_capstyle": "butt"}
+            dotted: dict[str, Any] = {"linestyle": ":"} if forecast else {"solid_capstyle": "butt"}
             axes.plot(
                 [math.nan if v is None else v for v in x], [math.nan if v is None else v for v in y], **look, **dotted
             )

@@ -126,7 +126,11 @@ def static(
             axes.axhline(1.0, color=canvas.INK, linewidth=0.8)
         for (series, _), mine in table.sort_values("seq_len").groupby(["series", "label"], sort=True):
             style = styles[str(series)]
-            look = {"color": style.color, "marker": MPL_MARKERS[style.marker], "markersize": 0.7 * style.size}
+            look: dict[str, Any] = {
+                "color": style.color,
+                "marker": MPL_MARKERS[style.marker],
+                "markersize": 0.7 * style.size,
+            }
             if ratio:
                 low, high = (mine["ratio"] - mine["low"]).fillna(0), (mine["high"] - mine["ratio"]).fillna(0)
                 axes.errorbar(mine["seq_len"], mine["ratio"], yerr=[low, high], elinewidth=0.8, linewidth=1.0,

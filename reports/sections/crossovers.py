@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 from ctxbench.analysis.crossover import NONE, Crossover, crossovers
@@ -37,7 +38,7 @@ def context(report: Report) -> dict[str, Any]:
         charts.append(report.chart(
             f"crossing-{index}", f"Where each method is faster than {label}",
             crossing.interactive(table, report.looks),
-            lambda table=table, label=label: crossing.static(table, report.looks, label), draw=index == 0,
+            partial(crossing.static, table, report.looks, label), draw=index == 0,
         ))  # fmt: skip
     crossed = sorted((each for each in found if each.source != NONE), key=lambda each: each.seq_len or 0.0)
     return {
@@ -88,7 +89,8 @@ def _winners(report: Report, curves: list[Curve]) -> dict[str, Any]:
     swept = sorted({size for own in sizes.values() if len(own) > 1 for size in own if size is not None})
     lengths = sorted({row.seq_len for curve in curves for row in curve.rows})
     rows = []
-    for size in swept or [None]:
+    every: list[int | None] = [*swept] or [None]
+    for size in every:
         able = [curve for curve in curves if len(sizes[curve.method]) == 1 or curve.memory == size]
         name = "all methods" if size is None else format_tokens(size)
         rows.append((name, [_winner(report, able, length) for length in lengths]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ctxbench.analysis.noise import identity
@@ -31,7 +32,7 @@ def context(report: Report) -> dict[str, Any]:
         report.chart(
             f"history-{i}", f"Time per call at {format_tokens(length)} tokens over the runs, in units of the first",
             history.interactive(table[table["seq_len"] == length], order, report.looks, shown),
-            lambda length=length: history.static(table[table["seq_len"] == length], order, report.looks, shown),
+            partial(history.static, table[table["seq_len"] == length], order, report.looks, shown),
             draw=length == usual,
         )
         for i, length in enumerate(lengths)

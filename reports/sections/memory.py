@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -41,7 +42,7 @@ def _charts(report: Report, swept: pd.DataFrame, metric: Metric, lengths: list[i
         charts[length] = report.chart(
             f"memory-{metric.key}-{index}", f"{metric.title} at {format_tokens(length)} tokens against memory size",
             memory.interactive(table, metric, report.looks),
-            lambda table=table: memory.static(table, metric, report.looks), draw=length == usual,
+            partial(memory.static, table, metric, report.looks), draw=length == usual,
         )  # fmt: skip
     return charts[usual]
 

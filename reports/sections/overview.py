@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ctxbench.analysis.frame import View
@@ -57,7 +58,7 @@ def _charts(report: Report, view: View, index: int) -> list[dict[str, Any]]:
             f"overview-{metric.key}-{index}",
             caption,
             overview.interactive(table, metric, report.looks, shown),
-            lambda table=table, metric=metric: overview.static(table, metric, report.looks, shown),
+            partial(overview.static, table, metric, report.looks, shown),
         )
         charts.append({"metric": metric, "chart": chart})
     return charts

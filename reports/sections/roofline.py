@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ctxbench.analysis.frame import View
@@ -23,9 +24,7 @@ def context(report: Report) -> dict[str, Any]:
                 f"roofline-{index}",
                 caption,
                 roofline.interactive(table, report.looks, ceilings, shown),
-                lambda table=table, ceilings=ceilings, shown=shown: roofline.static(
-                    table, report.looks, ceilings, shown
-                ),
+                partial(roofline.static, table, report.looks, ceilings, shown),
                 draw=index == 0,
             )
         )

@@ -98,7 +98,7 @@ def _frontier(report: Report, setting: Setting) -> dict[str, Any] | None:
     )
     shown = limits[:: max(1, len(limits) // 4)]
     head = ("method, impl", *(scales.text(limit, "B") for limit in shown), "measured to", "against formula")
-    lines = {}
+    lines: dict[tuple[str, str], list[Frontier]] = {}
     for series, each in found:
         if each.limit in shown:
             lines.setdefault((series, each.label), []).append(each)
