@@ -23,7 +23,7 @@ compiles a part of these rows and holds them against this page.
 
 Forms: `band` is one range with a bound on both sides; `steps` is three ranges between lines of any kind; `slopes` and
 `table` are a band with ALiBi or T5's bias (kernel `table`: its gradient); `hidden` is a band with keys hidden by
-position; `lists` are lists of blocks of 64.
+position, `groups` one with four query heads a head of keys; `lists` are lists of blocks of 64.
 
 Made with triton {version} by `python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py`.
 """

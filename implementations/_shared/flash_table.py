@@ -45,6 +45,12 @@ CONFIGS: dict[int, dict[tuple[int, int], tuple[Config, Config, Config]]] = {
 }
 # Where CONFIGS would spill with several ranges, hidden keys or a bias: by architecture, kernel, bytes and width.
 HEAVY = {(90, "dq", 4, 64): Config(32, 32, 8, 2), (90, "dkv", 4, 64): Config(32, 32, 8, 2)}
+# Where dK and dV would spill with a loop over the query heads that share a head of keys.
+GROUPED = {
+    (90, 2, 128): Config(32, 64, 8, 2),
+    (80, 2, 128): Config(32, 32, 8, 2),
+    (90, 4, 64): Config(32, 32, 8, 2),
+}
 # Of the gradient of a table of biases, by bytes of an element: its diagonals cost more than its products.
 OF_TABLE = {2: Config(32, 32, 4, 1), 4: Config(16, 16, 4, 1)}
 MOST_HEADS = 65535  # blocks along the second axis of a grid
@@ -57,14 +63,18 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def config(kernel: str, width: int, itemsize: int, architecture: int, heavy: bool = False) -> Config:
+def config(
+    kernel: str, width: int, itemsize: int, architecture: int, heavy: bool = False, grouped: bool = False
+) -> Config:
     """The shipped launch parameters of one kernel; KeyError for a head or dtype the template does not take.
 
-    ``heavy``: there is more than one range, or a bias, or hidden keys.
+    ``heavy``: there is more than one range, or a bias, or hidden keys. ``grouped``: query heads share a head of keys.
     """
     if kernel == "table":
         return OF_TABLE[itemsize]
     usual = CONFIGS[architecture][itemsize, padded(width)][KERNELS.index(kernel)]
+    if kernel == "dkv" and grouped:
+        usual = GROUPED.get((architecture, itemsize, padded(width)), usual)
     return HEAVY.get((architecture, kernel, itemsize, padded(width)), usual) if heavy else usual
 
 

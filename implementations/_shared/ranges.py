@@ -121,10 +121,12 @@ def architecture_of(device: torch.device) -> int:
     return 90 if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10) else 80
 
 
-def _options(kernel: str, q: torch.Tensor, kinds: tuple[tuple[int, ...], ...]) -> tuple[Config, dict[str, Any]]:
+def _options(
+    kernel: str, q: torch.Tensor, kinds: tuple[tuple[int, ...], ...], grouped: bool = False
+) -> tuple[Config, dict[str, Any]]:
     """Launch parameters of one kernel, and the compile-time arguments that follow from them."""
     width, heavy = q.shape[3], len(kinds) > 1 or any(bias != PLAIN or not known for *_, bias, known in kinds)
-    chosen = config(kernel, width, q.element_size(), architecture_of(q.device), heavy)
+    chosen = config(kernel, width, q.element_size(), architecture_of(q.device), heavy, grouped)
     return chosen, {
         "D": width, "WIDTH": padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
         "num_warps": chosen.warps, "num_stages": chosen.stages,
@@ -239,12 +241,12 @@ def _attend_backward(
                 RANGES=len(kinds), **options,
             )  # fmt: skip
             gradients[1] = sums.sum((0, 1))
-        chosen, options = _options("dkv", q, kinds)
         rest = iter(gradients[1 + wanted[0] :])
         for k, one, (low, high, added, known), want in zip(keys, ranges, kinds, wanted[1:], strict=True):
             if want:
                 dk, dv = next(rest), next(rest)
                 if k.numel():
+                    chosen, options = _options("dkv", q, kinds, grouped=k.shape[1] < H)
                     flash.dkv_kernel[triton.cdiv(k.shape[2], chosen.columns), B * k.shape[1]](
                         q, grad, lse, delta, biases, dk, dv, one, *_strides(q, grad, dk, dv), *shared,
                         LOW=low, HIGH=high, BIAS=added, KNOWN=known, GROUP=H // k.shape[1], **options,

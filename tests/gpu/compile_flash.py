@@ -2,7 +2,7 @@
 
 ``python compile_flash.py [ARCHITECTURE:ITEMSIZE:WIDTH[/FORM] ...]``; without arguments the whole shipped table. A band
 is bounded on both sides, which holds every path of its other forms; ``steps`` is the most that one softmax spans, the
-others are a band with a bias, with keys hidden by their positions, and lists of blocks.
+others are a band with a bias, with keys hidden by their positions, with four heads a head of keys, and lists of blocks.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ FORMS = {  # kinds of the lines of each range
     "slopes": ((lines.SLOPE, lines.SLOPE, lines.SLOPES, 1),),
     "table": ((lines.SLOPE, lines.SLOPE, lines.TABLE, 1),),
     "hidden": ((lines.SLOPE, lines.SLOPE, lines.PLAIN, 0),),
+    "groups": ((lines.SLOPE, lines.SLOPE, lines.PLAIN, 1),),
     "lists": ((lines.OPEN, lines.OPEN, lines.PLAIN, 1),),
 }
 # All other pointers have the dtype of the cell, all other integers are strides.
@@ -55,7 +56,7 @@ def compile_kernel(
     constants = {
         "D": width, "WIDTH": flash_table.padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
         "KINDS": kinds, "RANGES": len(kinds), "LOW": kinds[0][0], "HIGH": kinds[0][1], "BIAS": kinds[0][2],
-        "KNOWN": kinds[0][3], "GROUP": 1, "THROUGH_LSE": True,
+        "KNOWN": kinds[0][3], "GROUP": 4 if form == "groups" else 1, "THROUGH_LSE": True,
     }  # fmt: skip
     line = ("i32",) * 4
     one = (f"*{dtype}", f"*{dtype}", *["i32"] * 8, line, line, "i32", "i32", "*i32")
@@ -126,7 +127,8 @@ def main(wanted: list[str]) -> None:
         form = form or "band"
         architecture, itemsize, width = map(int, target.split(":"))
         for kernel in (*flash_table.KERNELS, "table") if form == "table" else flash_table.KERNELS:
-            chosen = flash_table.config(kernel, width, itemsize, architecture, heavy=form not in ("band", "lists"))
+            heavy = form not in ("band", "groups", "lists")
+            chosen = flash_table.config(kernel, width, itemsize, architecture, heavy, grouped=form == "groups")
             if form == "lists":
                 chosen = flash_table.listed_config(kernel, width, itemsize, architecture, LISTED_BLOCK)
             dtype = {2: "bf16", 4: "fp32"}[itemsize]
