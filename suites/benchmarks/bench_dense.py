@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ctxbench.implementations._shared import products as plain
 from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.dense import blocked, reference, slabs
+from ctxbench.suites.benchmarks.bench_peak import products
 from ctxbench.suites.benchmarks.ratios import Comparison
 
 HEADS, WIDTH = 4, 64
+FEWEST_FLOPS = 2e10
+ROOM = ((4, 64, 512), (1, 64, 1024), (4, 64, 1024), (16, 64, 1024), (4, 128, 1024), (4, 64, 2048), (4, 64, 8192))
 IMPLS = {"reference": reference.attend, "blocked": blocked.attend, "slabs": slabs.attend}
 
 
@@ -28,9 +33,8 @@ def comparisons() -> list[Comparison]:
     found = []
     for title, queries, keys in (("whole sequence", 4096, 4096), ("decode", 1, 16384)):
         q, k, v = operands(queries, keys)
-        plain = functools.partial(scaled_dot_product_attention, q, k, v, is_causal=queries > 1)
         candidates = {
-            "plain SDPA": plain,
+            "plain SDPA": functools.partial(scaled_dot_product_attention, q, k, v, is_causal=queries > 1),
             "dense/blocked": functools.partial(blocked.attend, q, k, v, True, Position()),
         }
         name = f"dense attention, {title}, {queries} queries, {keys} keys, fp32"
@@ -51,7 +55,32 @@ def comparisons() -> list[Comparison]:
         }
         title = f"dense attention, {'causal' if causal else 'bidirectional'}, 8192 tokens, bf16"
         found.append(Comparison(title, "plain SDPA", candidates, floor={"dense/slabs": 1.3}, aim={"dense/slabs": 2.0}))
-    return found
+    return found + [room(*shape) for shape in ROOM]
+
+
+def room(heads: int, width: int, tokens: int) -> Comparison:
+    """What a causal path in fp32 could gain on the fused kernel, and what plain products gain; no floor.
+
+    The kernel multiplies tiles of 512 keys to their ends: 1.5 times the visible pairs at 1k tokens, 1.06 at 8k.
+    """
+    q, k, v = (torch.randn(1, heads, tokens, width) for _ in range(3))
+    baseline, flops = "matrix products of equal FLOPs", 2 * heads * width * tokens * (tokens + 1)
+    calls = max(1, round(FEWEST_FLOPS / flops))  # so that rounding to whole products does not show
+
+    def repeated(attend: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(calls):
+                attend()
+
+        return run
+
+    candidates = {
+        baseline: products(calls * flops, torch.float32),
+        "plain SDPA": repeated(functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True)),
+        "plain products": repeated(functools.partial(plain.attend, q, k, v)),
+    }
+    title = f"dense attention, causal, {heads} heads of {width}, {tokens} tokens, fp32: fraction of matmul"
+    return Comparison(title, baseline, candidates)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
