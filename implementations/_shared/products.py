@@ -93,7 +93,7 @@ class _Scratch:
         if slab.begin and not self.causal:  # as in the slab before
             g = (part.rows.stop - part.rows.start) * (part.heads.stop - part.heads.start)
             shape = (g, slab.keys, self.q.shape[3])
-            return tuple(buffer[: math.prod(shape)].view(shape) for buffer in (self.keys, self.values))
+            return self.keys[: math.prod(shape)].view(shape), self.values[: math.prod(shape)].view(shape)
         keys = slice(slab.keys)
         return copied(self.k[:, :, keys], part, self.keys), copied(self.v[:, :, keys], part, self.values)
 
