@@ -18,8 +18,8 @@ from ctxbench.implementations._shared.biased_window_forms import (
     streamed_pairs,
     window_parameters,
 )
-from ctxbench.implementations._shared.flash_table import BACKWARD, DQ_ALONE
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters
+from ctxbench.implementations._shared.flash_table import DQ_ALONE
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, position_parameters
 from ctxbench.implementations.memorizing.params import MemorizingParams
 from ctxbench.implementations.memorizing.peak import peak
 
@@ -52,7 +52,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemorizingPa
         read_back = 2 * terms["read"]  # gradients of weights and queries; what is in memory gets none
         algorithmic = {term: (1 if term in ("search", "read") else 3) * value for term, value in terms.items()}
         algorithmic["read"] += read_back
-        core = {"blocked": FUSED_BACKWARD, "triton": Rational(BACKWARD)}.get(impl, 2)
+        core = core_backward(impl, position)
         backward = {"window": core, "search": 1, "read": 1}
         if impl == "blocked":
             backward.update(search=0, read=0)

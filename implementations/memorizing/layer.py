@@ -43,11 +43,13 @@ class Operators(NamedTuple):
         lookup: ``(q, memory_k, memory_v, top_k)``, one segment's queries, ``[B, H, n, D]``.
         whole: ``(q, k, v, top_k, segment_len, memory_len)``: all lookups of a call that begins the sequence, whose keys
             and values are the call's own; None where they go segment by segment.
+        biased: ``window`` where there is an encoding by distance; None where it is the same.
     """
 
     window: Callable[..., torch.Tensor]
     lookup: Callable[..., torch.Tensor]
     whole: Callable[..., torch.Tensor] | None = None
+    biased: Callable[..., torch.Tensor] | None = None
 
 
 class MemoryAttention(WindowAttention):
@@ -129,6 +131,8 @@ def build(dims: Dims, params: MemorizingParams, impl: str, device: str, dtype: t
     from ctxbench.implementations.memorizing import METHOD
 
     operators: Operators = load(METHOD.impl(impl).run)
+    if operators.biased is not None and dims.position != "none":
+        operators = operators._replace(window=operators.biased)
     layers: list[nn.Module] = []
     for index, position in enumerate(positions_for(dims)):
         if index == memory_layer(dims.num_layers):

@@ -29,9 +29,9 @@ KEYS = 64  # keys of a tile of scores
 GATHERING = 32  # queries whose picked rows are gathered together in the backward pass
 
 
-def queries(top_k: int) -> int:
-    """Queries of a tile: what they keep of scores and numbers fills at most 32 registers a thread."""
-    return max(16, min(64, 2048 // padded(top_k)))
+def queries(top_k: int, itemsize: int) -> int:
+    """Queries of a tile: what they keep of scores and numbers fills at most 32 registers a thread, in float32 16."""
+    return max(16, min(64, 2048 // padded(top_k)) // (itemsize // 2))
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def search(
     q, k, v = _rows(q), _rows(k), _rows(v)
     out, picked, weights = _results(q, top_k if keep else 0)
     B, H, T, D = q.shape
-    rows = queries(top_k)
+    rows = queries(top_k, q.element_size())
     grid = triton.cdiv(T, length) * triton.cdiv(length, rows), B * H
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'
         search_kernel[grid](

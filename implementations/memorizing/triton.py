@@ -10,9 +10,17 @@ from ctxbench.implementations.memorizing.search import Search
 
 
 def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The last W keys of every query; ``bias: [H, W]`` is 0 at the one encoding this impl takes."""
+    """The last W keys of every query; ``bias: [H, W]`` is 0."""
     seen = Range(k, v, Line(base=1 - bias.shape[1]), Line(base=1))
     return attend(q, [seen], offset=k.shape[2] - q.shape[2], scale=1.0)[0]
+
+
+def biased_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The same with ``bias: [H, W]`` by distance, as a table that runs from the oldest key past the query itself."""
+    H, W = bias.shape
+    table = torch.cat((bias.flip(1), bias.new_zeros(H, W - 1)), dim=1)
+    seen = Range(k, v, Line(base=1 - W), Line(base=1), start=0)
+    return attend(q, [seen], offset=k.shape[2] - q.shape[2], scale=1.0, bias=table)[0]
 
 
 def lookup(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None) -> torch.Tensor:
@@ -36,4 +44,4 @@ def whole(
     return found
 
 
-OPERATORS = Operators(window, lookup, whole)
+OPERATORS = Operators(window, lookup, whole, biased_window)

@@ -45,7 +45,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
         flops["attention"] = L * attention(_pairs(mode, lambda n: n**2))
         flops["write"] = L * writes * (row_write + linear(B * (M - 1), d, 2 * d))  # every row projected
     if mode == "train":
-        core = core_backward(impl)
+        core = core_backward(impl, position)
         fused = ("attention", "read_attention")
         flops = {term: forward * (1 + core if term in fused else 3) for term, forward in flops.items()}
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}

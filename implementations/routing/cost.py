@@ -6,9 +6,8 @@ from sympy import Expr, Integer, Max, Min, Rational, ceiling, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d, h, param
-from ctxbench.cost.terms import FUSED_BACKWARD, linear, linear_parameters, tensor, triangle
-from ctxbench.implementations._shared.flash_table import BACKWARD
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters
+from ctxbench.cost.terms import linear, linear_parameters, tensor, triangle
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward
 from ctxbench.implementations.routing.params import RoutingParams
 from ctxbench.implementations.routing.peaks import peak
 
@@ -31,7 +30,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RoutingParam
     algorithmic = {**common, **form.attention(local, routed)}
     flops = {**common, **form.attention(*form.executed(impl, mode, local, routed))}
     if mode == "train":
-        core = {"blocked": FUSED_BACKWARD, "triton": Rational(BACKWARD)}.get(impl, 2)
+        core = core_backward(impl, position)
         factors = {"local_attention": 1 + core, "routed_attention": 1 + core, "routing_scores": 1}
         algorithmic = {term: value * (1 if term == "routing_scores" else 3) for term, value in algorithmic.items()}
         flops = {term: value * factors.get(term, 3) for term, value in flops.items()}

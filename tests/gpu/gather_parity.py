@@ -180,13 +180,16 @@ def gated(tokens: int, width: int) -> Check:
     return check
 
 
-def module(method: Method, tokens: int, chunks: tuple[int, ...], **changes: Any) -> Check:
+def module(
+    method: Method, tokens: int, chunks: tuple[int, ...], position: str = "none", **changes: Any
+) -> Check:  # fmt: skip
     """A stack, its parameters' gradients in one number, and the same outputs streamed in these chunks."""
 
     def check(dtype: torch.dtype) -> Errors:
         params = method.params(**changes)
         causal = params.selection == "strict" if method is ROUTING else True
-        dims = Dims(seq_len=tokens, d_model=32, num_heads=2, num_layers=2, d_ff=0, causal=causal, position="none")
+        dims = Dims(seq_len=tokens, d_model=32, num_heads=2, num_layers=2, d_ff=0, causal=causal,
+                    position=position)  # fmt: skip
         device = str(torch.get_default_device())
         mine = method.make(dims, params, "triton", device, dtype)
         with torch.no_grad():  # scores of 20 would multiply their own rounding by as much
@@ -223,7 +226,7 @@ CHECKS: dict[str, Check] = {
     "strict, continued": in_clusters(21, 75, True, True),
     "strict, one query": in_clusters(1, 40, True, False),
     "strict, one token": in_clusters(1, 1, True, True),
-    "strict, empty clusters": in_clusters(9, 9, True, False, 20),
+    "strict, empty clusters": in_clusters(40, 40, True, False, 20),
     "topw": in_taken(45, 19, False, False, False),
     "topw, masked": in_taken(45, 19, True, True, True),
     "topw, one taken": in_taken(20, 1, True, False, True),
@@ -245,6 +248,7 @@ CHECKS: dict[str, Check] = {
     "routing": module(ROUTING, 30, (11, 1, 18), num_clusters=3, local_block=8),
     "routing, topw": module(ROUTING, 21, (), num_clusters=3, local_block=8, selection="topw"),
     "memorizing": module(MEMORIZING, 30, (8, 5, 17), memory_len=12, segment_len=8, top_k=4, window=6),
+    "memorizing, t5": module(MEMORIZING, 21, (8, 5, 8), "t5", memory_len=12, segment_len=8, top_k=4, window=6),
     "memory_bank": module(MEMORY_BANK, 21, (5, 3, 13), num_slots=5, segment_len=8),
     "compressive_memory": module(
         COMPRESSIVE_MEMORY, 37, (8, 5, 24), segment_len=8, recent_len=8, compressed_len=8, item_len=2, rate=2, top_k=3
@@ -264,7 +268,7 @@ def main() -> None:
     if INTERPRETED:
         ranges.config = gathered.config = lambda kernel, *_: TILES[kernel]
         choosing.SELECT, choosing.TOKENS, choosing.CENTROIDS, choosing.ADDED = 64, 32, 16, 16
-        search.KEYS, search.GATHERING, search.queries = 16, 16, lambda top_k: 16
+        search.KEYS, search.GATHERING, search.queries = 16, 16, lambda top_k, itemsize: 16
         gate.TILES = dict.fromkeys((2, 4), gate.Tile(16, 16, 16, 4, 1))
     else:
         torch.set_default_device("cuda")
