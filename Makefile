@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: run test lint types unit bench check docs publish install install-dev clean
+.PHONY: run test lint types unit bench gpu check docs publish install install-dev clean
 
 run: install
 	$(BIN)/ctxbench run --methods all --seq 1k..128k
@@ -45,6 +45,10 @@ unit: install-dev
 # Ratios side by side in one run; never part of the tests.
 bench: install-dev
 	$(BIN)/python -m ctxbench.suites.benchmarks
+
+# On a machine with a GPU: tests, ratios and the main job, under nine minutes, going on where it was cut short. Exit 5 without one.
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m ctxbench.suites.gpu --out $(or $(OUT),runs/gpu)
 
 # make publish RUN=runs/... NAME=cpu: rows, header and static page of a finished run, and the list of all of them.
 publish: install

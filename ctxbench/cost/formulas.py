@@ -93,6 +93,30 @@ def _cudnn(
     return _sdpa(q, k, v, is_causal)
 
 
+@formula(aten._scaled_dot_product_flash_attention_backward)
+def _flash_cuda_backward(
+    grad: Any, q: Any, k: Any, v: Any, out_: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: Any, max_k: Any,
+    dropout_p: float, is_causal: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return _sdpa(q, k, v, is_causal) * 5 // 2
+
+
+@formula(aten._scaled_dot_product_efficient_attention_backward)
+def _efficient_cuda_backward(
+    grad: Any, q: Any, k: Any, v: Any, bias: Any, out_: Any, lse: Any, seed: Any, offset: Any, dropout_p: float,
+    wanted: Any, is_causal: bool = False, **_: Any,
+) -> int:  # fmt: skip
+    return _sdpa(q, k, v, is_causal) * 5 // 2
+
+
+@formula(aten._scaled_dot_product_cudnn_attention_backward)
+def _cudnn_backward(
+    grad: Any, q: Any, k: Any, v: Any, out_: Any, lse: Any, seed: Any, offset: Any, bias: Any, cum_q: Any, cum_k: Any,
+    max_q: Any, max_k: Any, dropout_p: float, is_causal: bool, **_: Any,
+) -> int:  # fmt: skip
+    return _sdpa(q, k, v, is_causal) * 5 // 2
+
+
 @formula(aten._native_multi_head_attention)
 def _mha_fast_path(q: Any, k: Any, v: Any, embed_dim: int, num_head: int, *_: Any, **__: Any) -> int:
     batch, queries, _width = q.shape

@@ -1,5 +1,6 @@
 """Dense softmax attention: the quadratic baseline that every other method is compared with."""
 
+from ctxbench.implementations._shared.backends_table import BACKENDS
 from ctxbench.method import POSITIONS, Claim, Impl, Method, Paper
 
 METHOD = Method(
@@ -34,6 +35,7 @@ METHOD = Method(
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own; a decoded token's keys are split over the device",
         ),
+        *BACKENDS,
     ),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",

@@ -16,6 +16,7 @@ from ctxbench.cost.terms import (
     when_ffn,
 )
 from ctxbench.implementations._shared import relative_table
+from ctxbench.implementations._shared.backends_table import NAMES
 from ctxbench.implementations._shared.forms import (
     block_parameters,
     block_terms,
@@ -27,7 +28,7 @@ from ctxbench.implementations._shared.forms import (
 from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.method import Params
 
-FUSED = ("blocked", "triton")
+FUSED = ("blocked", "triton", *NAMES)
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
@@ -71,7 +72,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
         state_bytes=2 * L * tensor(B, T, d),
-        peak_bytes=_peak(impl, mode, causal) if position == "none" and impl != "slabs" else None,
+        peak_bytes=_peak(impl, mode, causal) if position == "none" and impl not in ("slabs", *NAMES) else None,
     )
 
 

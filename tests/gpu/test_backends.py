@@ -1,0 +1,106 @@
+"""Pinned back ends: what they are charged for, what they refuse, and how packages of other layouts are called."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ctxbench.cost import evaluate, total
+from ctxbench.cost.symbols import bindings
+from ctxbench.cost.trace import trace
+from ctxbench.implementations._shared import backends
+from ctxbench.implementations.dense import METHOD
+from ctxbench.method import Dims
+
+PINNED = ("cudnn", "flash", "efficient")
+
+
+@pytest.mark.parametrize("impl", PINNED)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_formulas_are_what_the_tracer_counts(impl: str, mode: str, causal: bool) -> None:
+    params, dims = METHOD.params(), Dims(seq_len=301, num_layers=2, batch_size=2, causal=causal)
+    counted = trace(METHOD, dims, params, impl, mode, "bf16")
+    cost = METHOD.cost_of(impl, mode, causal, "none", params)
+    assert evaluate(total(cost.flops), bindings(dims, params, 2, METHOD.segment_len(params))) == counted.flops
+    assert not counted.uncounted
+
+
+@pytest.mark.parametrize("impl", PINNED)
+def test_a_decoded_token_sees_all_keys(impl: str) -> None:
+    params, dims = METHOD.params(), Dims(seq_len=77)
+    counted = trace(METHOD, dims, params, impl, "decode", "bf16")
+    cost = METHOD.cost_of(impl, "decode", True, "none", params)
+    assert evaluate(total(cost.flops), bindings(dims, params, 2, METHOD.segment_len(params))) == counted.flops
+
+
+@pytest.mark.parametrize("name", [*PINNED, "flash_attn", "xformers"])
+def test_fewer_queries_than_keys_are_refused_where_a_mask_would_have_two_meanings(name: str) -> None:
+    q, k = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 5, 8)
+    with pytest.raises((ValueError, ImportError), match=r"received 3 and 5|flash_attn|xformers"):
+        getattr(backends, name)(q, k, k, True, None)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["flash_attn", "xformers"])
+def test_packages_get_tokens_before_heads(name: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens_first(q: Any, k: Any, v: Any, is_causal: bool) -> Any:
+        assert q.shape == (2, 7, 3, 8)  # [B, T, H, D]
+        return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=is_causal).transpose(
+            1, 2
+        )
+
+    planted, operators = ModuleType(name), ModuleType(f"{name}.ops")
+    if name == "flash_attn":
+        planted.flash_attn_func = lambda q, k, v, causal: tokens_first(q, k, v, causal)  # type: ignore[attr-defined]
+    else:
+        operators.LowerTriangularMask = type("LowerTriangularMask", (), {})  # type: ignore[attr-defined]
+        operators.memory_efficient_attention = lambda q, k, v, attn_bias: tokens_first(  # type: ignore[attr-defined]
+            q, k, v, attn_bias is not None
+        )
+    monkeypatch.setitem(sys.modules, name, planted)
+    monkeypatch.setitem(sys.modules, f"{name}.ops", operators)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 7, 8) for _ in range(3))
+    expected = scaled_dot_product_attention(q, k, v, is_causal=causal)
+    torch.testing.assert_close(getattr(backends, name)(q, k, v, causal, None), expected)
+
+
+@pytest.mark.parametrize(
+    ("impl", "changes", "dtype", "device", "reason"),
+    [
+        ("cudnn", {}, "bf16", "cpu", "runs on cuda"),
+        ("cudnn", {}, "fp32", "cuda", "bf16, fp16"),
+        ("flash", {"d_model": 40, "num_heads": 2}, "bf16", "cuda", "multiple of 8 channels"),
+        ("efficient", {"position": "alibi"}, "fp32", "cuda", "not alibi"),
+        ("efficient", {}, "fp32", "cuda", ""),
+        ("flash_attn", {}, "bf16", "cuda", "flash-attn"),
+    ],
+)
+def test_support_says_why_not(impl: str, changes: dict[str, Any], dtype: str, device: str, reason: str) -> None:
+    dims = Dims(seq_len=64, **changes)
+    answer = METHOD.impl_support(METHOD.impl(impl), "forward", dims, METHOD.params(), device, dtype)
+    assert bool(answer) is not bool(reason)
+    assert reason in answer.reason
+
+
+def test_a_chunk_behind_a_cache_is_refused_with_the_modes_that_are_there() -> None:
+    answer = METHOD.impl_support(METHOD.impl("flash"), "stream", Dims(seq_len=64), METHOD.params(), "cuda", "bf16")
+    assert "forward, train, decode" in answer.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("name", PINNED)
+@pytest.mark.parametrize("causal", [True, False])
+def test_back_ends_agree_with_float64_on_the_device(name: str, causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 301, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    expected = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
+    error = (getattr(backends, name)(q, k, v, causal, None).double() - expected).norm() / expected.norm()
+    assert error < 4 * 2.0**-8
