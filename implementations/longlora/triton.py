@@ -19,11 +19,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int, wrap: 
     """``q, k, v: [B, H, T, D]``, result of that shape; ``group`` is even. The second half of the heads is shifted."""
     heads, T, half = q.shape[1], q.shape[2], group // 2
     plain = heads - heads // 2
-    of_plain, of_shifted = ([x[:, part] for x in (q, k, v)] for part in (slice(plain), slice(plain, None)))
-    mixed = attend_ranges(of_plain[0], [Range(*of_plain[1:], Line(group, group), OWN)])[0]
+    own = slice(plain)
+    mixed = attend_ranges(q[:, own], [Range(k[:, own], v[:, own], Line(group, group), OWN)])[0]
     if plain == heads:
         return mixed
-    query, key, value = of_shifted
+    query, key, value = (x[:, plain:] for x in (q, k, v))
     ranges = [Range(key, value, Line(group, group, shift=half, base=-half), OWN)]
     begin = -(-T // group) * group - half  # of the group that the circle closes
     if wrap and begin < T:
