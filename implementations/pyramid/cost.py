@@ -36,14 +36,13 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         _pool_queries(flops, impl, mode, causal, params)
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl)
+    unknown = position != "none" or params.pooled_queries or (impl, mode) == ("triton", "stream")
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(levels, sketch=impl == "as_written") + _tables(levels, position),
         state_bytes=_state(levels, params.pooled_queries) if causal and impl != "as_written" else Integer(0),
-        peak_bytes=peak_bytes(impl, mode, causal, levels)
-        if position == "none" and impl != "triton" and not params.pooled_queries
-        else None,
+        peak_bytes=None if unknown else peak_bytes("blocked" if impl == "triton" else impl, mode, causal, levels),
     )
 
 
