@@ -126,7 +126,7 @@ def _trends(runs: Sequence[Run], device: str) -> list[Trend]:
     rows = [
         {row.cell: row for row in run.rows if row.measured and row.device == device and _own(row)} for run in runs
     ]  # fmt: skip
-    trends = {}
+    trends: dict[str, Trend] = {}
     for run, measured in zip(runs, rows, strict=True):
         for cell, row in measured.items():
             if sum(cell in others for others in rows) > 1:

@@ -199,8 +199,9 @@ def _gradients(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Tensors of the shapes of the backward operator's results; what is not asked for is empty."""
     own = [_like(k), _like(v)] if split else [q.new_empty(0), q.new_empty(0)]
-    far = far_k is not None and far_v is not None
-    entries = [_like(far_k), _like(far_v)] if far else [q.new_empty(0), q.new_empty(0)]
+    entries = [q.new_empty(0), q.new_empty(0)]
+    if far_k is not None and far_v is not None:
+        entries = [_like(far_k), _like(far_v)]
     streams = [_like(k), _like(v), *own, *entries]
     return [_like(q), torch.empty_like(u), torch.empty_like(w), r.new_empty(r.shape), *streams]
 

@@ -48,13 +48,13 @@ class Clusters:
         """All clusters that are not empty, the largest first."""
         starts = self.sizes.cumsum(0) - self.sizes
         falling, which = self.sizes.sort(descending=True)
-        sizes, starts = falling.tolist(), starts[which].tolist()
+        sizes, firsts = falling.tolist(), starts[which].tolist()
         first, end = 0, int((falling > 0).sum())
         while first < end:
             M = sizes[first]
             most = min(end, first + max(1, tiles.ALIVE // (tiles.TILE * M)))
             stop = next((i for i in range(first, most) if sizes[i] < ALIKE * M), most)
-            places = [(starts[i], starts[i] + sizes[i]) for i in range(first, stop)]
+            places = [(firsts[i], firsts[i] + sizes[i]) for i in range(first, stop)]
             begin, last = torch.tensor(places, device=self.order.device)[:, :, None].unbind(1)
             index = torch.minimum(begin + torch.arange(M, device=self.order.device), last - 1)
             yield Batch(self.order[index], places)
@@ -73,7 +73,8 @@ def attend(
         mixed = torch.empty_like(queries)
         if exclude_self:
             mixed[:, 0] = values[:, 0]
-        buffer = tiles.scratch(q, *queries.shape[:2], queries.shape[1])
+        members, longest = queries.shape[:2]
+        buffer = tiles.scratch(q, members, longest, longest)
         tiles.attend(*tiles.others(exclude_self, mixed, queries, keys, values), 1, buffer)
         batch.put(out, mixed)
     by_token = inverse(clusters.order).view(ids.shape).transpose(1, 2)  # [B, T, H]

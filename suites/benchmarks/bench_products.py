@@ -46,7 +46,7 @@ def comparisons() -> list[Comparison]:
             calls: dict[str, Callable[[], Any]] = {
                 name: functools.partial(trained, operator, inputs, causal)
                 if mode == "train"
-                else functools.partial(operator, *inputs, causal)
+                else functools.partial(operator, inputs[0], inputs[1], inputs[2], causal)
                 for name, operator in OPERATORS.items()
             }
             name = f"{title}, {mode}, {rows} x {queries} queries, {keys} keys, bf16"

@@ -124,7 +124,7 @@ def _google(name: str) -> list[float | None]:
         program, data, out = (Path(folder) / part for part in ("program.py", "planted.json", "out.json"))
         program.write_text(GOOGLE_PROGRAM)
         data.write_text(json.dumps(planted))
-        command = [sys.executable, program, data, f"--benchmark_out={out}", "--benchmark_out_format=json"]
+        command = [sys.executable, str(program), str(data), f"--benchmark_out={out}", "--benchmark_out_format=json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
         if done.returncode:
             raise RuntimeError(f"google-benchmark failed: {done.stderr[-500:]}")

@@ -50,7 +50,7 @@ def _line(
         except Exception as error:
             failures.append(f"{method.name} ({type(error).__name__})")
     note = f"fails on {len(failures)}, such as {failures[0]}" if failures else ""
-    common = {"section": "flops", "tool": tool, "work": f"{impl} of {len(works)} methods", "note": note}
+    common: dict[str, Any] = {"section": "flops", "tool": tool, "work": f"{impl} of {len(works)} methods", "note": note}
     if not errors:
         yield Score(quantity="exact", **common)
         return

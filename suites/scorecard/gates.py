@@ -7,7 +7,7 @@ a factor on one side. Each gate judges as many processes as its tool takes by de
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,7 @@ def _ours(a: Samples, b: Samples) -> bool:
         row = row_for(cell, "ok", latency_s=latency, gate=Gate(ok=True))
         machine = {"environment": {"cpu": {"model": "pool", "cores_usable": 1}}}
         sides.append(Side(Run(Path("/nowhere") / label, (row,), machine)))
-    return compare(*sides).cells[0].verdict is Verdict.SLOWER
+    return compare(sides[0], sides[1]).cells[0].verdict is Verdict.SLOWER
 
 
 def _median_5_percent(a: Samples, b: Samples) -> bool:
@@ -93,7 +93,7 @@ def _asv(a: Samples, b: Samples) -> bool:
     return bool(is_different(one, two, left, right)) and statistics.median(two) > 1.1 * statistics.median(one)
 
 
-GATES: dict[str, tuple[str, int, Callable[[Sequence, Sequence], bool]]] = {
+GATES: dict[str, tuple[str, int, Callable[[Samples, Samples], bool]]] = {
     "ctxbench": ("", 8, _ours),
     "pytest-benchmark": ("pytest-benchmark", 1, _median_5_percent),
     "asv": ("asv", 2, _asv),
