@@ -55,6 +55,7 @@ PLAIN = (Tile(32, 4, 2), Tile(32, 4, 2), Tile(32, 4, 2), Tile(32, 4, 2))
 WIDE = (Tile(64, 4, 2), *PLAIN[1:])
 SMALL = (Tile(32, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2))
 SMALL_ENTRIES = (*SMALL[:2], Tile(16, 4, 1), Tile(16, 4, 1))
+NARROW_ENTRIES = (*SMALL[:2], Tile(16, 8, 2), Tile(16, 4, 1))  # sixteen channels leave four warps too few registers
 LAST_SMALL = (*PLAIN[:3], Tile(16, 4, 2))
 Pair = tuple[tuple[Tile, ...], tuple[Tile, ...]]
 CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
@@ -62,7 +63,7 @@ CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
         (2, 16): (WIDE, PLAIN),
         (2, 32): (WIDE, PLAIN),
         (2, 64): (WIDE, LAST_SMALL),
-        (4, 16): (SMALL, SMALL_ENTRIES),
+        (4, 16): (SMALL, NARROW_ENTRIES),
         (4, 32): (SMALL, SMALL_ENTRIES),
     },
     80: {
