@@ -30,8 +30,8 @@ GATHERING = 32  # queries whose picked rows are gathered together in the backwar
 
 
 def queries(top_k: int, itemsize: int) -> int:
-    """Queries of a tile: what they keep of scores and numbers fills at most 32 registers a thread, in float32 16."""
-    return max(16, min(64, 2048 // padded(top_k)) // (itemsize // 2))
+    """Queries of a tile: what they keep of scores and numbers fills at most 16 registers a thread, in float32 8."""
+    return max(16, 1024 // padded(top_k) // (itemsize // 2))
 
 
 @triton.jit

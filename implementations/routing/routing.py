@@ -50,7 +50,12 @@ def taken(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
 
 
 def taken_in_rounds(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
-    """The same without sorting whole rows; which of equally near tokens at the limit are taken is left open."""
+    """The same without sorting whole rows, where hardly any two tokens are equally near: not in 16 bits.
+
+    Which of equally near ones at the limit are taken is left open.
+    """
+    if vectors.element_size() == 2:
+        return taken(vectors, means, w)
     similarity = means @ vectors.detach().transpose(2, 3)
     _, nearest = best(similarity.flatten(0, 2), w)
     return nearest.sort(dim=1).values.view(*similarity.shape[:3], w)
