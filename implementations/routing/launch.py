@@ -13,6 +13,8 @@ def config(kernel: str, width: int, itemsize: int, architecture: int) -> Config:
     """As the flash kernels', but where addresses of gathered rows leave too few registers."""
     if kernel == "dkv" and itemsize == 4 and flash_table.padded(width) == 64:
         return Config(16, 32, 4, 2)
+    if kernel == "forward" and itemsize == 2 and flash_table.padded(width) == 16:
+        return Config(64, 64, 4, 3)
     return flash_table.config(kernel, width, itemsize, architecture)
 
 
