@@ -25,7 +25,7 @@ from ctxbench.implementations._shared.flash import LOG2_E, _dot, _load, _store
 from ctxbench.implementations._shared.flash_table import padded
 from ctxbench.implementations._shared.ranges import _rows, _strides
 
-KEYS = 64  # keys of a tile of scores
+KEYS = {2: 64, 4: 32}  # keys of a tile of scores, by bytes of an element
 GATHERING = 32  # queries whose picked rows are gathered together in the backward pass
 
 
@@ -147,7 +147,7 @@ def search(
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'
         search_kernel[grid](
             q, k, v, out, picked, weights, *_strides(q, k, v, out), H, T, k.shape[2], past, length, most, D=D,
-            WIDTH=padded(D), ROWS=rows, COLUMNS=KEYS, TOP=top_k, KEPT=padded(top_k), KEEP=keep,
+            WIDTH=padded(D), ROWS=rows, COLUMNS=KEYS[q.element_size()], TOP=top_k, KEPT=padded(top_k), KEEP=keep,
             num_warps=4, num_stages=2,
         )  # fmt: skip
     return out, picked, weights

@@ -42,7 +42,13 @@ def routing(architecture: int, itemsize: int, shape: dict[str, int]) -> Iterator
 def memorizing(architecture: int, itemsize: int, shape: dict[str, int]) -> Iterator[Kernel]:
     """The search for few and for many pairs, and the gradient of what was picked."""
     for top in TOP:
-        kept = {"ROWS": search.queries(top, itemsize), "COLUMNS": search.KEYS, "TOP": top, "KEPT": top, "KEEP": True}
+        kept = {
+            "ROWS": search.queries(top, itemsize),
+            "COLUMNS": search.KEYS[itemsize],
+            "TOP": top,
+            "KEPT": top,
+            "KEEP": True,
+        }
         yield f"search {top}", search.search_kernel, shape | kept, 4, 2
     yield "picked", search.gradient_kernel, shape | {"ROWS": search.GATHERING, "TOP": TOP[0]}, 4, 3
 

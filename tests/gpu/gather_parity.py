@@ -268,7 +268,7 @@ def main() -> None:
     if INTERPRETED:
         ranges.config = gathered.config = lambda kernel, *_: TILES[kernel]
         choosing.SELECT, choosing.TOKENS, choosing.CENTROIDS, choosing.ADDED = 64, 32, 16, 16
-        search.KEYS, search.GATHERING, search.queries = 16, 16, lambda top_k, itemsize: 16
+        search.KEYS, search.GATHERING, search.queries = {2: 16, 4: 16}, 16, lambda top_k, itemsize: 16
         gate.TILES = dict.fromkeys((2, 4), gate.Tile(16, 16, 16, 4, 1))
     else:
         torch.set_default_device("cuda")
