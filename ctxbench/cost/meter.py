@@ -173,20 +173,32 @@ class Meter(TorchDispatchMode):
             self.moved_unknown += work.traffic * times
 
     def _follow(self, tensor: torch.Tensor, size: int) -> None:
-        if tensor.layout is not torch.strided:  # sparse tensors have no storage of their own
-            return
-        storage = tensor.untyped_storage()
+        if tensor.layout is torch.strided:  # sparse tensors have no storage of their own
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._own(storage, size)
+
+    def _own(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Count a storage until it dies."""
         identity = storage._cdata
-        if identity in self._known:
-            return
-
-        def release(_: Any, identity: int = identity, size: int = size) -> None:
-            self._known.pop(identity, None)
-            self.live -= size
-
-        self._known[identity] = weakref.ref(storage, release)
+        reference = _Reference(storage, self._release)
+        reference.identity, reference.size = identity, size
+        self._known[identity] = reference
         self.live += size
-        self.peak = max(self.peak, self.live)
+        if self.live > self.peak:
+            self.peak = self.live
+
+    def _release(self, reference: _Reference) -> None:
+        self._known.pop(reference.identity, None)
+        self.live -= reference.size
+
+
+class _Reference(weakref.ref[torch.UntypedStorage]):
+    """A storage that is counted; lighter than a function of its own for each."""
+
+    __slots__ = ("identity", "size")
+    identity: int
+    size: int
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

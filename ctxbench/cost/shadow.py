@@ -24,6 +24,7 @@ from torch.utils._device import _device_constructors
 
 from ctxbench.cost.meter import Meter, Trace, Traits, Work, storage_bytes, tensors_in
 
+_META, _UNSAFE_VIEW = torch.device("meta"), torch.ops.aten._unsafe_view.default
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # Functions that always give a view: no work and no storage, so no meter need see them.
@@ -54,6 +55,13 @@ _CHANGES_FORM = frozenset({"set_", "requires_grad_", "detach_", "share_memory_"}
 PATIENCE = 1024  # outcomes of one function after which those must have been met again on average
 
 
+# Operators that always give a view: no work and no storage, so that they may pass the meter by.
+_UNSEEN = """
+    alias as_strided detach expand permute select.int slice.Tensor split.Tensor split_with_sizes squeeze squeeze.dim
+    squeeze.dims t transpose.int unbind.int unfold unsqueeze view diagonal
+""".split()  # noqa: SIM905
+
+
 class NotShadowed(Exception):
     """A call whose kernel on the CPU is not known here; fake tensors decide."""
 
@@ -80,13 +88,32 @@ class ShadowMeter(Meter):
         self._seen: dict[Any, Outcome] = {}
         self._outcomes: dict[Any, list[Outcome]] = defaultdict(list)  # the same, by what was called
         self._log: list[Work] = []  # of the calls that are being watched
-        self._watching = 0
+        self._watching = self._depth = 0
         self.passed: set[Any] = set()  # what is never remembered
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Whether torch wraps every call of this mode against its compiler, which would double what one costs."""
         return False
+
+    def __enter__(self) -> ShadowMeter:
+        """Let views go from autograd straight to their kernels: half of what a training step dispatches are views.
+
+        Nobody else in the process sees them meanwhile either.
+        """
+        if not self._depth:
+            self._passing = torch.library.Library("aten", "IMPL")
+            for name in _UNSEEN:
+                self._passing.impl(name, torch.library.fallthrough_kernel, "Python")
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._depth -= 1
+        if not self._depth:
+            self._passing._destroy()
 
     def result(self) -> Trace:
         """What was seen so far."""
@@ -123,6 +150,27 @@ class ShadowMeter(Meter):
             with torch._C.DisableTorchFunction():
                 return self.dispatched(operator, args, kwargs or {})
         return self.dispatched(operator, args, kwargs or {})
+
+    def dispatched(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        """Pass an operator on and count it, from memory where it was met before."""
+        what = id(operator)  # whose own hash is slow
+        if what in self.passed:
+            return super().dispatched(operator, args, kwargs)
+        traits = self._traits.get(what) or self._learn(operator)
+        if traits.idle:
+            if operator is _UNSAFE_VIEW:  # whose own recipe for meta tensors is slow
+                return args[0].view(args[1])
+            return operator(*args, **kwargs)
+        if traits.composite:
+            return super().dispatched(operator, args, kwargs)
+        try:
+            key = self._key(what, None, args, kwargs)
+        except _NotRemembered:
+            return self._run(traits, args, kwargs)
+        seen = self._seen.get(key)
+        if seen is not None:
+            return self._again(seen, args, kwargs)
+        return self._watch(key, args, kwargs, lambda: self._run(traits, args, kwargs))
 
     @staticmethod
     def _key(what: Any, form: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
@@ -164,28 +212,15 @@ class ShadowMeter(Meter):
     def _make(self, recipe: Any, args: Any, kwargs: Any) -> Any:
         kind = type(recipe)
         if kind is _New:
-            out = torch.empty_strided(recipe.shape, recipe.stride, dtype=recipe.dtype, device="meta")
-            self._follow(out, recipe.size)
+            shape, stride, dtype, size = recipe
+            out = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+            self._own(out.untyped_storage(), size)
             return out
         if kind is _Several:
             return recipe.kind([self._make(item, args, kwargs) for item in recipe.items])
         if kind is _Operand:
             return args[0] if recipe.number == 0 and args else (tensors_in(args) + tensors_in(kwargs))[recipe.number]
         return recipe
-
-    def _run(self, traits: Traits, args: Any, kwargs: Any) -> Any:
-        what = id(traits.operator)  # whose own hash is slow
-        if what in self.passed:
-            return super()._run(traits, args, kwargs)
-        try:
-            key = self._key(what, None, args, kwargs)
-        except _NotRemembered:
-            return super()._run(traits, args, kwargs)
-        seen = self._seen.get(key)
-        if seen is not None:
-            return self._again(seen, args, kwargs)
-        run = super()._run
-        return self._watch(key, args, kwargs, lambda: run(traits, args, kwargs))
 
     def _call(self, traits: Traits, args: Any, kwargs: Any) -> Any:
         if traits.in_place and args[0].device.type == "meta":  # nothing would happen, slowly
@@ -210,7 +245,10 @@ class MetaCalls(TorchFunctionMode):
         self.meter, self.redirected = meter, _device_constructors() if redirect else ()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        passed = self.meter.passed
         kwargs = kwargs or {}
+        if function in passed and function not in self.redirected:
+            return function(*args, **kwargs)
         if function in _DIFFERENTIATES:
             with self._in_the_engine():
                 return function(*args, **kwargs)
@@ -221,7 +259,7 @@ class MetaCalls(TorchFunctionMode):
             function = _attend
         elif function in self.redirected and kwargs.get("device") is None:
             kwargs["device"] = "meta"
-        if function in self.meter.passed or (torch.is_grad_enabled() and _records(args, kwargs)):
+        if function in passed or (torch.is_grad_enabled() and _records(args, kwargs)):
             return function(*args, **kwargs)
         if function is _WRITE:
             extent = _extent(args[1], args[0].shape)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention
+from torch.nn.modules import activation
 
 from ctxbench import workload
 from ctxbench.cost.meter import Meter, Trace
@@ -91,7 +92,7 @@ def _trace_shadow(
         work = workload.prepare(method, dims, params, impl, mode, dtype, "meta", rotate=1)
         parameters, carried = _describe(work, dims)
         _ignore_live(meter, work)
-        with MetaCalls(meter, redirect), meter:
+        with _meta_takes_fast_paths(), MetaCalls(meter, redirect), meter:
             y = work.call()
         del y
     except Exception:  # whatever stopped it, fake tensors give the answer or the reason
@@ -139,6 +140,25 @@ def _uncompiled_flex_attention() -> Iterator[None]:
         yield
     finally:
         flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+
+
+@contextlib.contextmanager
+def _meta_takes_fast_paths() -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` choose as on the CPU, where it takes one operator for itself if it can.
+
+    It would not on a device that it does not know, nor while calls are watched.
+    """
+    before = activation._check_arg_device, torch.overrides.has_torch_function
+
+    def known(tensor: torch.Tensor | None) -> bool:
+        return tensor is None or tensor.is_meta or before[0](tensor)
+
+    activation._check_arg_device = known
+    torch.overrides.has_torch_function = lambda arguments: False
+    try:
+        yield
+    finally:
+        activation._check_arg_device, torch.overrides.has_torch_function = before
 
 
 @contextlib.contextmanager
