@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from ctxbench.cost.meter import Meter, Trace, Traits, Work, storage_bytes, tensors_in
+from ctxbench.cost.rules import META, RULES
 
-_META, _UNSAFE_VIEW = torch.device("meta"), torch.ops.aten._unsafe_view.default
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # Functions that always give a view: no work and no storage, so no meter need see them.
@@ -213,7 +214,7 @@ class ShadowMeter(Meter):
         kind = type(recipe)
         if kind is _New:
             shape, stride, dtype, size = recipe
-            out = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+            out = torch.empty_strided(shape, stride, dtype=dtype, device=META)
             self._own(out.untyped_storage(), size)
             return out
         if kind is _Several:
@@ -225,6 +226,11 @@ class ShadowMeter(Meter):
     def _call(self, traits: Traits, args: Any, kwargs: Any) -> Any:
         if traits.in_place and args[0].device.type == "meta":  # nothing would happen, slowly
             return args[0]
+        rule = RULES.get(id(traits.operator))
+        if rule is not None:
+            out = rule(*args, **kwargs)
+            if out is not None:
+                return out
         return super()._call(traits, args, kwargs)
 
     def _add(self, work: Work, times: int = 1) -> None:
