@@ -232,3 +232,34 @@ def test_both_engines_are_compared_once_for_all_lengths_of_a_cell(monkeypatch):
     assert lengths == [600, tracing.PROBE]
     tracing.trace(method, dims.replace(seq_len=4096, batch_size=2), method.params(), "blocked", "train")
     assert lengths == [600, tracing.PROBE, tracing.PROBE]
+
+
+def test_multi_head_attention_is_one_operator_on_both_engines():
+    class Heads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    method = Method(name="heads", build=lambda *_: Heads())
+    subject = (Dims(seq_len=64, d_model=16, num_heads=2), method, method.params(), "reference", "forward", "fp32")
+    quick, fake = tracing._trace_shadow(*subject), tracing._trace_fake(*subject, "cpu")
+    assert quick is not None
+    assert list(quick.by_op) == ["aten._native_multi_head_attention"]
+    assert tracing._same(quick, fake)
+
+
+def test_views_pass_the_fast_meter_alone():
+    x = torch.empty(4, 8, device="meta", requires_grad=True)
+
+    def dispatched(meter):
+        with meter:
+            x.t().view(2, 4, 4).unsqueeze(0).expand(3, -1, -1, -1)
+        return {traits.name for traits in meter._traits.values()}
+
+    seen = dispatched(Meter())
+    assert {"aten.t", "aten.expand"} <= seen
+    assert not dispatched(shadow.ShadowMeter())
+    assert dispatched(Meter()) == seen  # they are back
