@@ -81,7 +81,7 @@ def _channels_last(x: torch.Tensor) -> bool:
 
 
 RULES: dict[int, Callable[..., Result]] = {  # by the id of the operator, whose own hash is slow
-    id(operator): rule
+    id(operator): rule  # type: ignore[misc]
     for operator, rule in {
         aten._softmax.default: _softmax,
         aten.bitwise_not.default: _like_first,

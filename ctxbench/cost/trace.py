@@ -153,8 +153,8 @@ def _meta_takes_fast_paths() -> Iterator[None]:
     def known(tensor: torch.Tensor | None) -> bool:
         return tensor is None or tensor.is_meta or before[0](tensor)
 
-    activation._check_arg_device = known
-    torch.overrides.has_torch_function = lambda arguments: False
+    activation._check_arg_device = known  # type: ignore[assignment]
+    torch.overrides.has_torch_function = lambda arguments: False  # type: ignore[assignment]
     try:
         yield
     finally:
