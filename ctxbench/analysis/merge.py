@@ -24,8 +24,6 @@ from ctxbench.run.assemble import codes
 from ctxbench.run.store import Store, now
 from ctxbench.text import Warn
 
-KEEP = ("first", "last")
-
 
 class Merged(msgspec.Struct, kw_only=True):
     """What came together: the folder, its rows by status, and what a reader of it must know."""

@@ -39,10 +39,10 @@ def test_a_decoded_token_sees_all_keys(impl: str) -> None:
     assert evaluate(total(cost.flops), bindings(dims, params, 2, METHOD.segment_len(params))) == counted.flops
 
 
-@pytest.mark.parametrize("name", [*PINNED, "flash_attn", "xformers"])
+@pytest.mark.parametrize("name", PINNED)
 def test_fewer_queries_than_keys_are_refused_where_a_mask_would_have_two_meanings(name: str) -> None:
     q, k = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 5, 8)
-    with pytest.raises((ValueError, ImportError), match=r"received 3 and 5|flash_attn|xformers"):
+    with pytest.raises(ValueError, match="received 3 and 5"):
         getattr(backends, name)(q, k, k, True, None)
 
 
@@ -69,6 +69,9 @@ def test_packages_get_tokens_before_heads(name: str, causal: bool, monkeypatch: 
     q, k, v = (torch.randn(2, 3, 7, 8) for _ in range(3))
     expected = scaled_dot_product_attention(q, k, v, is_causal=causal)
     torch.testing.assert_close(getattr(backends, name)(q, k, v, causal, None), expected)
+    if causal:
+        with pytest.raises(ValueError, match="received 3 and 7"):
+            getattr(backends, name)(q[:, :, :3], k, v, True, None)
 
 
 @pytest.mark.parametrize(
