@@ -124,15 +124,16 @@ def effort(planned: Planned) -> int:
     return sum(_latency(planned) > bound for bound in LONG_CALL_S)
 
 
-def groups(cells: Iterable[Planned], config: Config) -> list[list[Planned]]:
+def groups(cells: Iterable[Planned], config: Config, rivals: Iterable[Planned] | None = None) -> list[list[Planned]]:
     """Cells that are measured side by side, cheapest group first.
 
     A group holds all methods and impls at one length, mode and setting whose calls are of one class of duration: a
     reference of many seconds does not keep its length's other impls waiting. Each method's fastest impl goes ahead by
-    LEAD classes, so that every method has its curve before any slow impl has its tail.
+    LEAD classes, so that every method has its curve before any slow impl has its tail. ``rivals`` are the cells it is
+    the fastest of: the whole plan, where some of it is measured already.
     """
     cells = list(cells)
-    fastest = _fastest(cells)
+    fastest = _fastest(cells if rivals is None else rivals)
     found: dict[Any, list[Planned]] = defaultdict(list)
     for planned in cells:
         cell = planned.cell
@@ -152,7 +153,7 @@ def _fastest(cells: Iterable[Planned]) -> set[str]:
     best: dict[Any, Planned] = {}
     for planned in cells:
         cell = planned.cell
-        if planned.method.impl(cell.impl).defects:
+        if planned.status != "planned" or planned.method.impl(cell.impl).defects:
             continue
         rivals = (cell.method, cell.seq_len, cell.mode, cell.device, cell.dtype, cell.batch_size, cell.memory)
         if rivals not in best or _latency(planned) < _latency(best[rivals]):

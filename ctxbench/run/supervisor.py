@@ -191,7 +191,7 @@ class Supervisor:
             affordable = [planned for planned in self._remaining() if not self._too_dear(planned)]
             if not affordable:
                 return
-            self._measure_group(groups(affordable, self.config)[0], affordable)
+            self._measure_group(groups(affordable, self.config, self.plan.cells)[0], affordable)
 
     def _too_dear(self, planned: Planned) -> bool:
         """Whether a first process would be cut off by the budget; a forecast that is only a roofline may be wrong."""

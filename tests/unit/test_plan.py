@@ -186,6 +186,9 @@ def test_the_fastest_impl_of_a_method_goes_ahead_of_slow_ones_at_shorter_lengths
         [("reference", 8192)],
         [("reference", 16384)],
     ]
+    open_cells = [planned for planned in waiting if planned.cell.impl == "reference" or planned.cell.seq_len > 8192]
+    order = [[(p.cell.impl, p.cell.seq_len) for p in group] for group in groups(open_cells, config, waiting)]
+    assert order[1:3] == [[("fast", 16384)], [("reference", 8192)]]  # no slow impl inherits the lead of a measured one
     sketch = waiting[0].method.impl("fast")
     with_defects = dataclasses.replace(sketch, defects={"agreement": "planted"})
     method = dataclasses.replace(waiting[0].method, impls=(waiting[0].method.impl("reference"), with_defects))
