@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -212,6 +213,17 @@ def _scalable(params: Params) -> dict[str, Any]:
         for spec in dataclasses.fields(params)
         if type(spec.default) is int and spec.default >= LARGE and not spec.metadata.get("choices")
     }
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: with tensors of a few kilobytes, handing work to others takes longer than doing it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _by_common_factor(defaults: Params) -> dict[str, int]:

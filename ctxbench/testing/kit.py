@@ -11,7 +11,7 @@ from typing import Any
 from ctxbench.method import Method
 from ctxbench.registry import time_limit
 from ctxbench.testing import agreement, behaviour, costs, gradients, literal  # noqa: F401  (they register the laws)
-from ctxbench.testing.case import Case, cases_for
+from ctxbench.testing.case import Case, cases_for, one_thread
 from ctxbench.testing.law import LAWS, VIOLATED, Finding, Law, Violation
 
 TIME_LIMIT_S = 120  # one law on one case
@@ -78,10 +78,11 @@ def check_method(
         message = f"the description of the method raised {_summary(error)}\n  {_origin(error)}"
         report.findings.append(Finding("description", method.name, VIOLATED, message))
         return report
-    for law, case in pairs:
-        report.findings.append(answer(law, case))
-        if on_finding is not None:
-            on_finding(report.findings[-1])
+    with one_thread():
+        for law, case in pairs:
+            report.findings.append(answer(law, case))
+            if on_finding is not None:
+                on_finding(report.findings[-1])
     return report
 
 

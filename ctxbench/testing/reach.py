@@ -13,7 +13,7 @@ import torch
 from ctxbench.analysis.reach import ReachMap
 from ctxbench.errors import MeasurementError
 from ctxbench.method import Method, load
-from ctxbench.testing.case import TINY, Case, small_params
+from ctxbench.testing.case import TINY, Case, one_thread, small_params
 from ctxbench.workload import as_output
 
 LENGTH = 64
@@ -31,12 +31,8 @@ def reach_map(method: Method, impl: str | None = None, length: int = LENGTH, dra
     size = case.dims.seq_len
     reach = load(method.reach)
     claimed = [sum(1 << j for j in set(reach(case.dims, case.params, i))) for i in range(size)] if reach else []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors of a few kilobytes: more threads take a hundred times as long
-    try:
+    with one_thread():
         gradient, values = _seen(case, draws, claimed)
-    finally:
-        torch.set_num_threads(threads)
     return ReachMap(
         method=method.name, impl=case.impl, seq_len=size, params=case.params.as_dict(),
         dims=dataclasses.asdict(case.dims), gradient=_rows(gradient), values=_rows(values),
