@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from compile_flash import compile_function, examine
+from compile_flash import compile_function, report
 
 from ctxbench.implementations._shared import decode, decode_table
 from ctxbench.implementations._shared.flash_table import padded
@@ -34,13 +34,13 @@ def compile_kernel(kernel: str, width: int, itemsize: int, architecture: int) ->
     )  # fmt: skip
 
 
-def main(wanted: list[str]) -> None:
+def asked(wanted: list[str]) -> Iterator[tuple[dict[str, Any], Any]]:
     for item in wanted:
         architecture, itemsize, width = map(int, item.split(":"))
         for kernel in WARPS:
             row = {"kernel": kernel, "architecture": architecture, "itemsize": itemsize, "width": width}
-            print(json.dumps(row | examine(compile_kernel(kernel, width, itemsize, architecture))), flush=True)
+            yield row, compile_kernel(kernel, width, itemsize, architecture)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    report(asked(sys.argv[1:]))

@@ -11,10 +11,12 @@ import contextlib
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -98,29 +100,64 @@ def compile_function(
         return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def examine(compiled: Any) -> dict[str, Any]:
-    """Registers, stack, spills, shared memory and matrix instructions of one compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+def examine(made: Iterable[tuple[dict[str, Any], Any]]) -> Iterator[dict[str, Any]]:
+    """Rows, each with registers, stack, spills, shared memory and matrix instructions of its compiled kernel."""
+    for architecture, group in groupby(made, key=lambda one: one[0]["architecture"]):
+        rows, kernels = zip(*group, strict=True)
+        listings = disassembled([kernel.asm["cubin"] for kernel in kernels], architecture)
+        for row, kernel, listing in zip(rows, kernels, listings, strict=True):
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(kernel.asm["cubin"])
+                file.flush()
+                usage = run("cuobjdump", "--dump-resource-usage", file.name)
+            resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+            yield row | {
+                "registers": int(resources["REG"]),
+                "stack": int(resources["STACK"]),
+                "spills": count(listing, "LDL|STL"),
+                "shared": kernel.metadata.shared,
+                "wgmma": count(listing, "HGMMA"),
+                "products": count(listing, "HG?MMA"),
+            }
+
+
+def count(listing: list[str], names: str) -> int:
+    """How many instructions have one of these names."""
+    return sum(bool(re.search(rf"\b(?:{names})\b", instruction)) for instruction in listing)
+
+
+def disassembled(cubins: list[bytes], architecture: int) -> Iterator[list[str]]:
+    """The instructions of each kernel; of all in one go, because the disassembler takes half a second to begin."""
+    codes = [code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
         file.flush()
-        usage = run("cuobjdump", "--dump-resource-usage", file.name)
-        listing = run("nvdisasm", "-c", file.name)
-    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    return {
-        "registers": int(resources["REG"]),
-        "stack": int(resources["STACK"]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
-        "shared": compiled.metadata.shared,
-        "wgmma": len(re.findall(r"\bHGMMA\b", listing)),
-        "products": len(re.findall(r"\bHG?MMA\b", listing)),
-    }
+        text = run("nvdisasm", "--binary", f"SM{architecture}{'a' * (architecture == 90)}", file.name)
+    listing = iter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text))
+    for each in codes:
+        yield [next(listing) for _ in range(0, len(each), 16)]  # bytes of an instruction
+    assert next(listing, None) is None, "more instructions than the kernels hold"
+
+
+def code(cubin: bytes) -> bytes:
+    """The section of an ELF file that holds the machine code of its one kernel."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, sections, names = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + index * size) for index in range(sections)]
+    (found,) = (header for header in headers if cubin.startswith(b".text.", headers[names][4] + header[0]))
+    return cubin[found[4] : found[4] + found[5]]
 
 
 def run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def main(wanted: list[str]) -> None:
+def report(made: Iterable[tuple[dict[str, Any], Any]]) -> None:
+    for row in examine(made):
+        print(json.dumps(row), flush=True)
+
+
+def asked(wanted: list[str]) -> Iterator[tuple[dict[str, Any], Any]]:
     everything = [f"{arch}:{size}:{width}" for arch, table in flash_table.CONFIGS.items() for size, width in table]
     for item in wanted or everything:
         target, _, form = item.partition("/")
@@ -134,8 +171,8 @@ def main(wanted: list[str]) -> None:
             dtype = {2: "bf16", 4: "fp32"}[itemsize]
             compiled = compile_kernel(kernel, width, dtype, architecture, chosen, form)
             row = {"kernel": kernel, "architecture": architecture, "itemsize": itemsize, "width": width, "form": form}
-            print(json.dumps(row | chosen._asdict() | examine(compiled)), flush=True)
+            yield row | chosen._asdict(), compiled
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    report(asked(sys.argv[1:]))

@@ -7,11 +7,11 @@ the gradients of a key's own segment apart, which holds every path; ``entries``:
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from compile_flash import compile_function, examine
+from compile_flash import compile_function, report
 
 from ctxbench.implementations._shared import relative_backward, relative_kernels, relative_table
 
@@ -34,7 +34,7 @@ def compile_kernel(kernel: str, width: int, itemsize: int, architecture: int, fa
     )
 
 
-def main(wanted: list[str]) -> None:
+def asked(wanted: list[str]) -> Iterator[tuple[dict[str, Any], Any]]:
     everything = [
         f"{arch}:{size}:{width}{form}"
         for arch, table in relative_table.CONFIGS.items()
@@ -47,8 +47,8 @@ def main(wanted: list[str]) -> None:
         for kernel in relative_table.KERNELS:
             chosen, compiled = compile_kernel(kernel, width, itemsize, architecture, form == "entries")
             row = {"kernel": kernel, "architecture": architecture, "itemsize": itemsize, "width": width, "form": form}
-            print(json.dumps(row | chosen._asdict() | examine(compiled)), flush=True)
+            yield row | chosen._asdict(), compiled
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    report(asked(sys.argv[1:]))

@@ -6,17 +6,16 @@ On the CUDA device, or, where TRITON_INTERPRET is 1, in Triton's interpreter wit
 from __future__ import annotations
 
 import json
-import os
 
 import torch
 from flash_parity import relative
+from interpreted import INTERPRETED, check_integers, spare
 
 from ctxbench.implementations._shared import decode as kernels
 from ctxbench.implementations._shared.decode_table import Config
 from ctxbench.implementations.dense import triton
 from ctxbench.workload import DTYPES
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CASES = {  # heads, heads of keys, queries, rows of the cache, keys in it, width, start, sinks, causal
     "one query": (1, 1, 1, 75, 75, 16, 0, 0, True),
     "one key": (2, 2, 1, 9, 1, 16, 0, 0, True),
@@ -67,6 +66,7 @@ def dense() -> dict[str, float]:
 
 
 def main() -> None:
+    spare()
     if INTERPRETED:
         kernels.config = lambda *_: Config(16, 16, 4, 1)
     else:
@@ -74,6 +74,7 @@ def main() -> None:
     runs = [(name, "fp32") for name in CASES] + [(name, "fp16") for name in SOME]
     runs += [] if INTERPRETED else [(name, "bf16") for name in CASES]
     for name, dtype in runs:
+        check_integers(dtype == "fp16")
         print(json.dumps([name, dtype, parity(*CASES[name], DTYPES[dtype])]))
     print(json.dumps(["dense", "fp32", dense()]))
 

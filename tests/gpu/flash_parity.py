@@ -8,9 +8,9 @@ of which it multiplies the bit patterns.
 from __future__ import annotations
 
 import json
-import os
 
 import torch
+from interpreted import INTERPRETED, check_integers, spare
 
 from ctxbench.implementations._shared import flash, tiles
 from ctxbench.implementations._shared import ranges as kernels
@@ -19,7 +19,6 @@ from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations.dense import triton
 from ctxbench.workload import DTYPES
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LONGER = 1 if INTERPRETED else 7  # lengths and lines, where tiles have up to 128 rows
 SOME = ("causal", "window and cache", "fewer keys than queries", "segments, memory, state")
 # Small tiles, so that short sequences have edges on both sides and tiles that need no mask.
@@ -155,7 +154,7 @@ class Counting:
         self.moved += int(getattr(rows, "value", rows)) * self.row
         return self.originals[1](base, start, stride, count, rows, *widths)
 
-    def check(self, kernels, queries, offset, each, heads, batch=2):
+    def check(self, kernels, queries, offset, each, heads, batch):
         """``kernels``: products of each a tile, and tensors of which it loads its own tile once."""
         products = moved = 0
         for kernel, (a_tile, own) in kernels.items():
@@ -178,8 +177,9 @@ class Counting:
 
 def parity(heads, queries, offset, width, *each, dtype, kind=""):
     torch.manual_seed(0)
-    q = torch.randn(2, queries, heads, width).transpose(1, 2)  # heads as a layer splits them
-    drawn = [torch.randn(2, keys, of, width).transpose(1, 2) for of, keys, *_ in each for _ in range(2)]
+    batch = 2 if heads * len(each) < 4 else 1
+    q = torch.randn(batch, queries, heads, width).transpose(1, 2)  # heads as a layer splits them
+    drawn = [torch.randn(batch, keys, of, width).transpose(1, 2) for of, keys, *_ in each for _ in range(2)]
     operands = [x.to(dtype).requires_grad_() for x in (q, *drawn)]
     exact = [x.detach().double().requires_grad_() for x in operands]
 
@@ -200,13 +200,13 @@ def parity(heads, queries, offset, width, *each, dtype, kind=""):
     counting = Counting(width, operands[0].element_size()) if INTERPRETED and not kind else None
     out, lse = kernels.attend(operands[0], ranges(operands), offset=offset, scale=scale, bias=bias)
     if counting:
-        counting.check({"forward": (2, 1)}, queries, offset, each, heads)
+        counting.check({"forward": (2, 1)}, queries, offset, each, heads, batch)
     assert out.stride() == operands[0].stride()
     expected, expected_lse = written_out(exact[0], ranges(exact), offset, scale, exact_bias)
     grad, grad_lse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
     received = torch.autograd.grad((out, lse), operands, (grad, grad_lse), retain_graph=not INTERPRETED)
     if counting:
-        counting.check({"dq": (3, 3), "dkv": (4, 2)}, queries, offset, each, heads)
+        counting.check({"dq": (3, 3), "dkv": (4, 2)}, queries, offset, each, heads, batch)
         counting.stop()
     if not INTERPRETED:  # the same bits every time
         again = torch.autograd.grad((out, lse), operands, (grad, grad_lse))
@@ -275,12 +275,14 @@ def module() -> dict[str, float]:
 def main() -> None:
     runs = [(name, "", "fp32") for name in CASES] + [(name, "", "fp16") for name in SOME]
     runs += [(name, kind, "fp32") for kind, names in BIASED.items() for name in names]
+    spare()
     if INTERPRETED:
         kernels.config = lambda kernel, *_: TILES[kernel]
     else:
         torch.set_default_device("cuda")
         runs += [(name, kind, "bf16") for name, kind, dtype in runs if dtype == "fp32"]
     for name, kind, dtype in runs:
+        check_integers(dtype == "fp16")
         heads, queries, offset, width, *each = CASES[name] if INTERPRETED else longer(*CASES[name])
         widths = (width,) if INTERPRETED else (width, 48, 64) if dtype == "fp32" else (width, 64, 96, 128)
         for channels in widths:

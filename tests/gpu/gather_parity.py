@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from flash_parity import INTERPRETED, TILES, relative
+from flash_parity import TILES, relative
+from interpreted import INTERPRETED, check_integers, spare
 
 from ctxbench.implementations._shared import ranges
 from ctxbench.implementations.compressive_memory import METHOD as COMPRESSIVE_MEMORY
@@ -265,6 +266,7 @@ def runs() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
+    spare()
     if INTERPRETED:
         ranges.config = gathered.config = lambda kernel, *_: TILES[kernel]
         choosing.SELECT, choosing.TOKENS, choosing.CENTROIDS, choosing.ADDED = 64, 32, 16, 16
@@ -276,6 +278,7 @@ def main() -> None:
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
         torch.manual_seed(0)
+        check_integers(dtype == "fp16")
         print(json.dumps([name, dtype, CHECKS[name](DTYPES[dtype])]), flush=True)
 
 

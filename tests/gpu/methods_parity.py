@@ -11,7 +11,8 @@ import sys
 from typing import Any
 
 import torch
-from flash_parity import INTERPRETED, TILES, relative
+from flash_parity import TILES, relative
+from interpreted import INTERPRETED, spare
 
 from ctxbench.implementations import bigbird, longformer, longlora
 from ctxbench.implementations._shared import decode, lists
@@ -93,6 +94,7 @@ def streamed(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
+    spare()
     if INTERPRETED:
         kernels.config = lambda kernel, *_: TILES[kernel]
         lists.listed_config = lambda kernel, *_: TILES[kernel]._replace(rows=16, columns=16)

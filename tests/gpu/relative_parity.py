@@ -8,16 +8,15 @@ of which it multiplies the bit patterns.
 from __future__ import annotations
 
 import json
-import os
 
 import torch
 from flash_parity import relative as error
+from interpreted import INTERPRETED, check_integers, spare
 
 from ctxbench.implementations._shared import relative_fused as kernels
 from ctxbench.implementations._shared.relative_table import Stair, Tile
 from ctxbench.workload import DTYPES
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LONGER = 1 if INTERPRETED else 5  # all lengths, where tiles have 32 or 64 rows
 NAMES = ("dq", "du", "dw", "dr", "dk", "dv", "own dk", "own dv", "far dk", "far dv")
 CASES = {  # rows, entries, bounds; keys are the rows and the past
@@ -126,6 +125,7 @@ def sum_of_parts(q, u, w, k, v, r, entry, seen, distance, own):
 
 
 def main() -> None:
+    spare()
     runs = [(name, "fp32") for name in CASES] + [(name, "fp16") for name in SOME]
     if INTERPRETED:
         kernels.tile = lambda *_: Tile(16, 4, 1)
@@ -133,6 +133,7 @@ def main() -> None:
         torch.set_default_device("cuda")
         runs += [(name, "bf16") for name in CASES]
     for name, dtype in runs:
+        check_integers(dtype == "fp16")
         widths = (16,) if INTERPRETED else (16, 24) if dtype == "fp32" else (16, 48, 64)
         for width in widths:
             print(json.dumps([f"{name}, {width}", dtype, parity(*CASES[name], width, DTYPES[dtype])]), flush=True)

@@ -8,9 +8,10 @@ answer but ``held`` is a failure.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass, replace
+
+from interpreted import INTERPRETED, spare
 
 from ctxbench.implementations._shared import decode, decode_table, ranges, relative_fused, relative_table
 from ctxbench.implementations._shared.flash_table import Config
@@ -19,7 +20,6 @@ from ctxbench.registry import discover
 from ctxbench.testing import LAWS
 from ctxbench.testing.case import Case
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TILES = {"forward": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(16, 16, 4, 1),
          "table": Config(16, 16, 4, 1)}  # fmt: skip
 FORMS = {  # method, position, layers, parameters, lengths
@@ -101,6 +101,7 @@ def here(method: Method, impl: str) -> Method:
 
 
 def main(wanted: list[str]) -> None:
+    spare()
     if INTERPRETED:
         ranges.config = lambda kernel, *_: TILES[kernel]
         relative_fused.tile = lambda *_: relative_table.Tile(16, 4, 1)
