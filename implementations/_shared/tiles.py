@@ -1,76 +1,197 @@
-"""What a launch of the flash kernels really visits: tiles, pairs and bytes in closed form; no torch, no triton here.
+"""What a launch of the flash kernels really does: tiles, products and bytes in closed form; no torch, no triton here.
 
-``flash`` multiplies whole tiles, so it executes more pairs than a method needs, and reads a tile of keys once for each
-tile of queries that meets it. This is the arithmetic of its kernels on integers, tile by tile of one side.
+Kernels multiply whole tiles, so they execute more pairs than a method needs, and read a tile of keys once for each tile
+of queries that meets it. This is their arithmetic on integers, tile by tile of one side, and for lists of blocks a few
+multiplications. Bytes are those of elements that a mask lets through, without what caches save.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ctxbench.implementations._shared.flash_table import Config
-from ctxbench.implementations._shared.lines import LEVEL, OPEN, Line, Placed, place
+from ctxbench.implementations._shared.flash_table import Config, padded
+from ctxbench.implementations._shared.lines import LEVEL, OPEN, PLAIN, SLOPES, TABLE, Placed
+
+NUMBER = 4  # bytes of a bias, of a row's log-sum-exp or sum, and of an entry of a list
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "table": 2}  # of a tile
+# Of each row of queries, once: rows of channels loaded, numbers loaded, rows stored, numbers stored.
+ONCE = {"forward": (1, 0, 1, 1), "dq": (3, 1, 1, 1), "table": (2, 2, 0, 0)}
 
 
-class Visit(NamedTuple):
-    """Of one head and one range: tiles visited, those of them that need no mask, and pairs multiplied."""
+class Work(NamedTuple):
+    """Tiles visited, those of them that need no mask and have one bias, products of two tiles, and bytes."""
 
-    tiles: int
-    unmasked: int
-    pairs: int
+    tiles: int = 0
+    unmasked: int = 0
+    products: int = 0
+    loaded: int = 0
+    stored: int = 0
 
-    def __add__(self, other: Visit) -> Visit:  # type: ignore[override]
-        return Visit(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def __mul__(self, times: int) -> Work:  # type: ignore[override]
+        return Work(*(times * a for a in self))
 
-NOTHING = Visit(0, 0, 0)
+    @property
+    def moved(self) -> int:
+        """Bytes loaded and stored."""
+        return self.loaded + self.stored
 
-
-def visited(
-    kernel: str, chosen: Config, queries: int, keys: int, low: Line | None = None, high: Line | None = None,
-    offset: int = 0,
-) -> Visit:  # fmt: skip
-    """What ``forward``, ``dq`` or ``dkv`` visits of one range, for one query head."""
-    first, end = place(low, offset, queries, keys), place(high, offset, queries, keys)
-    total = NOTHING
-    if kernel == "dkv":
-        for start in range(0, keys, chosen.columns):
-            total += _tile_of_keys(start, chosen, queries, keys, first, end)
-    else:
-        for start in range(0, queries, chosen.rows):
-            total += _tile_of_rows(start, chosen, queries, keys, first, end)
-    return total
+    def flops(self, chosen: Config, width: int) -> int:
+        """What these products execute, channels that only fill a tile included."""
+        return 2 * self.products * chosen.rows * chosen.columns * padded(width)
 
 
-def bytes_read(visit: Visit, kernel: str, chosen: Config, width: int, itemsize: int) -> int:
-    """Bytes that the visited tiles load, without what caches save: keys and values; or queries and their gradients.
+class Keys(NamedTuple):
+    """One range of ``keys`` keys as a launch describes it; see ``ranges.Shown``."""
 
-    ``dkv`` also loads the log-sum-exp and the row sums, four bytes each.
+    keys: int
+    low: Placed = Placed()
+    high: Placed = Placed()
+    bias: int = PLAIN
+    ahead: int = 0
+    known: bool = True
+
+
+class _Met(NamedTuple):
+    """The tiles of the other side that one tile meets, in the order of ``flash._tiles``."""
+
+    first: int
+    inner: int
+    near: int
+    past: int
+    outer: int
+    last: int
+
+    @property
+    def tiles(self) -> int:
+        return max(0, self.last - self.first)
+
+    @property
+    def unmasked(self) -> int:
+        return self.near - self.inner + self.outer - self.past if self.tiles else 0
+
+    def edges(self) -> Iterator[int]:
+        yield from range(self.first, self.inner)
+        yield from range(self.near, self.past)
+        yield from range(self.outer, self.last)
+
+
+def attended(
+    kernel: str, chosen: Config, queries: int, ranges: Sequence[Keys], width: int, itemsize: int, *, heads: int = 1,
+    group: int = 1, farthest: int = 0, through_lse: bool = False,
+) -> Work:  # fmt: skip
+    """One launch of ``forward``, ``dq``, ``dkv`` (of one range) or ``table`` for ``heads`` query heads of all batches.
+
+    ``group`` of them share a head of keys; ``farthest`` is the reach of a table of biases; ``through_lse``: dQ gets a
+    gradient of the log-sum-exp too.
     """
-    loaded = chosen.rows if kernel == "dkv" else chosen.columns
-    return visit.tiles * loaded * (2 * width * itemsize + 8 * (kernel == "dkv"))
+    row = width * itemsize
+    if kernel == "dkv":
+        (one,) = ranges
+        once = 2 * one.keys * row
+        return _of_keys(chosen, queries, one, row, farthest) * heads + Work(loaded=once, stored=once) * (heads // group)
+    rows, numbers, rows_stored, numbers_stored = ONCE[kernel]
+    work = Work(
+        loaded=queries * (rows * row + (numbers + through_lse) * NUMBER),
+        stored=queries * (rows_stored * row + numbers_stored * NUMBER),
+    )
+    if kernel == "table":  # what is too far on either side, by tile of queries
+        work += Work(stored=2 * NUMBER * -(-queries // chosen.rows))
+        ranges = [one for one in ranges if one.bias == TABLE]
+    for one in ranges:
+        work += _of_rows(kernel, chosen, queries, one, row, farthest)
+    return work * heads
 
 
-def _tile_of_rows(start: int, chosen: Config, queries: int, keys: int, low: Placed, high: Placed) -> Visit:
-    final = min(start + chosen.rows, queries) - 1
-    first, all_first = (_key_at(low, row, keys, 0) for row in (start, final))
-    all_end, end = (_key_at(high, row, keys, keys) for row in (start, final))
-    return _visit(first, end, all_first, all_end, chosen.columns, chosen.rows)
+def listed(
+    kernel: str, chosen: Config, queries: int, keys: int, size: int, entries: int, last: int, width: int,
+    itemsize: int, *, heads: int = 1, batch: int = 1, slopes: bool = False,
+) -> Work:  # fmt: skip
+    """One launch over lists of blocks of ``size`` tokens with ``entries`` in the lists of all heads.
+
+    ``last`` of the entries are the last block of keys, for ``dkv`` in the list of the last block of queries: it may be
+    shorter.
+    """
+    row, heads = width * itemsize, batch * heads
+    own, other = (keys, queries) if kernel == "dkv" else (queries, keys)
+    mine, theirs = (chosen.columns, chosen.rows) if kernel == "dkv" else (chosen.rows, chosen.columns)
+    pieces = -(-size // mine)
+    steps = entries * pieces * -(-size // theirs) * batch
+    blocks = -(-other // size)
+    seen = batch * pieces * (size * entries - (blocks * size - other) * last)
+    programs = -(-own // size) * pieces * heads
+    loaded = programs * 2 * NUMBER + steps * (NUMBER + NUMBER * slopes)
+    loaded += seen * (2 * row + 2 * NUMBER * (kernel == "dkv"))
+    if kernel == "dkv":
+        once = Work(loaded=2 * own * row, stored=2 * own * row)
+    else:
+        rows, numbers, rows_stored, numbers_stored = ONCE[kernel]
+        once = Work(
+            loaded=own * (rows * row + numbers * NUMBER), stored=own * (rows_stored * row + numbers_stored * NUMBER)
+        )
+    return once * heads + Work(steps, 0, steps * PRODUCTS[kernel], loaded)
 
 
-def _tile_of_keys(start: int, chosen: Config, queries: int, keys: int, low: Placed, high: Placed) -> Visit:
-    final = min(start + chosen.columns, keys) - 1
-    first, all_first = (_row_past(high, key, queries, 0) for key in (start, final))
-    all_end, end = (_row_past(low, key, queries, queries) for key in (start, final))
-    return _visit(first, end, all_first, all_end, chosen.rows, chosen.columns)
+def _of_rows(kernel: str, chosen: Config, queries: int, one: Keys, row: int, farthest: int) -> Work:
+    """What tiles of queries, of one head, do with one range."""
+    work, block = Work(), chosen.columns
+    for start in range(0, queries, chosen.rows):
+        final = min(start + chosen.rows, queries) - 1
+        first, all_first = (_key_at(one.low, at, one.keys, 0) for at in (start, final))
+        all_end, end = (_key_at(one.high, at, one.keys, one.keys) for at in (start, final))
+        near = one.keys, one.keys
+        if one.bias == TABLE:
+            near = max(start - one.ahead - farthest + 1, 0), max(final - one.ahead + farthest, 0)
+        met = _met(first, end, all_first, all_end, *near, block)
+        seen = min(met.last * block, one.keys) - met.first * block if met.tiles else 0
+        loaded = seen * (2 * row + NUMBER * (not one.known)) + _biases(met, one.bias, chosen)
+        stored = 0
+        if kernel == "table":
+            stored = NUMBER * sum(_diagonals(tile * block + one.ahead - start, chosen, farthest) for tile in met.edges())
+        work += Work(met.tiles, met.unmasked, met.tiles * PRODUCTS[kernel], loaded + stored, stored)
+    return work
 
 
-def _visit(first: int, end: int, all_first: int, all_end: int, block: int, other: int) -> Visit:
+def _of_keys(chosen: Config, queries: int, one: Keys, row: int, farthest: int) -> Work:
+    """What tiles of keys do with the queries of one head."""
+    work, block = Work(), chosen.rows
+    for start in range(0, one.keys, chosen.columns):
+        final = min(start + chosen.columns, one.keys) - 1
+        first, all_first = (_row_past(one.high, at, queries, 0) for at in (start, final))
+        all_end, end = (_row_past(one.low, at, queries, queries) for at in (start, final))
+        near = queries, queries
+        if one.bias == TABLE:
+            near = max(start + one.ahead - farthest + 1, 0), max(final + one.ahead + farthest, 0)
+        met = _met(first, end, all_first, all_end, *near, block)
+        seen = min(met.last * block, queries) - met.first * block if met.tiles else 0
+        hidden = met.tiles * (final + 1 - start) * NUMBER * (not one.known)
+        loaded = seen * (2 * row + 2 * NUMBER) + hidden + _biases(met, one.bias, chosen)
+        work += Work(met.tiles, met.unmasked, met.tiles * PRODUCTS["dkv"], loaded)
+    return work
+
+
+def _met(first: int, end: int, all_first: int, all_end: int, near_first: int, near_end: int, block: int) -> _Met:
     begin, last = first // block, -(-end // block)
     inner = min(max(-(-all_first // block), begin), last)
     outer = min(max(all_end // block, inner), last)
-    tiles = max(0, last - begin)
-    return Visit(tiles, outer - inner, tiles * block * other)
+    near = min(max(near_first // block, inner), outer)
+    past = min(max(-(-near_end // block), near), outer)
+    return _Met(begin, inner, near, past, outer, last)
+
+
+def _biases(met: _Met, bias: int, chosen: Config) -> int:
+    """Bytes of biases: of slopes one number a tile, of a table one too, or at edges and near one a pair."""
+    if bias == TABLE:
+        return NUMBER * (met.unmasked + (met.tiles - met.unmasked) * chosen.rows * chosen.columns)
+    return NUMBER * met.tiles * (bias == SLOPES)
+
+
+def _diagonals(distance: int, chosen: Config, farthest: int) -> int:
+    """How many of a tile's diagonals, ``distance`` that of its first pair, are nearer than ``farthest``."""
+    return max(0, min(distance + chosen.columns, farthest - 1) - max(distance - chosen.rows + 1, 1 - farthest) + 1)
 
 
 def _key_at(line: Placed, row: int, keys: int, otherwise: int) -> int:

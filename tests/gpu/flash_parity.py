@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 
 import torch
-from interpreted import INTERPRETED, check_integers, spare
+from interpreted import INTERPRETED, Counted, check_integers, spare
 
-from ctxbench.implementations._shared import flash, tiles
 from ctxbench.implementations._shared import ranges as kernels
 from ctxbench.implementations._shared.flash_table import Config
 from ctxbench.implementations._shared.ranges import Line, Range
@@ -138,43 +137,6 @@ def drawn_bias(kind: str, heads: int) -> torch.Tensor | None:
     return torch.randn(heads, 2 * LONGER * int(kind.split()[-1]) + 1)
 
 
-class Counting:
-    """What the interpreted kernels multiply and load, held against the closed forms of ``tiles``."""
-
-    def __init__(self, width, itemsize):
-        self.row, self.originals, self.products, self.moved = width * itemsize, (flash._dot, flash._load), 0, 0
-        self.width, self.itemsize = width, itemsize
-        flash._dot, flash._load = self.dot, self.load
-
-    def dot(self, *operands):
-        self.products += 1
-        return self.originals[0](*operands)
-
-    def load(self, base, start, stride, count, rows, *widths):
-        self.moved += int(getattr(rows, "value", rows)) * self.row
-        return self.originals[1](base, start, stride, count, rows, *widths)
-
-    def check(self, kernels, queries, offset, each, heads, batch):
-        """``kernels``: products of each a tile, and tensors of which it loads its own tile once."""
-        products = moved = 0
-        for kernel, (a_tile, own) in kernels.items():
-            chosen, launches = TILES[kernel], batch * heads
-            for of, keys, low, high, *_ in each:
-                visit = tiles.visited(kernel, chosen, queries, keys, low, high, offset)
-                products += launches * visit.tiles * a_tile
-                moved += launches * tiles.bytes_read(visit, kernel, chosen, self.width, self.itemsize)
-                if kernel == "dkv":  # statistics are loaded as vectors
-                    moved -= launches * visit.tiles * chosen.rows * 8
-                    moved += batch * of * own * -(-keys // chosen.columns) * chosen.columns * self.row
-            if kernel != "dkv":
-                moved += launches * own * -(-queries // chosen.rows) * chosen.rows * self.row
-        assert (self.products, self.moved) == (products, moved)
-        self.products = self.moved = 0
-
-    def stop(self):
-        flash._dot, flash._load = self.originals
-
-
 def parity(heads, queries, offset, width, *each, dtype, kind=""):
     torch.manual_seed(0)
     batch = 2 if heads * len(each) < 4 else 1
@@ -197,17 +159,11 @@ def parity(heads, queries, offset, width, *each, dtype, kind=""):
         return [first._replace(start=3, every=2 if kind == "slopes" else 1), *others]
 
     scale = 0.2
-    counting = Counting(width, operands[0].element_size()) if INTERPRETED and not kind else None
     out, lse = kernels.attend(operands[0], ranges(operands), offset=offset, scale=scale, bias=bias)
-    if counting:
-        counting.check({"forward": (2, 1)}, queries, offset, each, heads, batch)
     assert out.stride() == operands[0].stride()
     expected, expected_lse = written_out(exact[0], ranges(exact), offset, scale, exact_bias)
     grad, grad_lse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
     received = torch.autograd.grad((out, lse), operands, (grad, grad_lse), retain_graph=not INTERPRETED)
-    if counting:
-        counting.check({"dq": (3, 3), "dkv": (4, 2)}, queries, offset, each, heads, batch)
-        counting.stop()
     if not INTERPRETED:  # the same bits every time
         again = torch.autograd.grad((out, lse), operands, (grad, grad_lse))
         assert all(torch.equal(one, two) for one, two in zip(received, again, strict=True))
@@ -276,6 +232,7 @@ def main() -> None:
     runs = [(name, "", "fp32") for name in CASES] + [(name, "", "fp16") for name in SOME]
     runs += [(name, kind, "fp32") for kind, names in BIASED.items() for name in names]
     spare()
+    counted = Counted()
     if INTERPRETED:
         kernels.config = lambda kernel, *_: TILES[kernel]
     else:
@@ -292,6 +249,8 @@ def main() -> None:
         print(json.dumps(["one gradient", dtype, alone(DTYPES[dtype])]))
     for name, check in (("tiles out of sight", skipping), ("dense", module)) if INTERPRETED else (("dense", module),):
         print(json.dumps([name, "fp32", check()]))
+    if INTERPRETED:
+        counted.all_of("forward", "dq", "dkv", "table")
 
 
 if __name__ == "__main__":

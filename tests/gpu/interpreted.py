@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ctxbench.implementations._shared import lines, tiles
+from ctxbench.implementations._shared.flash_table import Config
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -40,3 +43,78 @@ def check_integers(wanted: bool) -> None:
         from triton.runtime.interpreter import interpreter_builder
 
         object.__setattr__(interpreter_builder.options, "sanitize_overflow", wanted)
+
+
+class Counted:
+    """What interpreted launches multiply, load and store, each held against the closed form of ``tiles``."""
+
+    def __init__(self) -> None:
+        self.launches: list[str] = []
+        if INTERPRETED:
+            self._watch()
+
+    def all_of(self, *kernels: str) -> None:
+        """Fail unless each of them was launched, over ranges or over lists."""
+        assert {name.removeprefix("listed_").removesuffix("_kernel") for name in self.launches} >= set(kernels)
+
+    def _watch(self) -> None:
+        from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
+
+        run, load, store, dot = (
+            InterpretedFunction.run,
+            *(getattr(interpreter_builder, f"create_{name}") for name in ("masked_load", "masked_store", "dot")),
+        )
+
+        def counting_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+            self.loaded += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+            return load(pointers, mask, *rest)
+
+        def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self.stored += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+            return store(pointers, value, mask, *rest)
+
+        def counting_dot(*operands: Any) -> Any:
+            self.products += 1
+            return dot(*operands)
+
+        interpreter_builder.create_masked_load = counting_load
+        interpreter_builder.create_masked_store = counting_store
+        interpreter_builder.create_dot = counting_dot
+
+        def counting_run(function: Any, *arguments: Any, **options: Any) -> None:
+            self.products = self.loaded = self.stored = 0
+            run(function, *arguments, **options)
+            given = dict(zip(function.arg_names, arguments, strict=False)) | options
+            work = expected(function.fn.__module__.rpartition(".")[2], function.__name__, given)
+            if work is not None:
+                received = self.products, self.loaded, self.stored
+                assert received == work[2:], (function.__name__, received, work)
+                self.launches.append(function.__name__)
+
+        InterpretedFunction.run = counting_run
+
+
+def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None:
+    """The closed form of one launch from its arguments; None for kernels that have none."""
+    if module not in ("flash", "flash_bias", "flash_lists"):
+        return None
+    q, chosen = given["Q"], Config(given["ROWS"], given["COLUMNS"], 0, 0)
+    batch, heads, queries, width = q.shape
+    kernel = name.removesuffix("_kernel").removeprefix("listed_")
+    if module == "flash_lists":
+        keys, size, blocks = given["S"], given["size"], given["LISTED"]
+        last = -(-(queries if kernel == "dkv" else keys) // size) - 1
+        return tiles.listed(
+            kernel, chosen, queries, keys, size, blocks.numel(), int((blocks == last).sum()), width, q.element_size(),
+            heads=heads, batch=batch, slopes=given["BIAS"] != lines.PLAIN,
+        )  # fmt: skip
+    kinds = [(given["LOW"], given["HIGH"], given["BIAS"], given["KNOWN"])] if kernel == "dkv" else given["KINDS"]
+    ranges = []
+    for described, (low, high, bias, known) in zip(given.get("ranges", [given.get("keys")]), kinds, strict=True):
+        _group, keys, *bounds, _every, ahead, _since = described[8:]
+        low, high = (lines.Placed(kind, *line) for kind, line in zip((low, high), bounds, strict=True))
+        ranges.append(tiles.Keys(keys, low, high, bias, ahead, bool(known)))
+    return tiles.attended(
+        kernel, chosen, queries, ranges, width, q.element_size(), heads=batch * heads, group=given.get("GROUP", 1),
+        farthest=given["farthest"], through_lse=bool(given.get("THROUGH_LSE")),
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from flash_parity import TILES, relative
-from interpreted import INTERPRETED, spare
+from interpreted import INTERPRETED, Counted, spare
 
 from ctxbench.implementations import bigbird, longformer, longlora
 from ctxbench.implementations._shared import decode, lists
@@ -95,6 +95,7 @@ def streamed(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     spare()
+    counted = Counted()
     if INTERPRETED:
         kernels.config = lambda kernel, *_: TILES[kernel]
         lists.listed_config = lambda kernel, *_: TILES[kernel]._replace(rows=16, columns=16)
@@ -107,6 +108,8 @@ def main() -> None:
         for dtype in ("fp32",) if INTERPRETED else ("fp32", "bf16"):
             errors = parity(method, method.params(**params), SMALL.replace(**dims), DTYPES[dtype])
             print(json.dumps([name, dtype, errors]))
+    if INTERPRETED:
+        counted.all_of("forward", "dq", "dkv")
 
 
 if __name__ == "__main__":
