@@ -29,6 +29,7 @@ class Pace:
     config: Config
     fixed_s: dict[str, float] = field(default_factory=dict)
     seen: Counter[str] = field(default_factory=Counter)  # processes that have taught, by kind
+    passed: set[Any] = field(default_factory=set)  # series one cell of which has passed its gate
 
     def __post_init__(self) -> None:
         devices = [FIXED_S[device.partition(":")[0]] for device in self.config.device]
@@ -55,7 +56,8 @@ class Pace:
         """A whole cell with at most this many timing processes."""
         latency = planned.forecast.latency_s
         count = processes_for(latency, processes or self.config.protocol.processes)
-        return self.time_child(latency, gate=True) + self.memory_child(latency) + (count - 1) * self.time_child(latency)
+        gate = planned.series not in self.passed
+        return self.time_child(latency, gate) + self.memory_child(latency) + (count - 1) * self.time_child(latency)
 
     def total(self, cells: Iterable[Planned], processes: int | None = None) -> float:
         """All of these cells."""

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -37,6 +38,11 @@ class Planned:
     forecast: Forecast = field(default_factory=Forecast)
     figures: Figures | None = None
     formula_error: str = ""
+
+    @cached_property
+    def series(self) -> tuple[Any, ...]:
+        """The cell's series; asked again and again while a run is forecast."""
+        return self.cell.series
 
 
 @dataclass

@@ -78,7 +78,10 @@ class Flops(msgspec.Struct, kw_only=True):
 
 
 class Gate(msgspec.Struct, kw_only=True):
-    """The correctness check that precedes every timing; ``probes`` maps each probe to passed, failed or not claimed."""
+    """The correctness check that precedes every timing; ``probes`` maps each probe to passed, failed or not claimed.
+
+    ``specimen`` names what was computed. ``stands_for`` is true where a shorter cell of the run has computed the same.
+    """
 
     ok: bool
     error: float | None = None
@@ -86,6 +89,8 @@ class Gate(msgspec.Struct, kw_only=True):
     length: int | None = None
     probes: dict[str, str] = {}
     message: str = ""
+    specimen: str = ""
+    stands_for: bool = False
 
 
 class Forecast(msgspec.Struct, kw_only=True):

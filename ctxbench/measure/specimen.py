@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,13 @@ class Specimen:
     def length(self) -> int:
         """Tokens of the sequence the gate computes."""
         return self.dims.seq_len
+
+    @property
+    def key(self) -> str:
+        """Name of all that the gate's result depends on, so that equal keys need one gate."""
+        what = (self.method.name, self.impl, self.mode, self.dims, self.params)
+        parts = (*what, self.device, self.dtype, self.seed, self.note)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     def supports(self, mode: str = "", impl: str = "", dtype: str = "") -> bool:
         """Whether the method and the impl have this; by default: what the cell asks for."""

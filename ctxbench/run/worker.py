@@ -46,7 +46,7 @@ def run_task(task: Task) -> Outcome:
 def time_cell(task: Task) -> Outcome:
     """Gate when asked, build, warm up, sample, and look whether the outputs were really computed."""
     cell, method = _subject(task)
-    gate = run_gate(method, cell, task.protocol.seed) if task.gate else None
+    gate = run_gate(method, cell, task.protocol.seed, task.passed) if task.gate else None
     if gate is not None and not gate.ok:
         return Outcome(status="gate_failed", reason=gate.message, gate=gate)
     gc.collect()

@@ -341,3 +341,29 @@ def test_a_sound_impl_that_raises_is_not_a_failed_gate():
 
     with pytest.raises(RuntimeError, match="planted"):
         gate("reference", window_method(build=fails))
+
+
+def test_a_gate_stands_for_a_longer_cell_only_where_it_computed_the_same():
+    cell = {"method": "window", "impl": "Summed", "d_model": 16, "num_heads": 2, "d_ff": 0}
+    short, long = (run_gate(window_method(), Cell(seq_len=length, **cell)) for length in (50, 400))
+    assert short.ok
+    assert long.ok
+    assert short.specimen != long.specimen  # at 50 tokens the specimen is shorter
+    built: list[str] = []
+
+    def counting(dims: Dims, params: WindowParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:
+        built.append(impl)
+        return build(dims, params, impl, device, dtype)
+
+    def again(passed: Gate, **changes: Any) -> Gate:
+        built.clear()
+        return run_gate(window_method(build=counting), Cell(**{"seq_len": 800, **cell, **changes}), passed=[passed])
+
+    assert again(long).stands_for
+    assert not built
+    assert again(long).error == long.error
+    wrong = Gate(ok=False, specimen=long.specimen)
+    others = [{"dtype": "bf16"}, {"mode": "train"}, {"memory": 4}, {"num_heads": 4}, {"causal": False}, {"seq_len": 50}]
+    for passed, changes in [(short, {}), (wrong, {}), *((long, change) for change in others)]:
+        assert not again(passed, **changes).stands_for
+        assert built

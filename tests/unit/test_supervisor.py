@@ -40,7 +40,7 @@ def test_a_quiet_run_fills_every_field_of_every_row(lab: Any) -> None:
     assert row.peak_bytes.agree is True
     assert (row.flops.algorithmic, row.flops.formula, row.flops.counted) == (4 * 256 * 2048**2,) * 3
     assert (row.num_parameters.measured, row.num_parameters.formula, row.state_bytes.formula) == (1000, 1000, 0)
-    assert row.gate == Gate(ok=True, error=0.0, tolerance=1e-6)
+    assert row.gate == Gate(ok=True, error=0.0, tolerance=1e-6, stands_for=True)
     assert row.forecast.basis.startswith("formula, scaled from 1k")
     assert row.elapsed_s > 0
     assert row.warnings == []
@@ -53,6 +53,24 @@ def test_the_first_process_is_gated_and_followed_by_the_memory_process(lab: Any)
     assert [task.gate for task in machine.tasks] == [True, False, False, False]
     assert [task.process for task in machine.tasks if task.kind == "time"] == [0, 1, 2]
     assert machine.tasks[2].expected_s == pytest.approx(2e-8 * 1024**2)
+
+
+def test_gates_that_passed_are_shown_to_the_longer_cells_of_their_series(lab: Any) -> None:
+    machine = lab.machine()
+    lab.run(machine, lab.config(methods="square,window", seq_len="1k..4k"))
+    shown = {(task.cell.method, task.cell.seq_len): len(task.passed) for task in machine.tasks if task.gate}
+    for method in ("square", "window"):
+        assert [shown[method, length] for length in (1024, 2048, 4096)] == [0, 1, 1]
+    assert not any(task.passed for task in machine.tasks if not task.gate)
+
+    def refuse(task: Task) -> Outcome | None:
+        gate = Gate(ok=False, message="differs")
+        return Outcome(status="gate_failed", gate=gate, elapsed_s=0.1) if task.kind == "time" else None
+
+    machine = lab.machine()
+    machine.behaviour = refuse
+    lab.run(machine, lab.config(methods="square", seq_len="1k..4k"), folder="refused")
+    assert [len(task.passed) for task in machine.tasks] == [0, 0, 0]  # what failed stands for nothing
 
 
 def test_impls_of_a_length_are_measured_in_interleaved_rounds(lab: Any) -> None:
