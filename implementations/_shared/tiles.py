@@ -150,7 +150,8 @@ def _of_rows(kernel: str, chosen: Config, queries: int, one: Keys, row: int, far
         loaded = seen * (2 * row + NUMBER * (not one.known)) + _biases(met, one.bias, chosen)
         stored = 0
         if kernel == "table":
-            stored = NUMBER * sum(_diagonals(tile * block + one.ahead - start, chosen, farthest) for tile in met.edges())
+            places = (tile * block + one.ahead - start for tile in met.edges())
+            stored = NUMBER * sum(_diagonals(place, chosen, farthest) for place in places)
         work += Work(met.tiles, met.unmasked, met.tiles * PRODUCTS[kernel], loaded + stored, stored)
     return work
 
