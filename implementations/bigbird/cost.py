@@ -43,7 +43,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
-        peak_bytes=_peak(impl, mode) if position == "none" and impl != "triton" else None,
+        peak_bytes=_peak(impl, mode) if position == "none" else None,
     )
 
 
@@ -54,7 +54,10 @@ def _peak(impl: str, mode: str) -> Expr:
 row, piece = tensor(B, T, d), tensor(B, Min(b, END), d)  # bytes of a sequence, and of some queries of a global row
 padded = tensor(B, blocks * b, d)
 _edges, _inner = Min(2, blocks - 2), Max(0, Min(Max(1, floor(SLAB / b)), blocks - 4))  # rows of each kind of slab
-few = blocks <= 2  # nothing between the ends: the blocked impl is one fused call
+few = blocks <= 2  # nothing between the ends: the fused impls are one call
+# The lists of the rows between the ends, int32: where each begins, and the blocks.
+_listed = _edges * (4 + Min(r, blocks - 4)) + Max(0, blocks - 4) * (5 + Min(r, blocks - 5))
+lists = 4 * h * (blocks - 1 + _listed)
 
 
 def _buffers(gathered: int, scores: int, queries: int) -> Expr:
@@ -73,6 +76,8 @@ def _forward_peak(impl: str) -> Expr:
     """Norm, q, k and v; then scores twice with mask and output, or the output, keys and values by block and a slab."""
     if impl == "reference":  # with several sequences v is copied for the batched product
         return stack_peak(T, 5 * row + 2 * tensor(B, h, T, T) + h * T * T + Min(B - 1, 1) * row)
+    if impl == "triton":  # the ends and the rest, then their concatenation beside the lists
+        return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (6 * row + lists, True)))
     slab = 5 * row + 2 * padded + _buffers(2, 1, 1) + piece
     return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (slab, True)))
 
@@ -83,6 +88,12 @@ def _train_peak(impl: str) -> Expr:
     if impl == "reference":
         core = scores + h * T * T  # probabilities and mask
         attending = core + 5 * row + 2 * scores  # norm q k, output, gradient of v; gradients of probabilities, scores
+    elif impl == "triton":
+        core = 4 * B * h * T + Piecewise((0, few), (row + lists, True))  # beside what was concatenated, its parts
+        # Norm q k v, output, gradients of the mixed rows, of q, of k and v from the rest and the last block, a sum of
+        # these; queries of the last block, and the first block's result with its log-sum-exps.
+        ends = tensor(B, last, d) + tensor(B, b, d) + 4 * B * h * b
+        attending = Piecewise((core + 10 * row, few), (12 * row + ends, True))
     else:
         core = Piecewise((4 * B * h * T, few), (0, True))
         # Keys and values by block and the sums of their gradients, in single precision at least.

@@ -32,7 +32,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongLoRAPara
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)),
-        peak_bytes=peak(impl, mode, group) if position == "none" and (impl, mode) != ("triton", "train") else None,
+        peak_bytes=peak(impl, mode, group) if position == "none" else None,
         depth=L,
     )
 

@@ -20,7 +20,7 @@ def peak(impl: str, mode: str, group: Expr) -> Expr:
     if impl == "blocked":
         return _blocked_train(group) if mode == "train" else stack_peak(T, _blocked_mixing(group))
     if impl == "triton":
-        return stack_peak(T, _triton_mixing())
+        return _triton_train() if mode == "train" else stack_peak(T, _triton_mixing())
     return _reference_train(group) if mode == "train" else stack_peak(T, _reference_mixing(group))
 
 
@@ -59,6 +59,19 @@ def _blocked_train(group: Expr) -> Expr:
     # norm q k v, output, gradients of the output, of q, k, v as wholes, and of those and the output of one half
     in_attention = 9 * ROW + (ROW + 3 * ROW) * PLAIN / h + core / 2 + statistics + e * (d * d + d)
     in_attention += when_ffn(ROW + e * (2 * d * f + f + 3 * d)) + _copies(group)[0]
+    return (L - 1) * kept + largest(in_ffn, in_attention)
+
+
+def _triton_train() -> Expr:
+    """As of the blocked impl, but nothing is copied, and both halves are kept beside their concatenation."""
+    statistics = 2 * e * B * T
+    kept = 4 * B * h * T + 6 * ROW + ROW * _some(SHIFTED) + statistics
+    kept += when_ffn(2 * ROW + 2 * tensor(B, T, f) + statistics)
+    in_ffn = when_ffn(kept + tensor(B, T, f) + e * (d * f + d))
+    # Norm q k v, output and its gradient; output and gradients of q, k, v of the plain half, then these as wholes.
+    in_attention = 6 * ROW + 4 * ROW * PLAIN / h + 3 * ROW * _some(SHIFTED) + 4 * B * PLAIN * T
+    in_attention += statistics + e * (d * d + d)
+    in_attention += when_ffn(ROW + e * (2 * d * f + f + 3 * d))
     return (L - 1) * kept + largest(in_ffn, in_attention)
 
 
