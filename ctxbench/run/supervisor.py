@@ -340,7 +340,8 @@ class Supervisor:
 
     def _show(self, work: Work, what: str, remaining: list[Planned], processes: int) -> None:
         waiting = [planned for planned in remaining if planned.cell.key in self.open]
-        self.progress.current(work.planned.cell, what, min(self.pace.total(waiting, processes), self.left_s()))
+        left = max(self.left_s(), 0.0)
+        self.progress.current(work.planned.cell, what, min(self.pace.total(waiting, processes), left))
 
 
 def protocol_of(config: Config) -> tasks.Protocol:

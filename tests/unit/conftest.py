@@ -21,6 +21,7 @@ from ctxbench.method import Impl, Method, Params, no, param
 from ctxbench.plan import Plan, build
 from ctxbench.registry import Entry, Registry
 from ctxbench.rows import Gate
+from ctxbench.run.progress import Progress
 from ctxbench.run.store import Store
 from ctxbench.run.supervisor import Summary, Supervisor
 from ctxbench.run.tasks import Memory, Outcome, Samples, Task
@@ -178,11 +179,13 @@ class Lab:
     def machine(self, law: Callable[[Any], float] | None = None) -> Machine:
         return Machine(law)
 
-    def run(self, machine: Machine, config: Config, rerun: str = "", folder: str = "run") -> Summary:
+    def run(
+        self, machine: Machine, config: Config, rerun: str = "", folder: str = "run", progress: Progress | None = None
+    ) -> Summary:
         """One session; sessions in the same folder continue each other."""
         with Store.open(self.folder / folder) as store:
             plan = build(config, self.registry, {"cpu": CEILINGS}, store.rows.values())
-            return Supervisor(plan, store, {"cpu": CEILINGS}, machine.make, clock=machine.clock).run(rerun)
+            return Supervisor(plan, store, {"cpu": CEILINGS}, machine.make, progress, machine.clock).run(rerun)
 
 
 @pytest.fixture

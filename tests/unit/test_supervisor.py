@@ -10,8 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ctxbench.cell import Cell
 from ctxbench.errors import Exit
 from ctxbench.rows import FAILURES, Gate, Row
+from ctxbench.run.progress import Progress
 from ctxbench.run.store import ROWS, read_rows
 from ctxbench.run.supervisor import GRACE_S
 from ctxbench.run.tasks import Memory, Outcome, Task
@@ -263,6 +265,20 @@ def test_the_run_ends_inside_the_budget_and_the_rest_is_skipped_with_a_forecast(
         assert "budget of 20.0 s is spent; forecast of" in row.reason or "cell timeout" in row.reason
         assert row.forecast.latency_s > 1
     assert summary.exit_code == Exit.OK
+
+
+def test_the_time_that_is_left_is_never_less_than_none(lab: Any) -> None:
+    class Told(Progress):
+        def current(self, cell: Cell, what: str, left_s: float) -> None:
+            told.append(left_s)
+
+    told: list[float] = []
+    machine = lab.machine(lambda cell: 1e-3)
+    # Every child takes longer than foreseen: the last ones start beyond the end of the budget.
+    machine.behaviour = lambda task: machine.timed(task, elapsed_s=5.5) if task.kind == "time" else None
+    lab.run(machine, lab.config(methods="square,window", seq_len="1k", limits={"budget": "5s"}), progress=Told())
+    assert machine.time - 1000 > 5
+    assert min(told) >= 0.0
 
 
 def test_a_child_that_the_budget_cuts_off_is_no_timeout(lab: Any) -> None:
