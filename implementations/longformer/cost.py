@@ -43,8 +43,10 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl, position)
     kept = 2 * tensor(B, over_heads(lambda f: f.kept(T), causal, params), d)
-    known = position == "none" and not dilates_some(params) and impl != "triton"
-    if params.positions:
+    known = position == "none" and not dilates_some(params)
+    if impl == "triton":
+        known = known and params.dilation == 1 and not params.positions
+    elif params.positions:
         known = known and (mode == "forward" or (mode == "train" and impl == "blocked"))
     return Cost(
         algorithmic=algorithmic,

@@ -19,7 +19,7 @@ w, g, step = param("window"), param("num_global"), param("dilation")
 
 def peak(impl: str, mode: str, causal: bool, params: LongformerParams) -> Expr:
     """Bytes above parameters, inputs and incoming state."""
-    sizes = Sizes(impl, causal, params)
+    sizes = Kernels(impl, causal, params) if impl == "triton" else Sizes(impl, causal, params)
     if mode == "forward":
         return sizes.forward()
     if mode == "train":
@@ -137,3 +137,64 @@ class Sizes:
         after = joined + Piecewise((new, most <= T), (Integer(0), True))  # else what is joined is the new state
         feed = when_ffn(new + 2 * tensor(B, 1, f) + 3 * tensor(B, 1, d))
         return (L - 1) * new + largest(largest(inside, after) + 3 * tensor(B, 1, d), feed)
+
+
+class Kernels(Sizes):
+    """Bytes of what the Triton impl keeps, without scattered globals and dilation: exactly the traced ones."""
+
+    def __init__(self, impl: str, causal: bool, params: LongformerParams):
+        super().__init__(impl, causal, params)
+        self.some = int(params.num_global > 0)  # whether there are global rows
+        self.head, self.rest = tensor(B, Min(g, T), d), tensor(B, self.local, d)
+        seen = self.head if causal else self.row
+        self.of_head = 2 * seen * self.some  # gradients of the keys and values that global rows see
+        self.own = (self.head + 2 * seen) * int(params.separate_global) * self.some
+        # What a linear map saves of a part of several sequences is a copy: x for global queries, keys and values.
+        self.sliced = Min(B - 1, 1) * self.head * int(params.separate_global) * self.some * (3 if causal else 1)
+
+    def forward(self) -> Expr:
+        """Norm, queries, keys, values; global rows, the others and both together, or all rows with log-sum-exps."""
+        return stack_peak(T, 6 * self.row + self.own if self.some else 5 * self.row + 4 * B * h * T)
+
+    def train(self) -> Expr:
+        """The top layer's backward pass, in its feed-forward network or in the attention of what is not global."""
+        statistics, hidden = 2 * e * B * T, tensor(B, T, f)
+        kept = 4 * B * h * T + (6 + self.some) * self.row + self.own + self.sliced + statistics
+        kept += when_ffn(2 * self.row + 2 * hidden + statistics)
+        in_ffn = when_ffn(kept + hidden + e * (d * f + d))
+        # Norm, q, k, v, output and its gradient; of the others results and gradients of q, k, v; of the prefix those of
+        # global queries, and of keys and values from either side.
+        attending = 6 * self.row + 4 * self.rest + 4 * B * h * self.local + self.sliced
+        attending += self.some * 3 * self.head + self.of_head if self.some else Integer(0)
+        weights = e * (d * d + d) + when_ffn(self.row + e * (2 * d * f + f + 3 * d))
+        return (L - 1) * kept + largest(in_ffn, attending + statistics + weights)
+
+    def stream(self) -> Expr:
+        """The first call, which has the global rows, the last whole one, or the last."""
+        whole = floor(T / C) * C
+        calls = [self._call(before, tokens) for before, tokens in ((0, Min(C, T)), (whole - C, C), (whole, T - whole))]
+        there = (1, Min(1, floor(T / C)), Min(1, T - whole))
+        return largest(*(some * call for some, call in zip(there, calls, strict=True)))
+
+    def _call(self, before: Expr | int, tokens: Expr) -> Expr:
+        """Norm and q beside joined keys and values; k and v, or the result with log-sum-exps or with the new state."""
+        before = Integer(before) if isinstance(before, int) else before
+        old, new, row = self._kept(before), self._kept(before + tokens), tensor(B, tokens, d)
+        joined = old + 2 * row
+        inside = 3 * row + largest(row, 4 * B * h * tokens, self._cut(before + tokens))
+        if before == 0 and self.some:
+            inside = largest(inside, 4 * row + self.own)
+        mixing = L * old + (L - 1) * new + joined + inside
+        feed = when_ffn(L * (old + new) + 2 * row + 2 * tensor(B, tokens, f))
+        return largest(mixing, feed) + Min(L - 1, 1) * row + tensor(B, Min(before, C), d)
+
+    def _cut(self, tokens: Expr) -> Expr:
+        """The state after so many tokens, unless it is the joined keys and values as they are."""
+        return Piecewise((self._kept(tokens), tokens > g + self.left), (Integer(0), True))
+
+    def decode(self) -> Expr:
+        """The last layer: joined keys and values, and the new state unless they are it."""
+        one, new = tensor(B, 1, d), self._kept(T + 1)
+        inside = 2 * tensor(B, Min(T, g + self.left) + 1, d) + 3 * one + largest(one, self._cut(T + 1))
+        feed = when_ffn(new + 2 * tensor(B, 1, f) + 2 * one)
+        return (L - 1) * new + largest(inside, feed) + Min(L - 1, 1) * one
