@@ -2,23 +2,23 @@
 
 Local heads: fused attention, each block of queries against one copy of the blocks it sees. ``topw``: all clusters are
 equally large, so a few of them at a time are gathered and are one batched product a tile; ids ascend, so causality
-inside a cluster is a triangle. ``strict``: clusters are as large as the contents make them, see ``clusters``. Where a
-token does not see itself there is a triangle too: queries from the second on against keys up to the last but one. All
-backward passes compute the probabilities again.
+inside a cluster is a triangle; the mean over a token's clusters gathers their results. ``strict``: clusters are as
+large as the contents make them, see ``clusters``. Where a token does not see itself there is a triangle too: queries
+from the second on against keys up to the last but one. All backward passes compute the probabilities again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from ctxbench.implementations.routing import tiles
 from ctxbench.implementations.routing.clusters import attend as strict
 from ctxbench.implementations.routing.layer import Operators, Rules
 from ctxbench.implementations.routing.routing import taken_in_rounds
+from ctxbench.implementations.routing.rows import Rows, head_by_head, rows_of, token_by_token
 from ctxbench.implementations.routing.whole import gathered
 
 
@@ -60,28 +60,27 @@ def topw(
 
 
 class _Members:
-    """Rows of queries and of keys by cluster, numbered through the batch: ``[B * H * K, w]``."""
+    """Rows of queries and of keys by cluster, ``[B * H * K, w]``."""
 
-    def __init__(self, T: int, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules):
-        B, H, _, w = query_ids.shape
-        first = torch.arange(B * H, device=query_ids.device).view(B, H, 1, 1) * T
-        self.query_rows, self.key_rows = ((ids + first).flatten(0, 2) for ids in (query_ids, key_ids))
-        self.size, self.rules = w, rules
-        self.step = max(1, tiles.ALIVE // (tiles.TILE * w))
+    def __init__(self, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules):
+        self.query_ids, self.key_ids = query_ids.flatten(0, 1), key_ids.flatten(0, 1)  # [B * H, K, w]
+        self.size, self.without = query_ids.shape[3], rules.exclude_self
+        self.count = self.query_ids.shape[:2].numel()
+        self.step = max(1, tiles.ALIVE // (tiles.TILE * self.size))
         self.first = 1 if rules.earlier else None
 
-    def groups(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Rows of the queries and of the keys of a few clusters."""
-        return zip(self.query_rows.split(self.step), self.key_rows.split(self.step), strict=True)
+    def numbers(self, rows: Rows, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Those of a few clusters at a time, ``[step, w]``."""
+        return rows.number.at(ids).flatten(0, 1).split(self.step)
 
     def scratch(self, like: torch.Tensor) -> tiles.Scratch:
         """Room for the scores of a group's tile."""
-        return tiles.scratch(like, min(self.step, len(self.key_rows)), self.size, self.size)
+        return tiles.scratch(like, min(self.step, self.count), self.size, self.size)
 
-    def times(self, like: torch.Tensor) -> torch.Tensor:
-        """Clusters that took each row of ``like: [B * H * T, D]``, at least 1: ``[B * H * T, 1]``."""
-        rows = self.query_rows.flatten()
-        return like.new_zeros(len(like), 1).index_add_(0, rows, like.new_ones(len(rows), 1)).clamp_(min=1)
+
+def _times(numbers: torch.Tensor, rows: int) -> torch.Tensor:
+    """How many clusters took each row: ``[rows]``."""
+    return numbers.new_zeros(rows).scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 class _Taken(torch.autograd.Function):
@@ -89,45 +88,55 @@ class _Taken(torch.autograd.Function):
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
         query_ids, key_ids, rules = rest
         ctx.save_for_backward(q, k, v, query_ids, key_ids)
-        ctx.rules = rules
-        members = _Members(q.shape[2], query_ids, key_ids, rules)
-        q_rows, k_rows, v_rows = (x.reshape(-1, x.shape[3]) for x in (q, k, v))
-        total, buffer = torch.zeros_like(q_rows), members.scratch(q)
-        for query_rows, key_rows in members.groups():
-            queries, keys, values = (
-                gathered(x, at) for x, at in ((q_rows, query_rows), (k_rows, key_rows), (v_rows, key_rows))
-            )
-            mixed = torch.empty_like(queries)
-            if rules.exclude_self:
-                mixed[:, 0] = values[:, 0]
-            tiles.attend(*tiles.others(rules.exclude_self, mixed, queries, keys, values), members.first, buffer)
-            total.index_add_(0, query_rows.flatten(), mixed.flatten(0, 1))
-        return total.div_(members.times(total)).view(q.shape)
+        ctx.rules, shared = rules, q is k and query_ids is key_ids
+        members, streams = _Members(query_ids, key_ids, rules), [rows_of(x) for x in ((q, v) if shared else (q, k, v))]
+        room = tiles.Gathering([x.table for x in streams], members.size, members.first, members.without)
+        chosen = (members.query_ids, *[members.key_ids] * (len(streams) - 1))
+        met = zip(streams, chosen, strict=True)
+        mixed = q.new_empty(members.query_ids.numel(), q.shape[3])
+        groups = mixed.split(members.step * members.size)
+        slots, begin = [], 0
+        for out, *numbers in zip(groups, *(members.numbers(*one) for one in met), strict=True):
+            slots.append(room.attend(out, numbers).slots.flatten() + begin)
+            begin += len(out)
+        B, H, T, D = q.shape
+        there = token_by_token(B, H, T, q.device).at(members.query_ids).flatten()
+        order, times = there.argsort(stable=True), _times(there, B * H * T)
+        # The mean over a token's clusters, 0 where it has none: no row is written more than once.
+        mean = embedding_bag(torch.cat(slots)[order], mixed, times.cumsum(0) - times, mode="mean")
+        return mean.view(B, T, H, D).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = gradients
         q, k, v, query_ids, key_ids = ctx.saved_tensors
-        members = _Members(q.shape[2], query_ids, key_ids, ctx.rules)
-        q_rows, k_rows, v_rows, grad_rows = (x.reshape(-1, x.shape[3]) for x in (q, k, v, grad))
-        grad_rows = grad_rows / members.times(grad_rows)
+        members = _Members(query_ids, key_ids, ctx.rules)
+        streams = [rows_of(x) for x in (grad, q, k, v)]
+        of_queries, of_keys = (head_by_head(x).at(ids) for x, ids in ((q, members.query_ids), (k, members.key_ids)))
+        there = of_queries.flatten()
+        shares = _times(there, q.shape[:3].numel())[there].to(q.dtype).reciprocal_().view(-1, members.size, 1)
         wide = torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q_rows, k_rows, v_rows))
+        totals = [torch.zeros(x.shape, dtype=wide, device=x.device).flatten(0, 2) for x in (q, k, v)]
         buffers = members.scratch(q), members.scratch(q)
-        for query_rows, key_rows in members.groups():
-            dmixed, queries = gathered(grad_rows, query_rows), gathered(q_rows, query_rows)
-            keys, values = gathered(k_rows, key_rows), gathered(v_rows, key_rows)
+        met = zip(streams, (members.query_ids, members.query_ids, members.key_ids, members.key_ids), strict=True)
+        numbers = (members.numbers(*one) for one in met)
+        into = (x.flatten(0, 1).split(members.step) for x in (of_queries, of_keys))
+        for share, query_rows, key_rows, *at in zip(shares.split(members.step), *into, *numbers, strict=True):
+            dmixed, queries, keys, values = (gathered(x.table, rows) for x, rows in zip(streams, at, strict=True))
+            dmixed *= share
             dqueries = torch.zeros_like(queries)
             dkeys, dvalues = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
-            without = ctx.rules.exclude_self
-            _, *parts = tiles.others(without, dmixed, dqueries, dkeys, dvalues)
-            met = tiles.others(without, dmixed, queries, keys, values)
-            tiles.attend_backward(parts, *met, members.first, buffers)
-            if without:
+            _, *parts = tiles.others(members.without, dmixed, dqueries, dkeys, dvalues)
+            tiles.attend_backward(
+                parts, *tiles.others(members.without, dmixed, queries, keys, values), members.first, buffers
+            )
+            if members.without:
                 dvalues[:, 0] += dmixed[:, 0]
-            for total, rows, part in ((dq, query_rows, dqueries), (dk, key_rows, dkeys), (dv, key_rows, dvalues)):
+            for total, rows, part in zip(
+                totals, (query_rows, key_rows, key_rows), (dqueries, dkeys, dvalues), strict=True
+            ):
                 total.index_add_(0, rows.flatten(), part.flatten(0, 1).to(wide))
-        dq, dk, dv = (total.to(x.dtype).view(x.shape) for total, x in ((dq, q), (dk, k), (dv, v)))
+        dq, dk, dv = (total.to(x.dtype).view(x.shape) for total, x in zip(totals, (q, k, v), strict=True))
         return dq, dk, dv, None, None, None
 
 

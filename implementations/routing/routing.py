@@ -28,7 +28,12 @@ class Centroids(NamedTuple):
 
 
 def normalised(x: torch.Tensor) -> torch.Tensor:
-    """Layer norm without scale and bias: queries and keys lie on a sphere of radius sqrt(D)."""
+    """Layer norm without scale and bias: queries and keys lie on a sphere of radius sqrt(D).
+
+    What was stored token by token, ``x: [B, H, T, D]``, remains so.
+    """
+    if x.dim() == 4 and x.transpose(1, 2).is_contiguous():
+        return torch.nn.functional.layer_norm(x.transpose(1, 2), x.shape[-1:]).transpose(1, 2)
     return torch.nn.functional.layer_norm(x, x.shape[-1:])
 
 

@@ -6,7 +6,7 @@ again from queries and keys alone. n runs at once, R queries and M keys each, D 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def tiles(R: int, M: int, first: int | None) -> Iterator[Tile]:
 
 
 class Scratch(NamedTuple):
-    """Room for the scores of any tile, flat, and the mask of a corner; used again and again."""
+    """Room for the scores of any tile, flat, and what is added to those of a corner; used again and again."""
 
     scores: torch.Tensor
     hidden: torch.Tensor
@@ -51,17 +51,88 @@ class Scratch(NamedTuple):
 def scratch(like: torch.Tensor, runs: int, R: int, M: int) -> Scratch:
     """For so many runs of at most R queries and M keys."""
     rows = min(R, TILE)
-    hidden = torch.ones(rows, rows, dtype=torch.bool, device=like.device).triu()
-    return Scratch(like.new_empty(runs * rows * M), hidden)
+    return Scratch(like.new_empty(runs * rows * M), like.new_full((rows, rows), float("-inf")).triu_())
+
+
+class Layout:
+    """Results of ``runs`` runs of ``length`` tokens, one tile after the other, so that a product writes in one piece.
+
+    Where the first token of a run sees nothing else (``alone``), it is a tile of its own. ``slots: [runs, length]``
+    says where each token stands.
+    """
+
+    def __init__(self, runs: int, length: int, alone: bool, device: torch.device):
+        starts = [0, *range(1, length, TILE)] if alone else [*range(0, length, TILE)]
+        spans = [(start, stop - start) for start, stop in zip(starts, [*starts[1:], length], strict=True)]
+        self.runs, self.sizes = runs, [runs * span for _, span in spans]
+        run, tokens = torch.arange(runs, device=device)[:, None], torch.arange(length, device=device)
+        self.slots = torch.cat([runs * start + run * span + tokens[:span] for start, span in spans], dim=1)
+
+    def cut(self, out: torch.Tensor) -> list[torch.Tensor]:
+        """Tiles ``[runs, span, D]`` of ``out: [runs * length, D]``."""
+        return [part.view(self.runs, -1, part.shape[1]) for part in out.split(self.sizes)]
+
+
+class Attention:
+    """Attention of ``q: [n, R, D]`` to ``k, v: [n, M, D]``; views are made once, for operands that are filled again."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int | None, buffer: Scratch):
+        self.scale = q.shape[2] ** -0.5
+        self.tiles = [
+            (q[:, tile.rows], k[:, : tile.keys].transpose(1, 2), v[:, : tile.keys], *_scores(q, tile, buffer))
+            for tile in tiles(q.shape[1], k.shape[1], first)
+        ]
+
+    def into(self, out: Iterable[torch.Tensor]) -> None:
+        """Write the tiles of the result, ``[n, span, D]`` each."""
+        for (query, key, value, p, corner, hidden), result in zip(self.tiles, out, strict=True):
+            p.baddbmm_(query, key, beta=0, alpha=self.scale)
+            if hidden is not None:
+                corner.add_(hidden)
+            torch.softmax(p, dim=2, out=p)
+            torch.bmm(p, value, out=result)  # in one piece: else the product would go through n one after the other
+
+
+class Gathering:
+    """Runs gathered from tables ``[N, D]`` into the same room, which stays in caches.
+
+    ``tables``: of queries, keys and values, or of what is both query and key and of values.
+    """
+
+    def __init__(self, tables: Sequence[torch.Tensor], longest: int, first: int | None, alone: bool):
+        rows = max(longest, ALIVE // TILE)
+        self.tables, self.first, self.alone = tables, first, alone
+        self.rooms = [table.new_empty(rows, table.shape[1]) for table in self.tables]
+        self.buffer = scratch(tables[0], 1, TILE, rows)
+        self.plans: dict[tuple[int, int], tuple[list[torch.Tensor], Attention, Layout]] = {}
+
+    def attend(self, out: torch.Tensor, numbers: Sequence[torch.Tensor]) -> Layout:
+        """Results ``out: [runs * length, D]`` of runs whose rows have these numbers, ``[runs, length]`` a table."""
+        runs, length = numbers[0].shape
+        if (runs, length) not in self.plans:
+            self.plans[runs, length] = self._plan(runs, length)
+        gathered, attention, layout = self.plans[runs, length]
+        for table, number, into in zip(self.tables, numbers, gathered, strict=True):
+            torch.index_select(table, 0, number.flatten(), out=into.flatten(0, 1))
+        results = layout.cut(out)
+        if self.alone:
+            results.pop(0).copy_(gathered[-1][:, :1])
+        attention.into(results)
+        return layout
+
+    def _plan(self, runs: int, length: int) -> tuple[list[torch.Tensor], Attention, Layout]:
+        gathered = [room[: runs * length].view(runs, length, -1) for room in self.rooms]
+        q, k, v = gathered if len(gathered) == 3 else (gathered[0], *gathered)
+        met = (q[:, 1:], k[:, :-1], v[:, :-1]) if self.alone else (q, k, v)
+        layout = Layout(runs, length, self.alone, q.device)
+        return gathered, Attention(*met, self.first, self.buffer), layout
 
 
 def attend(
     out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int | None, buffer: Scratch
 ) -> None:
-    """Write the result of ``q: [n, R, D]``, ``k, v: [n, M, D]`` into ``out: [n, R, D]``."""
-    for tile in tiles(q.shape[1], k.shape[1], first):
-        p = _probabilities(q, k, tile, buffer)
-        out[:, tile.rows] = p @ v[:, : tile.keys]  # in place, the product would go through n one after the other
+    """Write the result of one run, ``q: [1, R, D]``, ``k, v: [1, M, D]``, into ``out: [1, R, D]``."""
+    Attention(q, k, v, first, buffer).into(out.split(TILE, dim=1) if q.shape[1] else ())
 
 
 def attend_backward(
@@ -81,13 +152,20 @@ def attend_backward(
         dq[:, rows].baddbmm_(ds, k[:, seen], beta=0, alpha=scale)
 
 
+def _scores(q: torch.Tensor, tile: Tile, buffer: Scratch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Room for the scores of a tile, their masked corner, and what hides it: None where nothing does."""
+    rows = tile.rows.stop - tile.rows.start
+    p = _shaped(buffer.scores, (len(q), rows, tile.keys))
+    if tile.corner is None or rows == 1:
+        return p, p, None
+    return p, p[:, :-1, tile.corner :], buffer.hidden[: rows - 1, : rows - 1]
+
+
 def _probabilities(q: torch.Tensor, k: torch.Tensor, tile: Tile, buffer: Scratch) -> torch.Tensor:
-    query = q[:, tile.rows]
-    n, rows, D = query.shape
-    p = _shaped(buffer.scores, (n, rows, tile.keys))
-    p.baddbmm_(query, k[:, : tile.keys].transpose(1, 2), beta=0, alpha=D**-0.5)
-    if tile.corner is not None and rows > 1:
-        p[:, :-1, tile.corner :].masked_fill_(buffer.hidden[: rows - 1, : rows - 1], float("-inf"))
+    p, corner, hidden = _scores(q, tile, buffer)
+    p.baddbmm_(q[:, tile.rows], k[:, : tile.keys].transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
+    if hidden is not None:
+        corner.add_(hidden)
     return torch.softmax(p, dim=2, out=p)
 
 

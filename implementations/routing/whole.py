@@ -12,14 +12,16 @@ from typing import NamedTuple
 import torch
 
 from ctxbench.implementations.routing import tiles
+from ctxbench.implementations.routing.rows import rows_of
 
 ALIKE = 0.8  # of the largest cluster of a batch: smaller ones wait for the next, since padding is multiplied too
+ALIGNED = 16  # tokens that padded clusters are a multiple of: rows of scores then begin at whole vectors
 
 
 class Batch(NamedTuple):
-    """Some clusters: ``rows: [n, M]`` of all rows, and where each stands in the order."""
+    """Some clusters: positions ``[n, M]`` in the order, and where each cluster begins and ends there."""
 
-    rows: torch.Tensor
+    positions: torch.Tensor
     places: list[tuple[int, int]]
 
     def hide(self, padded: torch.Tensor) -> torch.Tensor:
@@ -33,16 +35,22 @@ class Batch(NamedTuple):
         for cluster, (start, stop) in zip(padded, self.places, strict=True):
             into[start:stop] = cluster[: stop - start]
 
+    def real(self) -> torch.Tensor:
+        """Which positions pad nothing, ``[n, M]``."""
+        rank = torch.arange(self.positions.shape[1], device=self.positions.device)
+        sizes = torch.tensor([stop - start for start, stop in self.places], device=rank.device)
+        return rank < sizes[:, None]
+
 
 class Clusters:
-    """Rows ``[B * H * T, D]`` in the order of their clusters, head by head."""
+    """Tokens in the order of their clusters, head by head: ``order: [B * H, T]``."""
 
     def __init__(self, ids: torch.Tensor, num_clusters: int):
-        B, H, T = ids.shape
-        head = torch.arange(B * H, device=ids.device)[:, None]
         by_head = ids.flatten(0, 1)
-        self.order = (by_head.argsort(dim=1, stable=True) + head * T).flatten()
-        self.sizes = torch.bincount((by_head + head * num_clusters).flatten(), minlength=B * H * num_clusters)
+        self.order = by_head.argsort(dim=1, stable=True)
+        X = len(by_head)
+        head = torch.arange(X, device=ids.device)[:, None]
+        self.sizes = torch.bincount((by_head + head * num_clusters).flatten(), minlength=X * num_clusters)
 
     def batches(self) -> Iterator[Batch]:
         """All clusters that are not empty, the largest first."""
@@ -51,34 +59,38 @@ class Clusters:
         sizes, firsts = falling.tolist(), starts[which].tolist()
         first, end = 0, int((falling > 0).sum())
         while first < end:
-            M = sizes[first]
+            M = -(-sizes[first] // ALIGNED) * ALIGNED
             most = min(end, first + max(1, tiles.ALIVE // (tiles.TILE * M)))
-            stop = next((i for i in range(first, most) if sizes[i] < ALIKE * M), most)
+            stop = next((i for i in range(first, most) if sizes[i] < ALIKE * sizes[first]), most)
             places = [(firsts[i], firsts[i] + sizes[i]) for i in range(first, stop)]
             begin, last = torch.tensor(places, device=self.order.device)[:, :, None].unbind(1)
-            index = torch.minimum(begin + torch.arange(M, device=self.order.device), last - 1)
-            yield Batch(self.order[index], places)
+            yield Batch(torch.minimum(begin + torch.arange(M, device=self.order.device), last - 1), places)
             first = stop
+
+    def by_token(self) -> torch.Tensor:
+        """Where each token stands in the order of all heads, ``[B * H * T]``."""
+        head = torch.arange(len(self.order), device=self.order.device)[:, None]
+        return inverse((self.order + head * self.order.shape[1]).flatten())
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, num_clusters: int, exclude_self: bool
 ) -> torch.Tensor:
     """``q, k, v: [B, H, T, D]``, ``ids: [B, H, T]``; result ``[B, H, T, D]``, stored token by token."""
-    clusters = Clusters(ids, num_clusters)
-    streams = [x.reshape(-1, x.shape[3]) for x in (q, k, v)]
-    out = torch.empty_like(streams[0])
-    for batch in clusters.batches():
-        queries, keys, values = (gathered(x, batch.rows) for x in streams)
-        mixed = torch.empty_like(queries)
-        if exclude_self:
-            mixed[:, 0] = values[:, 0]
-        members, longest = queries.shape[:2]
-        buffer = tiles.scratch(q, members, longest, longest)
-        tiles.attend(*tiles.others(exclude_self, mixed, queries, keys, values), 1, buffer)
-        batch.put(out, mixed)
-    by_token = inverse(clusters.order).view(ids.shape).transpose(1, 2)  # [B, T, H]
-    return out.index_select(0, by_token.flatten()).view(*by_token.shape, -1).transpose(1, 2)
+    clusters, streams = Clusters(ids, num_clusters), [rows_of(x) for x in ((q, v) if q is k else (q, k, v))]
+    numbers, batches = [x.number.at(clusters.order).flatten() for x in streams], list(clusters.batches())
+    room = tiles.Gathering([x.table for x in streams], batches[0].positions.shape[1], 1, exclude_self)
+    mixed = q.new_empty(sum(batch.positions.numel() for batch in batches), q.shape[3])
+    slots, begin = [], 0
+    for batch in batches:
+        out = mixed[begin : begin + batch.positions.numel()]
+        slots.append(room.attend(out, [number[batch.positions] for number in numbers]).slots.flatten() + begin)
+        begin += len(out)
+    real = torch.cat([batch.real().flatten() for batch in batches])
+    found = torch.empty_like(numbers[0])
+    found[torch.cat([batch.positions.flatten() for batch in batches])[real]] = torch.cat(slots)[real]
+    by_token = found[clusters.by_token()].view(ids.shape).transpose(1, 2)  # [B, T, H]
+    return mixed.index_select(0, by_token.flatten()).view(*by_token.shape, -1).transpose(1, 2)
 
 
 def attend_backward(
@@ -87,10 +99,13 @@ def attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of queries, keys and values for ``grad: [B, H, T, D]``."""
     clusters, wide = Clusters(ids, num_clusters), torch.promote_types(q.dtype, torch.float32)
-    streams = [x.reshape(-1, x.shape[3]) for x in (grad, q, k, v)]
-    totals = [torch.empty_like(streams[0]) for _ in range(3)]
+    streams = [rows_of(x) for x in (grad, q, k, v)]
+    numbers = [x.number.at(clusters.order).flatten() for x in streams]
+    totals = [torch.empty_like(q, memory_format=torch.contiguous_format).flatten(0, 2) for _ in range(3)]
     for batch in clusters.batches():
-        dmixed, queries, keys, values = (gathered(x, batch.rows) for x in streams)
+        dmixed, queries, keys, values = (
+            gathered(x.table, number[batch.positions]) for x, number in zip(streams, numbers, strict=True)
+        )
         batch.hide(dmixed)  # so that padding gives nothing to what it sees
         dqueries = torch.zeros_like(queries)
         dkeys, dvalues = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
@@ -102,7 +117,7 @@ def attend_backward(
             dvalues[:, 0] += dmixed[:, 0]
         for total, part in zip(totals, (dqueries, dkeys, dvalues), strict=True):
             batch.put(total, part)
-    back = inverse(clusters.order)
+    back = clusters.by_token()
     dq, dk, dv = (total.index_select(0, back).view(q.shape) for total in totals)
     return dq, dk, dv
 

@@ -1,4 +1,16 @@
-"""Routing Transformer, routed heads, operator level: queries and values in, output out; the routing is part of it."""
+"""Routing Transformer, routed heads, operator level: queries and values in, output out; the routing is part of it.
+
+What differs from the package ``routing-transformer``, whose selection is topw: it multiplies whole squares of a
+cluster, hides half of them by comparing positions, and computes the commitment loss in every call, which it has no
+switch for; ours multiplies the triangle in tiles of 64 queries. Both normalise the keys in the call. ``strict`` is
+another function, with as many pairs.
+
+Why not the aim. At 8,192 tokens and 16 clusters the tiles are 2.42 GFLOP, 13 ms on two cores that reach 190 GFLOP/s,
+and the softmax of their 9.4 M scores 3 ms: about half of the time of ``blocked``, while aim 6 leaves 16 ms for
+all. Products of 64 queries with 64 to 512 keys reach 60 to 90 % of that speed (another 3 ms); normalising keys and
+choosing tokens take 5 ms, gathering rows and taking means 5 ms, and starting some 300 operators 2 ms, which one
+operator each for these steps would save in part and PyTorch does not have.
+"""
 
 from __future__ import annotations
 
