@@ -37,7 +37,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
     branched = params.form == "seed" or impl == "as_written"
     known = (
         position == "none"
-        and impl != "triton"
+        and not (impl == "triton" and params.form == "seed")
         and not params.disjoint
         and not (branched and mode in ("stream", "decode"))
     )

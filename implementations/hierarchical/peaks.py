@@ -20,7 +20,7 @@ def peak(impl: str, mode: str, params: HierarchicalParams) -> Expr:
     if impl == "as_written" or params.form == "seed":
         branches = Branches(impl, params)
         return branches.train() if mode == "train" else branches.forward()
-    slabs = Slabs(impl, params)
+    slabs = Kernels(impl, params) if impl == "triton" else Slabs(impl, params)
     return {"forward": slabs.forward, "train": slabs.train, "stream": slabs.stream, "decode": slabs.decode}[mode]()
 
 
@@ -147,6 +147,59 @@ class Slabs:
         rows = Min(self.step, queries)
         corners = Add(*(rows / scale.span for scale in self.scales))
         return self._scores_of_slab(queries, seen) + 3 * tensor(B, rows, d) + 2 * rows * floor(corners)
+
+
+class Kernels(Slabs):
+    """The causal forms by the Triton impl, which has results and log-sum-exps of all scales that have a cell."""
+
+    def forward(self) -> Expr:
+        """Norm, queries, keys, values: twice while they are put together; then with the cells and the merge."""
+        mixing = 4 * self.row + self._cells(T) + self._merge(T, self._there(T))
+        return stack_peak(T, Max(6 * self.row, mixing))
+
+    def train(self) -> Expr:
+        """A layer keeps norm, q, the pairs, what scales found and what came of it, the residual; see ``_merge``."""
+        there, numbers, statistics = self._there(T), 4 * B * h * T, 2 * e * B * T
+        found = self._several(there, there * self.row + 2 * there * numbers, numbers)
+        saved = 6 * self.row + self._cells(T) + found + statistics + _saved_by_feed_forward()
+        # Norm, q, pairs, what scales found with their shares, output; gradients of the merged, of what all scales but
+        # one found and of the shares, and two products.
+        wide = 3 * tensor(B, T, d) / e * Max(e, 4)
+        last = Piecewise((numbers, e >= 4), (self.row, True))
+        merge = found + (there - 1) * self.row + there * numbers + wide + last
+        inside = 5 * self.row + self._cells(T) + self._several(there, merge, numbers + 5 * self.row)
+        gradients = e * (d * d + d) + when_ffn(self.row + e * (2 * d * f + f + 3 * d))
+        in_ffn = when_ffn(L * saved + tensor(B, T, f) + e * (d * f + d))
+        return Max(in_ffn, (L - 1) * saved + inside + statistics + gradients)
+
+    def _call(self, tokens: Expr, seen: Expr) -> Expr:
+        before, row = seen - tokens, tensor(B, tokens, d)
+        old, new = self._state(before), self._state(seen)
+        at_hand = [self._joined(scale, before, seen) for scale in self.scales]
+        there = Add(*(Min(1, count) for count in at_hand))
+        cut = [
+            Min(1, count - keeps(scale, seen)) * keeps(scale, seen)
+            for scale, count in zip(self.scales, at_hand, strict=True)
+        ]
+        inside = Max(self._merge(tokens, there), row + 2 * tensor(B, Add(*cut), d))  # found, and the state cut out
+        mixing = 2 * row + 2 * tensor(B, Add(*at_hand) + len(self.scales) - 1, d) + inside
+        joining = 4 * row + 2 * tensor(B, at_hand[0], d)
+        feed = when_ffn(new + 2 * row + 2 * tensor(B, tokens, f))
+        outside = L * old + (L - 1) * new + tensor(B, Min(before, C), d) + Min(L - 1, 1) * row
+        return outside + Max(joining, mixing, feed)
+
+    def _merge(self, tokens: Expr, there: Expr) -> Expr:
+        """What scales found, their log-sum-exps, shares, and a product, the sum so far and the next one in float32."""
+        numbers, row = 4 * B * h * tokens, tensor(B, tokens, d)
+        several = there * row + (2 * there + 1) * numbers + 3 * row / e * Max(e, 4)
+        return self._several(there, several, row + 2 * numbers)
+
+    def _there(self, tokens: Expr) -> Expr:
+        """Scales that have a cell."""
+        return Add(*(Min(1, floor(tokens / scale.span)) for scale in self.scales))
+
+    def _several(self, there: Expr, merged: Expr, alone: Expr) -> Expr:
+        return Piecewise((merged, there > 1), (alone, True))
 
 
 class Branches:

@@ -121,6 +121,15 @@ def test_peaks_are_near_the_tracers(form: str, mode: str) -> None:
     assert abs(traced.peak_bytes / evaluate(cost.peak_bytes, values) - 1) <= 0.03
 
 
+@pytest.mark.parametrize("mode", ["forward", "train", "stream"])
+@pytest.mark.parametrize("form", ["hierarchical", "hierarchical full"])
+def test_peaks_are_the_tracers(form: str, mode: str) -> None:
+    pytest.importorskip("triton")
+    for length in (203, 1301):
+        traced, cost, values = counted_and_formula(form, "triton", mode, length, d_model=64)
+        assert evaluate(cost.peak_bytes, values) == traced.peak_bytes, length
+
+
 def test_methods_hold_the_laws_in_the_interpreter(program) -> None:
     answers = program("segments_parity.py", interpret=True)
     assert len(answers) == 57
