@@ -73,6 +73,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
         state_bytes=2 * L * tensor(B, T, d),
         peak_bytes=_peak(impl, mode, causal) if position == "none" and impl not in ("slabs", *NAMES) else None,
+        depth=L,
     )
 
 

@@ -48,6 +48,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
         + position_parameters(position),
         state_bytes=Integer(0) if branched else _state_bytes(params),
         peak_bytes=peak(impl, mode, params) if known else None,
+        depth=L,
     )
 
 

@@ -55,6 +55,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
         + position_parameters(position),
         state_bytes=L * (kept + form.beside_the_band()) if causal else Integer(0),
         peak_bytes=peak(impl, mode, causal, params) if known else None,
+        depth=L,
     )
 
 

@@ -43,6 +43,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         num_parameters=_parameters(levels, sketch=impl == "as_written") + _tables(levels, position),
         state_bytes=_state(levels, params.pooled_queries) if causal and impl != "as_written" else Integer(0),
         peak_bytes=None if unknown else peak_bytes("blocked" if impl == "triton" else impl, mode, causal, levels),
+        depth=L,
     )
 
 

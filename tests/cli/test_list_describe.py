@@ -82,7 +82,7 @@ def test_describe_as_text_names_impls_modes_and_growth(ctxbench, name):
     assert result.code == Exit.OK
     for impl in discover()[name].impls:
         assert impl.name in result.out
-    for word in ("decode:", "O(", "local slope", "paper:"):
+    for word in ("decode:", "O(", "local slope", "paper:", "    depth  "):
         assert word in result.out
 
 
