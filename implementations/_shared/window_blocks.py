@@ -10,6 +10,7 @@ five products for the forward two.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -103,11 +104,11 @@ class Operands(NamedTuple):
 
     query: torch.Tensor  # [B * H, n, D]
     keys: torch.Tensor  # [B * H, m, D], as values
-    keys_t: torch.Tensor  # [B * H, D, m]
+    keys_t: torch.Tensor  # [B * H, D, m], of the keys or of their copy in one piece
     values: torch.Tensor
     scores: torch.Tensor  # [B * H, n, m]
     tile: tuple[int, int, int] | None  # which of the tiles of biases is its own
-    hidden: list[tuple[torch.Tensor, torch.Tensor]]  # corners of the scores, and where they are masked
+    hidden: list[tuple[torch.Tensor, torch.Tensor]]  # corners of the scores, and what hides the pairs there
     front: list[tuple[torch.Tensor, torch.Tensor]]  # where the globals of keys and of values go, and those
 
 
@@ -133,8 +134,13 @@ class _Scratch:
         self.queries = q.new_empty(B * H * D * max(len(blocks) * blocks[0].rows for blocks in forms))
         columns = g + max(blocks[-1].start + blocks[-1].run for blocks in forms)
         self.keys, self.values = k.new_empty(B, H, columns, D), v.new_empty(B, H, columns, D)
-        self.scores = q.new_empty(B * H * rows * (g + max(block.run for blocks in forms for block in blocks)))
-        self.corner = torch.ones(rows, rows, dtype=torch.bool, device=q.device).tril(-1)
+        widest = g + max(block.run for blocks in forms for block in blocks)
+        self.scores = q.new_empty(B * H * rows * widest)
+        # In half precision torch on CPU transposes the keys of a batched product unless they lie in one piece.
+        self.packed = k.new_empty(B * H * widest * D) if half_on_cpu(k) else None
+        # Added, since masking a strided corner by booleans takes a tenth of the whole: neither vectors nor threads.
+        self.left, self.right = q.new_full((2, rows, rows), -math.inf)
+        self.left.tril_(-1), self.right.triu_(1)
         self._operands: dict[tuple[Block, ...], list[Operands]] = {}
         self.tiles: dict[tuple[int, int, int], torch.Tensor] = {}  # biases of blocks of one form, [H, n, m]
 
@@ -154,18 +160,18 @@ class _Scratch:
         start, end = block.start, block.start + g + block.run
         scores = self.scores[: batch * rows * (end - start)].view(batch, rows, end - start)
         hidden = []
-        left = self.corner[:rows, block.missing : block.missing + block.run]  # row t does not see the run's t first
+        left = self.left[:rows, block.missing : block.missing + block.run]  # row t does not see the run's t first
         if left.shape[1]:
             hidden.append((scores[:, :, g : g + left.shape[1]], left))
         last = g + self.pattern.left + self.pattern.right - block.missing  # the last column that row 0 sees
         if last + 1 < end - start:
-            hidden.append((scores[:, :, last:], self.corner.T[:rows, : end - start - last]))
+            hidden.append((scores[:, :, last:], self.right[:rows, : end - start - last]))
         pairs = zip((self.keys, self.values), self.globals, strict=True) if g else ()
         keys = self.keys[:, :, start:end].flatten(0, 1)
         return Operands(
             query=self.queries[i * batch * rows * D : (i + 1) * batch * rows * D].view(batch, rows, D),
             keys=keys,
-            keys_t=keys.transpose(1, 2),
+            keys_t=(keys if self.packed is None else _like(keys, self.packed)).transpose(1, 2),
             values=self.values[:, :, start:end].flatten(0, 1),
             scores=scores,
             tile=None if self.line is None else self._tile(block),
@@ -190,13 +196,15 @@ class _Scratch:
         """Put the globals in place, then softmax over the visible keys: ``[B * H, n, m]``, in the scores' buffer."""
         for place, source in block.front:
             place.copy_(source)
+        if self.packed is not None:
+            block.keys_t.transpose(1, 2).copy_(block.keys)
         scores, scale = block.scores, block.query.shape[2] ** -0.5
         if block.tile is not None:
             tile = self.tiles[block.tile]
             scores.view(-1, *tile.shape).copy_(tile)
         scores.baddbmm_(block.query, block.keys_t, beta=0 if block.tile is None else 1, alpha=scale)
         for corner, mask in block.hidden:
-            corner.masked_fill_(mask, float("-inf"))
+            corner.add_(mask)
         if self.at:
             self._hide_scattered(scores, span, i)
         return torch.softmax(scores, dim=2, out=scores)
@@ -208,13 +216,13 @@ class _Scratch:
         for place in self.at[bisect_left(self.at, first) : bisect_left(self.at, first + block.run * step)]:
             column, between = divmod(place - first, step)
             if not between:
-                scores[:, :, g + column] = float("-inf")
+                scores[:, :, g + column] = -math.inf
         if self.pattern.causal:
             row = self.before + span.queries.start + i * block.rows * step
             seen = bisect_right(self.at, row)
             for column, place in enumerate(self.at[seen:], start=self.pattern.num_global + seen):
                 blind = min(block.rows, -((row - place) // step))  # rows that come before it
-                scores[:, :blind, column] = float("-inf")
+                scores[:, :blind, column] = -math.inf
 
 
 def read(rows: torch.Tensor, buffer: torch.Tensor, span: Span) -> None:
@@ -296,7 +304,8 @@ class _Band(torch.autograd.Function):
                 columns.baddbmm_(p.transpose(1, 2), dout, beta=0)
                 front_dv += by_head[:, :, :front]
                 dvalues[:, :, run] += by_head[:, :, front:]
-                ds = _like(p, dscores).baddbmm_(dout, block.values.transpose(1, 2), beta=0)
+                values = block.values if scratch.packed is None else columns.copy_(block.values)
+                ds = _like(p, dscores).baddbmm_(dout, values.transpose(1, 2), beta=0)
                 torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
                 if block.tile is not None and ctx.needs_input_grad[8]:
                     above = ds.view(*q.shape[:2], *ds.shape[1:]).sum(dim=0, dtype=wide)
@@ -318,6 +327,11 @@ class _Band(torch.autograd.Function):
                 dline.index_add_(1, scratch.steps(*form).flatten(), above.flatten(1))
             dline = dline.to(line.dtype)
         return dq, dk, dv, dhead, front_dk[:, :, g:].to(k.dtype), front_dv[:, :, g:].to(v.dtype), None, None, dline
+
+
+def half_on_cpu(x: torch.Tensor) -> bool:
+    """Whether batched products of it are oneDNN's."""
+    return x.device.type == "cpu" and x.itemsize < 4
 
 
 def _like(shaped: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:

@@ -60,9 +60,10 @@ class Sizes:
         return 2 * tensor(B, h, queries, keys) + queries * keys + largest(queries * keys, tensor(B, queries, d))
 
     def _buffers(self, queries: Expr, keys: Expr) -> Expr:
-        """The blocked impl's copies of queries, keys and values, one block's scores, and the corner mask twice."""
+        """The blocked impl's copies of queries, keys and values, one block's scores, and what hides two corners."""
         rows, _, _, scores = self._shape(queries, keys)
-        return self._copies(queries, keys, 1, 2) + tensor(B, h, rows, scores) + 2 * rows * rows
+        packed = Piecewise((tensor(B, scores, d), e < 4), (Integer(0), True))  # a block's keys in one piece
+        return self._copies(queries, keys, 1, 2) + tensor(B, h, rows, scores) + packed + 2 * e * rows * rows
 
     def _copies(self, queries: Expr, keys: Expr, of_queries: Expr | int, of_keys: Expr | int) -> Expr:
         _, span, columns, _ = self._shape(queries, keys)
@@ -103,7 +104,8 @@ class Sizes:
         # norm, q, k, v, their gradients, that of the mixed rows, output; sums of key gradients in fp32 or wider
         rows, _, columns, scores = self._shape(self.local, self.local)
         wide = 2 * largest(e, 4) * B * (columns + g) * d
-        buffers = self._copies(self.local, self.local, 2, 3) + 2 * tensor(B, h, rows, scores) + wide + 2 * rows * rows
+        buffers = self._buffers(self.local, self.local) + self._copies(self.local, self.local, 1, 1)
+        buffers += tensor(B, h, rows, scores) + wide
         return 9 * self.row + self.own + self.sliced + self.copied + buffers + tensor(d, d)
 
     def _kept(self, tokens: Expr) -> Expr:

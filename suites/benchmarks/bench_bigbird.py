@@ -17,6 +17,7 @@ from ctxbench.implementations.bigbird import blocked, reference
 from ctxbench.implementations.bigbird.layer import BigBirdAttention, Plan
 from ctxbench.implementations.bigbird.params import BigBirdParams
 from ctxbench.method import Dims
+from ctxbench.suites.benchmarks.bench_peak import products
 from ctxbench.suites.benchmarks.ratios import Comparison
 
 HEADS, WIDTH, PARAMS = 4, 64, BigBirdParams()
@@ -35,6 +36,12 @@ def plan(length: int) -> Plan:
     dims = Dims(seq_len=length, d_model=HEADS * WIDTH, num_heads=HEADS, causal=False)
     mixer = BigBirdAttention(dims, PARAMS, 0, None, Position())
     return Plan(PARAMS.block_size, mixer.pattern.num_blocks, mixer.edges, mixer.inner)  # type: ignore[arg-type]
+
+
+def visible_pairs(length: int) -> int:
+    """Pairs a head sees, ``length`` a multiple of the block."""
+    blocks, size, drawn = length // PARAMS.block_size, PARAMS.block_size, PARAMS.num_random
+    return size**2 * (blocks * (7 + drawn) - 12 - 2 * drawn)
 
 
 def flex(length: int) -> Callable[..., Any]:
@@ -107,6 +114,8 @@ def comparisons() -> list[Comparison]:
         candidates = {
             "transformers, block sparse": functools.partial(theirs, q, k, v),
             "bigbird/blocked": functools.partial(blocked.attend, q, k, v, plan(8192)),
+            # A bound: the same FLOPs, every pair a visible one, without softmax or gathering.
+            "visible pairs as one product": products(4 * WIDTH * HEADS * visible_pairs(8192), torch.float32),
         }
         floor, aim = {"bigbird/blocked": 4.0}, {"bigbird/blocked": 8.0}
         title = "bigbird attention, 8192 tokens, fp32"
