@@ -58,7 +58,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
         flops=flops,
         num_parameters=_parameters(argmax) + position_parameters(position),
         state_bytes=L * (4 * tensor(B, M, d) + 2 * tensor(B, REST, d) + Max(e, 4) * B * d),
-        peak_bytes=peak(impl, mode, argmax, writes) if position == "none" and impl != "triton" else None,
+        peak_bytes=peak(impl, mode, argmax, writes)
+        if position == "none" and (impl, mode) != ("triton", "train")
+        else None,
         depth=L if mode == "decode" else L * ceiling(T / S),
     )
 

@@ -27,6 +27,8 @@ def peak(impl: str, mode: str, argmax: bool, writes: Expr) -> Expr:
     """Bytes of one impl in one mode; ``writes``: how many a layer makes in the call."""
     if impl == "as_written":
         return _sketch_train() if mode == "train" else _sketch_forward()
+    if impl == "triton":
+        return _kernels_stream(argmax) if mode == "stream" else _kernels_forward(argmax, writes)
     if mode == "train":
         return _reference_train(writes) if impl == "reference" else _blocked_train(impl, argmax, writes)
     fixed, piece, extra = 3, _after_self_attention, 0
@@ -102,6 +104,40 @@ def _stream(fixed: int, piece: Piece, extra: int) -> Expr:
         return before + banks + largest(piece(n), write)
 
     return largest(some(WHOLE) * call(S, WHOLE - 1, 0), some(REST) * call(REST, WHOLE, 1))
+
+
+POOLED = Max(e, 4) * B * d  # the sum over a segment, in float32 at least
+
+
+def _write(argmax: bool) -> Expr:
+    """The new bank beside rows of one token, indices, and the logits of slots."""
+    return 4 * SLAB + 10 * row(1) + 16 * B + (tensor(B, M) if argmax else 0)
+
+
+def _gated(n: Expr | int) -> Expr:
+    """The Triton impl, one piece in the loop, its output included: the fused gate, or the feed-forward network."""
+    return 2 * row(n) + 2 * tensor(B, n, f)
+
+
+def _kernels_forward(argmax: bool, writes: Expr) -> Expr:
+    """As of ``blocked``, exactly: self-attention of whole segments with its log-sum-exps, or the loop over pieces."""
+    whole = T - REST
+    stacked = (4 + some(B - 1) * some(REST)) * row(whole) + 4 * B * h * whole
+    loop = largest(
+        some(WHOLE) * (row(whole - S) + _gated(S)),
+        row(whole) + some(REST) * _gated(REST),
+        some(writes) * (row(S * writes) + _write(argmax)),
+    )
+    return some(L - 1) * row(T) + 4 * SLAB + POOLED + largest(stacked, 3 * row(T) + 2 * row(REST) + loop)
+
+
+def _kernels_stream(argmax: bool) -> Expr:
+    """As of ``blocked``, exactly: the last layer of a call, in a whole segment or in the one the stream ends in."""
+    states = L * (4 * SLAB + POOLED) + (L - 1) * POOLED + some(L - 1) * row(S)
+    piece = largest(_gated(S), row(S) + POOLED + _write(argmax))
+    whole = states + (L - 1) * 4 * SLAB + 3 * row(S) + some(WHOLE - 1) * row(S) + piece
+    rest = states + some(L - 1) * (row(REST) - row(S)) + (3 + 2 * L) * row(REST) + some(WHOLE) * row(S) + _gated(REST)
+    return largest(some(WHOLE) * whole, some(REST) * rest)
 
 
 def _decode(impl: str, writes: Expr) -> Expr:

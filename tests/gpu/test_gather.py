@@ -72,8 +72,11 @@ def test_formulas_are_what_the_tracer_counts(name: str, changes: dict) -> None:
                 continue
             counted = trace(method, dims, params, "triton", mode, "fp32")
             cost = method.cost_of("triton", mode, causal, position, params)
-            assert evaluate(total(cost.flops), bindings(dims, params, 4, method.segment_len(params))) == counted.flops
+            values = bindings(dims, params, 4, method.segment_len(params))
+            assert evaluate(total(cost.flops), values) == counted.flops
             assert not counted.uncounted
+            if cost.peak_bytes is not None:
+                assert evaluate(cost.peak_bytes, values) == counted.peak_bytes, mode
             compared += 1
     assert compared >= 2
 
