@@ -25,6 +25,11 @@ Forms: `band` is one range with a bound on both sides; `steps` is three ranges b
 `table` are a band with ALiBi or T5's bias (kernel `table`: its gradient); `hidden` is a band with keys hidden by
 position, `groups` one with four query heads a head of keys; `lists` are lists of blocks of 64.
 
+PyTorch's FlexAttention (impl `flex`) is not on this page: the compiler makes its kernels on the device. What is ours is
+its block lists, in closed form from the lines that the kernels here take (`implementations/_shared/flex.py`): dense,
+Longformer, LongLoRA and the pyramid by tiles of 128 x 128, BigBird with its blocks as tiles, Transformer-XL with the
+position term as a tensor that each score reads.
+
 Made with triton {version} by `python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py`.
 """
 

@@ -72,7 +72,7 @@ def _trace_fake(dims: Dims, method: Method, params: Params, impl: str, mode: str
                 work = workload.prepare(method, dims, params, impl, mode, dtype, device, rotate=1)
             parameters, carried = _describe(work, dims)
             _ignore_live(meter, work)
-            with _uncompiled_flex_attention(), meter:
+            with uncompiled_flex_attention(), meter:
                 y = work.call()
             del y
         except Exception as error:
@@ -132,14 +132,22 @@ def _quiet_fake_tensors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _uncompiled_flex_attention() -> Iterator[None]:
-    """Let FlexAttention reach the dispatcher as one operator: its compiler cannot run under a dispatch mode."""
-    before = flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+def uncompiled_flex_attention() -> Iterator[None]:
+    """Let FlexAttention reach the dispatcher as one operator: its compiler cannot run under a dispatch mode.
+
+    What is only counted has a backward pass on the CPU too.
+    """
+    before = flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG, flex_attention._validate_device
+
+    def known(q: torch.Tensor, *others: torch.Tensor) -> None:
+        before[1](q.detach(), *(other.detach() for other in others))
+
     flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    flex_attention._validate_device = known  # type: ignore[assignment]
     try:
         yield
     finally:
-        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG, flex_attention._validate_device = before
 
 
 @contextlib.contextmanager

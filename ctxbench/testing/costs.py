@@ -9,7 +9,7 @@ from typing import Any
 
 from ctxbench.cost import Cost, evaluate, total
 from ctxbench.cost.symbols import bindings
-from ctxbench.cost.trace import Meter, Trace, trace
+from ctxbench.cost.trace import Meter, Trace, trace, uncompiled_flex_attention
 from ctxbench.method import DTYPE_BYTES, Dims, Params, load
 from ctxbench.testing.case import TINY, Case
 from ctxbench.testing.law import law, not_applicable, not_claimed, require
@@ -202,7 +202,7 @@ def _value(expression: Any, case: Case, dims: Dims, dtype: str = "fp32") -> int:
 def _counted(case: Case, dims: Dims, mode: str) -> Trace:
     """Count on real tensors: at tiny sizes an order of magnitude faster than fake ones, and no shape stops it."""
     work = prepare(case.method, dims, case.params, case.impl, mode, "fp32", case.device, rotate=1)
-    with Meter() as meter:
+    with uncompiled_flex_attention(), Meter() as meter:
         work.call()
     return meter.result()
 

@@ -156,6 +156,18 @@ def _of_rows(kernel: str, chosen: Config, queries: int, one: Keys, row: int, far
     return work
 
 
+def seen_by_rows(start: int, side: int, queries: int, one: Keys) -> tuple[int, int, int, int]:
+    """Of tiles of ``side`` keys: the first that any of ``side`` queries from ``start`` on sees, those all see, the end.
+
+    Unlike a kernel's loop it is empty where a range is.
+    """
+    final = min(start + side, queries) - 1
+    first, all_first = (_key_at(one.low, at, one.keys, 0) for at in (start, final))
+    all_end, end = (_key_at(one.high, at, one.keys, one.keys) for at in (start, final))
+    met = _met(first, end, all_first, all_end, one.keys, one.keys, side)
+    return (met.first, met.inner, met.outer, met.last) if first < end else (0, 0, 0, 0)
+
+
 def _of_keys(chosen: Config, queries: int, one: Keys, row: int, farthest: int) -> Work:
     """What tiles of keys do with the queries of one head."""
     work, block = Work(), chosen.rows

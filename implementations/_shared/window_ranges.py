@@ -28,7 +28,7 @@ def attend(
     T, S = q.shape[2], k.shape[2]
     own = scattered.rows(T, S)
     G = rows.q.shape[2] - len(own)
-    local = _local(q[:, :, G:], k, v, scattered, pattern, _table(line, S, pattern))
+    local = _local(q[:, :, G:], k, v, scattered, pattern, by_distance(line, S, pattern))
     if not rows.q.shape[2]:
         return local
     head = everywhere(rows, G, pattern.causal)
@@ -48,7 +48,7 @@ def everywhere(rows: GlobalRows, prefix: int, causal: bool) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _table(line: torch.Tensor | None, S: int, pattern: Pattern) -> torch.Tensor | None:
+def by_distance(line: torch.Tensor | None, S: int, pattern: Pattern) -> torch.Tensor | None:
     """Biases by steps from a key back to its query, from the line of those from the query back."""
     if line is None:
         return None

@@ -1,5 +1,6 @@
 """BigBird: blocks of queries against two global blocks, their neighbours, and a few random blocks."""
 
+from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations.bigbird.params import BigBirdParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -39,6 +40,13 @@ METHOD = Method(
             positions=("none", *ROPE, "alibi"),
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own over lists of blocks; nothing is gathered",
+        ),
+        flex_impl(
+            f"{__name__}.flex:attend",
+            f"{__name__}.params:flex_support",
+            "PyTorch's FlexAttention, compiled; forward alone, since its backward pass wants wider blocks",
+            modes=("forward",),
+            positions=("none", *ROPE, "t5", "alibi"),
         ),
     ),
     cost=f"{__name__}.cost:cost",

@@ -43,7 +43,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
-        peak_bytes=_peak(impl, mode) if position == "none" else None,
+        peak_bytes=_peak(impl, mode) if position == "none" and impl != "flex" else None,
         depth=L,
     )
 

@@ -19,6 +19,9 @@ from ctxbench.implementations._shared.window_blocks import attend as attend_in_b
 from ctxbench.implementations.bigbird.params import BigBirdParams
 from ctxbench.method import Dims, Output, load
 
+SHARED = "ctxbench.implementations._shared"
+WINDOWED = {"triton": f"{SHARED}.window_ranges:attend", "flex": f"{SHARED}.window_flex:attend"}
+
 
 def attend_windowed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Pattern, attend: Any = attend_in_blocks
@@ -74,8 +77,7 @@ class EtcStack(nn.Module):
 def build_etc(dims: Dims, params: BigBirdParams, impl: str) -> nn.Module:
     """Stack of ``num_layers`` layers; impls differ in the operator alone."""
     operator = attend_reference if impl == "reference" else attend_windowed
-    if impl == "triton":
-        attend = load("ctxbench.implementations._shared.window_ranges:attend")
-        operator = functools.partial(attend_windowed, attend=attend)
+    if impl in WINDOWED:
+        operator = functools.partial(attend_windowed, attend=load(WINDOWED[impl]))
     layers: list[nn.Module] = [PreNormBlock(EtcAttention(dims, params, operator), dims) for _ in range(dims.num_layers)]
     return EtcStack(layers, params.num_global, dims.d_model)

@@ -23,12 +23,15 @@ class Plan(NamedTuple):
         num_blocks: blocks of the sequence.
         edges: ``[H, n, columns]``, rows 1 and ``num_blocks - 2`` as far as there are any.
         inner: ``[H, n, columns]``, rows ``2 .. num_blocks - 3``.
+        pattern, layer: what the plan was drawn from.
     """
 
     size: int
     num_blocks: int
     edges: torch.Tensor
     inner: torch.Tensor
+    pattern: Pattern | None = None
+    layer: int = 0
 
 
 class BigBirdAttention(nn.Module):
@@ -36,7 +39,7 @@ class BigBirdAttention(nn.Module):
 
     def __init__(self, dims: Dims, params: BigBirdParams, layer: int, operator: Any, position: Position):
         super().__init__()
-        self.seq_len, self.num_heads = dims.seq_len, dims.num_heads
+        self.seq_len, self.num_heads, self.layer = dims.seq_len, dims.num_heads, layer
         self.pattern: Pattern = params.pattern(dims.seq_len, dims.num_heads)
         width = dims.d_model
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
@@ -52,7 +55,8 @@ class BigBirdAttention(nn.Module):
             raise ValueError(f"this plan of blocks is for {self.seq_len} tokens, received {x.shape[1]}; build anew")
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         q, k = self.position.rotate(q, 0), self.position.rotate(k, 0)
-        plan = Plan(self.pattern.block_size, self.pattern.num_blocks, self.edges, self.inner)  # type: ignore[arg-type]
+        sizes = self.pattern.block_size, self.pattern.num_blocks
+        plan = Plan(*sizes, self.edges, self.inner, self.pattern, self.layer)  # type: ignore[arg-type]
         mixed = self.operator(q, k, v, plan, self.position)
         del q, k, v  # else they would live through the output projection
         return Output(self.o(merge_heads(mixed)))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ctxbench.implementations._shared import flash_table
+from ctxbench.implementations._shared import flash_table, flex_table
 from ctxbench.implementations._shared.window import Pattern as Window
 from ctxbench.implementations.bigbird.official import drawn
 from ctxbench.method import YES, Dims, Params, Support, no, param
@@ -168,6 +168,14 @@ def support(dims: Dims, params: BigBirdParams, mode: str) -> Support:
 def triton_support(dims: Dims, params: BigBirdParams, device: str, dtype: str) -> Support:
     """What the flash kernels hold in registers."""
     return flash_table.support(dims, dtype)
+
+
+def flex_support(dims: Dims, params: BigBirdParams, device: str, dtype: str) -> Support:
+    """Blocks that FlexAttention's tiles divide; the external construction is a window and a prefix."""
+    if params.form == "itc" and params.block_size % flex_table.NARROWEST:
+        least = flex_table.NARROWEST
+        return no(f"flex takes a block_size that is a multiple of {least} tokens, received {params.block_size}")
+    return flex_table.support(dims, params, device, dtype)
 
 
 def reach(dims: Dims, params: BigBirdParams, i: int) -> set[int]:

@@ -1,7 +1,8 @@
 """Dense softmax attention: the quadratic baseline that every other method is compared with."""
 
 from ctxbench.implementations._shared.backends_table import BACKENDS
-from ctxbench.method import POSITIONS, Claim, Impl, Method, Paper
+from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.method import POSITIONS, ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="dense",
@@ -34,6 +35,12 @@ METHOD = Method(
             positions=POSITIONS,
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own; a decoded token's keys are split over the device",
+        ),
+        flex_impl(
+            f"{__name__}.flex:attend",
+            "ctxbench.implementations._shared.flex_table:support",
+            "PyTorch's FlexAttention, compiled; biases are added inside",
+            positions=("none", *ROPE, "t5", "alibi"),
         ),
         *BACKENDS,
     ),

@@ -28,7 +28,7 @@ from ctxbench.implementations._shared.forms import (
 from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.method import Params
 
-FUSED = ("blocked", "triton", *NAMES)
+FUSED = ("blocked", "triton", "flex", *NAMES)
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
@@ -51,8 +51,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
             executed = visible
         elif impl == "blocked":
             executed = executed - _first_chunk_saving()
-    elif slabs and causal:
-        executed = slab_pairs(T)
+    elif causal and (slabs or impl == "flex"):
+        executed = slab_pairs(T)  # tiles and slabs have the same rows
     else:
         executed = visible if impl in FUSED else T * T
     algorithmic, flops = block_terms(tokens, visible), block_terms(tokens, executed)
@@ -72,7 +72,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
         state_bytes=2 * L * tensor(B, T, d),
-        peak_bytes=_peak(impl, mode, causal) if position == "none" and impl not in ("slabs", *NAMES) else None,
+        peak_bytes=_peak(impl, mode, causal) if position == "none" and impl not in ("slabs", "flex", *NAMES) else None,
         depth=L,
     )
 

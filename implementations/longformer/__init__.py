@@ -1,5 +1,6 @@
 """Longformer: a sliding window for every token, and global tokens that see and are seen by all."""
 
+from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -34,6 +35,12 @@ METHOD = Method(
             devices=("cuda",),
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own; band, prefix and scattered globals share one softmax",
+        ),
+        flex_impl(
+            "ctxbench.implementations._shared.window_flex:attend",
+            f"{__name__}.params:flex_support",
+            "PyTorch's FlexAttention, compiled, with block lists in closed form; global rows are a call of their own",
+            positions=("none", *ROPE, "t5", "alibi"),
         ),
         Impl(
             "as_written",

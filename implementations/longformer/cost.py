@@ -16,7 +16,14 @@ from ctxbench.cost.terms import (
     tensor,
     triangle,
 )  # fmt: skip
-from ctxbench.implementations._shared.forms import block_parameters, block_terms, position_parameters, trained
+from ctxbench.implementations._shared import flex_forms
+from ctxbench.implementations._shared.forms import (
+    block_parameters,
+    block_terms,
+    position_parameters,
+    slab_pairs,
+    trained,
+)
 from ctxbench.implementations._shared.window_pairs import run_pairs
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.implementations.longformer.peaks import peak
@@ -43,7 +50,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl, position)
     kept = 2 * tensor(B, over_heads(lambda f: f.kept(T), causal, params), d)
-    known = position == "none" and not dilates_some(params)
+    known = position == "none" and not dilates_some(params) and impl != "flex"
     if impl == "triton":
         known = known and params.dilation == 1 and not params.positions
     elif params.positions:
@@ -154,6 +161,9 @@ class Form:
         """Pairs that an impl multiplies for a whole sequence."""
         if impl == "as_written":
             return T * T
+        if impl == "flex":
+            own = slab_pairs(self.globals) if self.causal else self.globals * T
+            return own + flex_forms.band_pairs(self.globals, T - self.globals, self.left, self.right)
         if self.causal:
             return self._call(impl, Integer(0), T)
         local, met = T - self.globals, self.met(T)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.implementations._shared import flash_table
+from ctxbench.implementations._shared import flash_table, flex_table
 from ctxbench.implementations._shared.window import Pattern
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
@@ -83,6 +83,14 @@ def reach(dims: Dims, params: LongformerParams, i: int) -> set[int]:
 def triton_support(dims: Dims, params: LongformerParams, device: str, dtype: str) -> Support:
     """What the flash kernels hold in registers."""
     return flash_table.support(dims, dtype)
+
+
+def flex_support(dims: Dims, params: LongformerParams, device: str, dtype: str) -> Support:
+    """One band and a prefix; a tile of a dilated band would be kept for one key in ``dilation``."""
+    if params.dilation > 1 or params.positions:
+        what = f"dilation={params.dilation}" if params.dilation > 1 else f"scattered={params.scattered}"
+        return no(f"flex has block lists for a window and a prefix, received {what}; triton has the others")
+    return flex_table.support(dims, params, device, dtype)
 
 
 def sketch_support(dims: Dims, params: LongformerParams, device: str, dtype: str) -> Support:

@@ -1,5 +1,6 @@
 """LongLoRA's shifted sparse attention: causal groups, and half of the heads see groups shifted by half."""
 
+from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations.longlora.params import LongLoRAParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -36,6 +37,11 @@ METHOD = Method(
             devices=("cuda",),
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own; a shift is a line, nothing is copied but the halves of the heads together",
+        ),
+        flex_impl(
+            f"{__name__}.flex:attend",
+            f"{__name__}.params:flex_support",
+            "PyTorch's FlexAttention, compiled, with block lists in closed form; nothing is rolled",
         ),
     ),
     cost=f"{__name__}.cost:cost",

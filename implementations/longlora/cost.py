@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sympy import Expr, Min, Rational, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
 from ctxbench.cost.terms import largest, linear_parameters, projections, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, slab_pairs
 from ctxbench.implementations.longlora.params import LongLoRAParams, exact_fraction
 from ctxbench.implementations.longlora.peaks import peak
 
@@ -24,15 +26,19 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongLoRAPara
     if impl == "reference":  # whole squares of whole groups
         square = group**2 * ceiling(T / group)
         flops["attention"] = L * _over_heads(square, square)
+    if impl == "flex":
+        plain, shifted = triangles(0, group, slab_pairs), _shifted(group, params.wrap, slab_pairs)
+        flops["attention"] = L * _over_heads(plain, shifted)
     if mode == "train":
         core = core_backward(impl)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
+    known = position == "none" and impl != "flex"
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)),
-        peak_bytes=peak(impl, mode, group) if position == "none" else None,
+        peak_bytes=peak(impl, mode, group) if known else None,
         depth=L,
     )
 
@@ -45,17 +51,17 @@ def group_expression(params: LongLoRAParams) -> Expr:
     return 2 * ceiling(T * Rational(fraction.numerator, 2 * fraction.denominator))
 
 
-def triangles(head: Expr | int, group: Expr) -> Expr:
-    """Pairs of causal groups after a first one of ``head`` tokens."""
+def triangles(head: Expr | int, group: Expr, causal: Callable[[Expr | int], Expr] = triangle) -> Expr:
+    """Pairs of causal groups after a first one of ``head`` tokens; ``causal`` counts those of one group."""
     rest = T - sympify(head)
     whole = floor(rest / group)
-    return triangle(head) + whole * triangle(group) + triangle(rest - whole * group)
+    return causal(head) + whole * causal(group) + causal(rest - whole * group)
 
 
-def _shifted(group: Expr, wrap: bool) -> Expr:
+def _shifted(group: Expr, wrap: bool, causal: Callable[[Expr | int], Expr] = triangle) -> Expr:
     """Pairs of a shifted head; in a circle the first tokens also see the last, shorter group."""
     head = Min(T, group / 2)
-    pairs = triangles(head, group)
+    pairs = triangles(head, group, causal)
     if wrap:
         pairs += head * largest(0, T + group / 2 - group * ceiling(T / group))
     return pairs

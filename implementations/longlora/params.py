@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ctxbench.implementations._shared import flash_table
+from ctxbench.implementations._shared import flash_table, flex_table
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 
@@ -62,6 +62,13 @@ def support(dims: Dims, params: LongLoRAParams, mode: str) -> Support:
 def triton_support(dims: Dims, params: LongLoRAParams, device: str, dtype: str) -> Support:
     """What the flash kernels hold in registers."""
     return flash_table.support(dims, dtype)
+
+
+def flex_support(dims: Dims, params: LongLoRAParams, device: str, dtype: str) -> Support:
+    """Groups and their halves of whole tiles."""
+    half = group_size(dims.seq_len, params) // 2
+    answer = flex_table.whole_tiles("half a group", half)
+    return flex_table.support(dims, params, device, dtype) if answer else answer
 
 
 def reach(dims: Dims, params: LongLoRAParams, i: int) -> range | set[int]:

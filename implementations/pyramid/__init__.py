@@ -1,5 +1,6 @@
 """Pyramid transformer: layers at several resolutions, each pooled from the one below, summed at the finest."""
 
+from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations.pyramid.params import PyramidParams, fewest_layers
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -40,6 +41,11 @@ METHOD = Method(
             positions=("none", *ROPE),
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own at every level; levels are projected before they are repeated",
+        ),
+        flex_impl(
+            f"{__name__}.flex:OPERATORS",
+            f"{__name__}.params:flex_support",
+            "PyTorch's FlexAttention, compiled, at every level; levels are projected before they are repeated",
         ),
         Impl(
             "as_written",

@@ -36,7 +36,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         _pool_queries(flops, impl, mode, causal, params)
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl)
-    unknown = position != "none" or params.pooled_queries or (impl, mode) == ("triton", "stream")
+    unknown = position != "none" or params.pooled_queries or impl == "flex" or (impl, mode) == ("triton", "stream")
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
@@ -119,10 +119,12 @@ def _executed_pairs(level: int, impl: str, mode: str, causal: bool) -> Expr:
     """Pairs that are multiplied: masked ones too, unless the fused kernel skips them."""
     if impl == "triton":
         return _visible_pairs(level, mode, causal)
+    if impl == "flex" and causal:
+        return slab_pairs(cells_at(level, T, True))
     if mode == "stream":
         first = cells_at(level, C, True)  # of the call without a cache, where the fused kernel may skip
         return _streamed_rectangles(level) - (first * (first - 1) / 2 if impl == "blocked" else 0)
-    if mode == "decode" or impl == "blocked":
+    if mode == "decode" or impl in ("blocked", "flex"):
         return _visible_pairs(level, mode, causal)
     return cells_at(level, T, causal) ** 2
 

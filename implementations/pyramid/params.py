@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.implementations._shared import flash_table
+from ctxbench.implementations._shared import flash_table, flex_table
 from ctxbench.method import ROPE, YES, Dims, Params, Support, no, param
 
 
@@ -77,6 +77,15 @@ def triton_support(dims: Dims, params: PyramidParams, device: str, dtype: str) -
     """What the flash kernels hold in registers, at every level: heads widen where their number does not halve."""
     for level in level_dims(dims, params):
         answer = flash_table.support(level, dtype)
+        if not answer:
+            return answer
+    return YES
+
+
+def flex_support(dims: Dims, params: PyramidParams, device: str, dtype: str) -> Support:
+    """What FlexAttention takes, at every level."""
+    for level in level_dims(dims, params):
+        answer = flex_table.support(level, params, device, dtype)
         if not answer:
             return answer
     return YES

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from math import gcd
 
-from sympy import Expr, Integer, floor
+from sympy import Expr, Integer, Min, ceiling, floor
 
 from ctxbench.cost.symbols import T
 from ctxbench.cost.terms import triangle
 from ctxbench.implementations.pyramid.memory import cells_at
 from ctxbench.implementations.pyramid.params import PyramidParams
 
-SLAB, SEGMENT = 128, 512  # cells a slab of the blocked impl, tokens a call in stream mode
+SLAB, SEGMENT = 128, 512  # cells a slab of the blocked impl, or a tile of flex; tokens a call in stream mode
 
 
 def pairs_below(impl: str | None, level: int, mode: str, causal: bool, params: PyramidParams) -> Expr:
@@ -27,6 +27,10 @@ def pairs_below(impl: str | None, level: int, mode: str, causal: bool, params: P
         return pool * triangle(cells)
     if mode == "stream":
         return _streamed(impl, level, pool)
+    if impl == "flex":  # the last row of tiles ends at a whole tile of finer cells
+        whole = floor(cells / SLAB)
+        end = Min(SLAB * ceiling(pool * cells / SLAB), below)
+        return pool * SLAB**2 * triangle(whole) + (cells - whole * SLAB) * end
     return pool * _slabs(cells) if impl == "blocked" else cells * below
 
 

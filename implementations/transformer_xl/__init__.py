@@ -1,5 +1,6 @@
 """Transformer-XL: segments that attend to the previous layer's earlier inputs, with relative positions."""
 
+from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams
 from ctxbench.method import POSITIONS, Claim, Impl, Method, Paper
 
@@ -36,6 +37,13 @@ METHOD = Method(
             modes=("forward", "train", "stream"),
             support=f"{__name__}.params:triton_support",
             note="fused kernels of our own, all segments in one launch; one token is faster by blocked's projections",
+        ),
+        flex_impl(
+            f"{__name__}.flex:attend",
+            f"{__name__}.params:flex_support",
+            "PyTorch's FlexAttention reads the position term, one product; forward alone: memory passes no gradient",
+            modes=("forward",),
+            positions=("transformer_xl",),
         ),
         Impl(
             "as_written",

@@ -78,7 +78,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: TransformerX
         flops=flops,
         num_parameters=block_parameters(5 * d * d + 2 * d),
         state_bytes=L * tensor(B, Min(T, M) if impl == "as_written" else _state_rows(params), d),
-        peak_bytes=_peak(impl, mode, params),
+        peak_bytes=None if impl == "flex" else _peak(impl, mode, params),
         depth=_depth(impl, mode),
     )
 
@@ -117,6 +117,10 @@ def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]
     if impl == "reference":
         pairs, keys = sum(part.rectangles for part in parts), sum(part.keys for part in parts)
         return _terms(_projected(tokens, keys), linear(keys, d, d), 6 * B * d * pairs, tokens)
+    if impl == "flex":
+        zeros, distances = M if params.start == "zeros" else Integer(0), _longest(params)
+        pairs = 4 * B * d * sum(part.blocks for part in parts) + 2 * B * d * T * distances
+        return _terms(_projected(T, T + zeros), linear(distances, d, d), pairs, T)
     if impl == "triton":
         keys, distances = sum(part.keys for part in parts), _longest(params)
         if mode != "stream":

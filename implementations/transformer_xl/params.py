@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.implementations._shared import relative_table
+from ctxbench.implementations._shared import flex_table, relative_table
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 
@@ -55,6 +55,17 @@ def reach(dims: Dims, params: TransformerXLParams, i: int) -> frozenset[int]:
 def triton_support(dims: Dims, params: TransformerXLParams, device: str, dtype: str) -> Support:
     """What the kernels of the relative term hold in registers; they take every variant of the method."""
     return relative_table.support(dims, dtype)
+
+
+def flex_support(dims: Dims, params: TransformerXLParams, device: str, dtype: str) -> Support:
+    """A staircase of whole tiles."""
+    if params.same_length:
+        return no("flex has block lists for whole segments of memory, not for same_length; triton has both")
+    for what in ("segment_len", "mem_len"):
+        answer = flex_table.whole_tiles(what, getattr(params, what))
+        if not answer:
+            return answer
+    return flex_table.support(dims, params, device, dtype)
 
 
 def sketch_support(dims: Dims, params: TransformerXLParams, device: str, dtype: str) -> Support:

@@ -1,0 +1,172 @@
+"""PyTorch's FlexAttention over ranges of keys between two lines: block lists in closed form, compiled or refused.
+
+Query i stands at position ``p = i + offset`` and sees the keys of any range from ``low`` to before ``high``, lines over
+p (see ``lines``), all under one softmax. Which tiles of keys a tile of queries meets, and which of them need no mask,
+is arithmetic on the lines (``tiles``); no mask of tokens is ever made. FlexAttention wants its lists as tables of tiles
+by tiles, so that at a million tokens they take a quarter of a gigabyte each.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ctxbench.implementations._shared.flex_table import TILE
+from ctxbench.implementations._shared.lines import LEVEL, OPEN, SLOPE, Line, Placed, place
+from ctxbench.implementations._shared.positions import FARTHEST, AlibiBias, Bias, Position
+from ctxbench.implementations._shared.tiles import Keys, seen_by_rows
+
+Score = Callable[..., torch.Tensor]
+
+BACKEND = "inductor"  # of torch.compile: the one that makes kernels
+
+
+class Between(NamedTuple):
+    """Keys that a query at position p sees: from ``low`` at p to before ``high``; None is no bound."""
+
+    low: Line | None = None
+    high: Line | None = None
+
+
+CAUSAL = (Between(high=Line(base=1)),)
+ALL = (Between(),)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Sequence[Between], *, offset: int = 0,
+    score: Score | None = None, scale: float | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Softmax attention over the keys that any of ``seen`` shows; every query must see one.
+
+    Args:
+        q: ``[B, H, T, D]``.
+        k: ``[B, H, S, D]``, as ``v``.
+        v: values.
+        seen: who sees whom.
+        offset: position of the first query among the keys.
+        score: changes the scaled score, as FlexAttention's ``score_mod``.
+        scale: of the scores; None for ``D ** -0.5``.
+
+    Returns:
+        ``[B, H, T, D]``.
+    """
+    T, S = q.shape[2], k.shape[2]
+    if not T:
+        return q @ k.mT @ v  # no product at all, but what it is made of still has gradients, all zero
+    lines = tuple((place(one.low, offset, T, S), place(one.high, offset, T, S)) for one in seen)
+    mask = None
+    if not any(low.kind == high.kind == OPEN for low, high in lines):
+        mask = block_mask(T, S, lines, q.device)
+    return run(q, k, v, mask, score, scale)
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask | None, score: Score | None = None,
+    scale: float | None = None, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    """FlexAttention, compiled for this mask; ``options`` are those of its kernels.
+
+    Raises:
+        RuntimeError: where torch.compile is switched off, since FlexAttention would then keep all scores.
+    """
+    if isinstance(q, FakeTensor) or flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG:  # counted, or compared, not measured
+        return flex.flex_attention(q, k, v, score, mask, scale)  # type: ignore[return-value]
+    if torch._dynamo.config.disable:
+        raise RuntimeError(
+            "FlexAttention without its compiler keeps all scores, and torch.compile is switched off here; unset "
+            "TORCH_COMPILE_DISABLE and torch._dynamo.config.disable, or choose another impl"
+        )
+    compiled = _compiled(id(mask), q.shape, k.shape, None if score is None else score.__code__)
+    return compiled(q, k, v, score, mask, scale, options or None)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _compiled(*_key: Any) -> Any:
+    """A compiled call of its own: all shapes together would exceed what one function may be compiled for."""
+    code = _call.__code__.replace()
+    return torch.compile(types.FunctionType(code, globals()), fullgraph=True, dynamic=False, backend=BACKEND)
+
+
+def _call(q: Any, k: Any, v: Any, score: Any, mask: Any, scale: Any, options: Any) -> Any:
+    return flex.flex_attention(q, k, v, score, mask, scale, kernel_options=options)
+
+
+@functools.lru_cache(maxsize=64)
+def block_mask(T: int, S: int, lines: tuple[tuple[Placed, Placed], ...], device: torch.device) -> BlockMask:
+    """Which tiles of S keys each tile of T queries meets, and which of those no query needs a mask for."""
+    rows, columns = -(-T // TILE), -(-S // TILE)
+    with _disable_current_modes():  # tables of the call, not tensors of the method
+        tile = torch.arange(columns)
+        kept, full = (torch.zeros(rows, columns, dtype=torch.bool) for _ in range(2))
+        for low, high in lines:
+            met = torch.tensor([seen_by_rows(row * TILE, TILE, T, Keys(S, low, high)) for row in range(rows)])
+            begin, inner, outer, end = met.T[:, :, None]
+            kept |= (begin <= tile) & (tile < end)
+            full |= (inner <= tile) & (tile < outer)
+        listed = (x.to(device)[None, None] for part in (kept & ~full, full) for x in _lists(part))
+        return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=TILE, mask_mod=_visible(lines, S), seq_lengths=(T, S))
+
+
+def _lists(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many columns each row keeps, and which: the kept ones first, ascending."""
+    return kept.sum(1, dtype=torch.int32), (~kept).to(torch.uint8).argsort(dim=1, stable=True).int()
+
+
+def _visible(lines: tuple[tuple[Placed, Placed], ...], keys: int) -> Score:
+    """FlexAttention's ``mask_mod``: within the bounds of any range."""
+
+    def within(b: Any, h: Any, row: Any, key: Any) -> Any:
+        shown = None
+        for low, high in lines:
+            one = key < (keys if high.kind == OPEN else _at(high, row))
+            if low.kind != OPEN:
+                one = one & (key >= _at(low, row))
+            shown = one if shown is None else shown | one
+        return shown
+
+    return within
+
+
+def _at(line: Placed, row: Any) -> Any:
+    """A line at rows that are a tensor, without divisions where there is nothing to divide."""
+    if line.kind == LEVEL:
+        return line.base
+    return row + line.base if line.kind == SLOPE else line.at(row)
+
+
+def sloped(slopes: torch.Tensor, offset: int) -> Score:
+    """``-slopes[h]`` for each token between query and key."""
+
+    def score(value: Any, b: Any, h: Any, row: Any, key: Any) -> Any:
+        return value - slopes[h] * (key - row - offset).abs()
+
+    return score
+
+
+def tabled(table: torch.Tensor, offset: int) -> Score:
+    """``table: [H, 2 F + 1]``, a number by distance j - i from -F to F, and beyond them that of the end."""
+    farthest = table.shape[1] // 2
+    table = table.contiguous()  # of a transposed tensor that a score reads PyTorch 2.13 drops the gradient, silently
+
+    def score(value: Any, b: Any, h: Any, row: Any, key: Any) -> Any:
+        return value + table[h, (key - row - offset).clamp(-farthest, farthest) + farthest]
+
+    return score
+
+
+def biased(position: Position, offset: int, like: torch.Tensor) -> Score | None:
+    """What a position encoding adds to scores; constants and tables in at least float32."""
+    if not isinstance(position, Bias):
+        return None
+    exact = torch.promote_types(like.dtype, torch.float32)
+    if isinstance(position, AlibiBias):
+        return sloped(position.slopes.to(exact), offset)
+    return tabled(position.bias(torch.arange(-FARTHEST, FARTHEST + 1, device=like.device), exact), offset)
