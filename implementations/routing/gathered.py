@@ -49,6 +49,20 @@ def _run_of(BEGINS, tile, clusters, SIZE: tl.constexpr, CLUSTERS: tl.constexpr):
 
 
 @triton.jit
+def _tile_of_run(
+    QUERY_BEGINS, KEY_BEGINS, head, tile, clusters, SIZE: tl.constexpr, CLUSTERS: tl.constexpr, BY_KEYS: tl.constexpr
+):  # fmt: skip
+    """The run of a tile, or -1; the tile's first rank; the run's first query and first key, and how many it has."""
+    QUERY_BEGINS += head * (clusters + 1)
+    KEY_BEGINS += head * (clusters + 1)
+    run, start = _run_of(KEY_BEGINS if BY_KEYS else QUERY_BEGINS, tile, clusters, SIZE, CLUSTERS)
+    there = tl.maximum(run, 0)
+    first, first_key = tl.load(QUERY_BEGINS + there), tl.load(KEY_BEGINS + there)
+    queries, keys = tl.load(QUERY_BEGINS + there + 1) - first, tl.load(KEY_BEGINS + there + 1) - first_key
+    return run, start, first, first_key, queries, keys
+
+
+@triton.jit
 def _key_tiles(
     position, keys, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLIER: tl.constexpr, WITHOUT_SELF: tl.constexpr
 ):  # fmt: skip
@@ -101,14 +115,12 @@ def forward_kernel(
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of listed queries. Grid: bound on tiles, X."""
     head = tl.program_id(1).to(tl.int64)
-    QUERY_BEGINS += head * (clusters + 1)
-    KEY_BEGINS += head * (clusters + 1)
     # The last ranks of a run have most keys and begin first.
-    run, start = _run_of(QUERY_BEGINS, tl.num_programs(0) - 1 - tl.program_id(0), clusters, ROWS, CLUSTERS)
+    run, start, first, first_key, queries, keys = _tile_of_run(
+        QUERY_BEGINS, KEY_BEGINS, head, tl.num_programs(0) - 1 - tl.program_id(0), clusters, ROWS, CLUSTERS, False
+    )
     if run < 0:
         return
-    first, first_key = tl.load(QUERY_BEGINS + run), tl.load(KEY_BEGINS + run)
-    queries, keys = tl.load(QUERY_BEGINS + run + 1) - first, tl.load(KEY_BEGINS + run + 1) - first_key
     Q += head // heads * q_batch + head % heads * q_head
     K += head // heads * k_batch + head % heads * k_head
     V += head // heads * v_batch + head % heads * v_head
@@ -161,13 +173,11 @@ def dq_kernel(
 ):  # fmt: skip
     """Gradient dQ of one tile of listed queries, and for ``dkv_kernel`` the row sums of ``grad * output``."""
     head = tl.program_id(1).to(tl.int64)
-    QUERY_BEGINS += head * (clusters + 1)
-    KEY_BEGINS += head * (clusters + 1)
-    run, start = _run_of(QUERY_BEGINS, tl.num_programs(0) - 1 - tl.program_id(0), clusters, ROWS, CLUSTERS)
+    run, start, first, first_key, queries, keys = _tile_of_run(
+        QUERY_BEGINS, KEY_BEGINS, head, tl.num_programs(0) - 1 - tl.program_id(0), clusters, ROWS, CLUSTERS, False
+    )
     if run < 0:
         return
-    first, first_key = tl.load(QUERY_BEGINS + run), tl.load(KEY_BEGINS + run)
-    queries, keys = tl.load(QUERY_BEGINS + run + 1) - first, tl.load(KEY_BEGINS + run + 1) - first_key
     Q += head // heads * q_batch + head % heads * q_head
     K += head // heads * k_batch + head % heads * k_head
     V += head // heads * v_batch + head % heads * v_head
@@ -220,13 +230,11 @@ def dkv_kernel(
 ):  # fmt: skip
     """Gradients dK and dV of one tile of listed keys; scores are ``[COLUMNS, ROWS]``. Grid: bound on tiles, X."""
     head = tl.program_id(1).to(tl.int64)
-    QUERY_BEGINS += head * (clusters + 1)
-    KEY_BEGINS += head * (clusters + 1)
-    run, start = _run_of(KEY_BEGINS, tl.program_id(0), clusters, COLUMNS, CLUSTERS)
+    run, start, first, first_key, queries, keys = _tile_of_run(
+        QUERY_BEGINS, KEY_BEGINS, head, tl.program_id(0), clusters, COLUMNS, CLUSTERS, True
+    )
     if run < 0:
         return
-    first, first_key = tl.load(QUERY_BEGINS + run), tl.load(KEY_BEGINS + run)
-    queries, keys = tl.load(QUERY_BEGINS + run + 1) - first, tl.load(KEY_BEGINS + run + 1) - first_key
     Q += head // heads * q_batch + head % heads * q_head
     K += head // heads * k_batch + head % heads * k_head
     V += head // heads * v_batch + head % heads * v_head
