@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sympy import Expr, Integer, Max, ceiling, floor
+from sympy import Expr, Integer, Max, Min, ceiling, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d, h
@@ -36,6 +36,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         _pool_queries(flops, impl, mode, causal, params)
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl)
+        if params.pooled_queries and causal:
+            for terms in (algorithmic, flops):
+                terms["projections"] -= 2 * _unread(params.levels)
     unknown = position != "none" or params.pooled_queries or impl == "flex" or (impl, mode) == ("triton", "stream")
     return Cost(
         algorithmic=algorithmic,
@@ -99,6 +102,15 @@ def _pool_queries(terms: dict[str, Expr], impl: str | None, mode: str, causal: b
         terms["projections"] += 2 * linear(B * (below - cells), width(level), width(level))
         terms["attention"] += attention(pooled - plain) / 2**level
         terms["pooling"] += linear(B * (below - cells), width(level - 1), width(level))
+
+
+def _unread(levels: int) -> Expr:
+    """Keys and values of a level without a cell yet, causal: nothing reads them, so they have no backward pass."""
+    total: Expr = Integer(0)
+    for level in range(1, levels):
+        cells, below = cells_at(level, T, True), cells_at(level - 1, T, True)
+        total += (1 - Min(cells, 1)) * 2 * linear(B * below, width(level), width(level))
+    return total
 
 
 def _new_cells(level: int, mode: str, causal: bool) -> Expr:
