@@ -102,7 +102,13 @@ class Meter(TorchDispatchMode):
         self.moved = self.moved_unknown = 0
         self.live = self.peak = 0
         self._known: dict[int, Any] = {}  # id of a storage -> weak reference, so that ids are not reused unnoticed
+        self._on_death = self._release
         self._traits: dict[int, Traits] = {}  # by the id of the operator, whose own hash is slow
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch wraps every call of this mode against its compiler, which would double what one costs."""
+        return False
 
     def ignore(self, *values: Any) -> None:
         """Take these tensors as live before the call."""
@@ -150,14 +156,15 @@ class Meter(TorchDispatchMode):
     def _run(self, traits: Traits, args: Any, kwargs: Any) -> Any:
         """Run one operator, follow what it touches and count what it does."""
         operands = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
+        traffic = 0
         for operand in operands:
             self._follow(operand, 0)
+            traffic += operand.numel() * operand.element_size()
         out = self._call(traits, args, kwargs)
-        results = tensors_in(out)
-        for result in results:
-            self._follow(result, storage_bytes(result))
+        for result in tensors_in(out):
+            self._follow(result, None)
+            traffic += result.numel() * result.element_size()
         flops = None if traits.count is None else int(traits.count(args, kwargs, out))
-        traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*operands, *results))
         self._add(Work(traits.name, flops, traffic, flops is None and traffic > 0 and traits.suspect))
         return out
 
@@ -172,17 +179,18 @@ class Meter(TorchDispatchMode):
             self.uncounted[work.name] += times
             self.moved_unknown += work.traffic * times
 
-    def _follow(self, tensor: torch.Tensor, size: int) -> None:
+    def _follow(self, tensor: torch.Tensor, size: int | None) -> None:
+        """Follow a tensor's storage; ``size`` is what counts of it, all for None."""
         if tensor.layout is torch.strided:  # sparse tensors have no storage of their own
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known:
-                self._own(storage, size)
+                self._own(storage, storage.nbytes() if size is None else size)
 
     def _own(self, storage: torch.UntypedStorage, size: int) -> None:
         """Count a storage until it dies."""
-        identity = storage._cdata
-        reference = _Reference(storage, self._release)
-        reference.identity, reference.size = identity, size
+        reference = _Reference(storage, self._on_death)
+        reference.identity = identity = storage._cdata
+        reference.size = size
         self._known[identity] = reference
         self.live += size
         if self.live > self.peak:

@@ -30,6 +30,17 @@ def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: Any) -> Result:
     return _like_first(x) if fits and type(value) is float and x.dtype.is_floating_point else None
 
 
+def _pointwise(a: torch.Tensor, b: Any, **kwargs: Any) -> Result:
+    """Two operands of one form, so that the result has it, too."""
+    if type(b) is not torch.Tensor or a.shape != b.shape or a.dtype is not b.dtype or not (_dense(a) and _dense(b)):
+        return None
+    return torch.empty(a.shape, dtype=a.dtype, device=META)
+
+
+def _slice_backward(grad: torch.Tensor, sizes: Any, *args: Any) -> Result:
+    return torch.empty(sizes, dtype=grad.dtype, device=META) if grad.is_meta else None
+
+
 def _cat(tensors: list[torch.Tensor], dim: int = 0) -> Result:
     first = tensors[0]
     shape, axis = list(first.shape), dim % max(first.dim(), 1)
@@ -85,6 +96,9 @@ RULES: dict[int, Callable[..., Result]] = {  # by the id of the operator, whose 
     for operator, rule in {
         aten._softmax.default: _softmax,
         aten.bitwise_not.default: _like_first,
+        aten.add.Tensor: _pointwise,
+        aten.mul.Tensor: _pointwise,
+        aten.slice_backward.default: _slice_backward,
         aten.tril.default: _like_first,
         aten.triu.default: _like_first,
         aten.masked_fill.Scalar: _masked_fill,

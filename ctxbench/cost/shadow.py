@@ -14,15 +14,15 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from ctxbench.cost.meter import Meter, Trace, Traits, Work, storage_bytes, tensors_in
+from ctxbench.cost.meter import Meter, Trace, Traits, Work, tensors_in
+from ctxbench.cost.outcomes import New, NotRemembered, Operand, Outcome, Several, metadata, recipe_of
 from ctxbench.cost.rules import META, RULES
 
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
@@ -41,13 +41,8 @@ _VIEWS = frozenset(
 _DIFFERENTIATES = frozenset({torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad})
 _BASIC = frozenset({int, slice, type(None), type(Ellipsis)})
 _READ, _WRITE = torch.Tensor.__getitem__, torch.Tensor.__setitem__
-
-# Values that say all there is to know of them. A call with any other argument is not remembered.
-_PLAIN = frozenset(
-    {int, float, bool, complex, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout}
-    | {torch.memory_format}
-)
-
+_Tensor, _empty, _no_dispatch = torch.Tensor, torch.empty_strided, torch._C._DisableTorchDispatch
+_grad_enabled = torch.is_grad_enabled
 
 # Functions that change what is no part of a tensor's shape, stride and type.
 _CHANGES_FORM = frozenset({"set_", "requires_grad_", "detach_", "share_memory_"})
@@ -67,20 +62,6 @@ class NotShadowed(Exception):
     """A call whose kernel on the CPU is not known here; fake tensors decide."""
 
 
-class _NotRemembered(Exception):
-    """Arguments or results that do not say all there is to know of them."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a call did, and how often it was met again."""
-
-    recipe: Any
-    works: tuple[Work, ...]
-    rise: int  # most bytes alive at once above those before the call
-    again: int = 0
-
-
 class ShadowMeter(Meter):
     """A meter for meta tensors that remembers the outcomes of calls whose results are new tensors or their operands."""
 
@@ -91,11 +72,6 @@ class ShadowMeter(Meter):
         self._log: list[Work] = []  # of the calls that are being watched
         self._watching = self._depth = 0
         self.passed: set[Any] = set()  # what is never remembered
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Whether torch wraps every call of this mode against its compiler, which would double what one costs."""
-        return False
 
     def __enter__(self) -> ShadowMeter:
         """Let views go from autograd straight to their kernels: half of what a training step dispatches are views.
@@ -126,14 +102,13 @@ class ShadowMeter(Meter):
 
     def recall(self, what: Any, args: Any, kwargs: Any, run: Callable[..., Any], form: Any = None) -> Any:
         """The results of ``run``, which calls ``what`` on these arguments; ``form`` stands for further ones."""
-        try:
-            key = self._key(what, form, args, kwargs)
-        except _NotRemembered:
+        key = self._key(what, form, args, kwargs)
+        if key is None:
             return run()
         seen = self._seen.get(key)
         if seen is None:
             return self._watch(key, args, kwargs, run)
-        with torch._C._DisableTorchDispatch():
+        with _no_dispatch():
             return self._again(seen, args, kwargs)
 
     def _again(self, seen: Outcome, args: Any, kwargs: Any) -> Any:
@@ -144,7 +119,13 @@ class ShadowMeter(Meter):
         highest = self.live + seen.rise
         if highest > self.peak:
             self.peak = highest
-        return self._make(seen.recipe, args, kwargs)
+        recipe = seen.recipe
+        kind = type(recipe)
+        if kind is New:
+            return self._new(recipe)
+        if kind is Operand and recipe.number == 0 and args and type(args[0]) is _Tensor:
+            return args[0]
+        return self._make(recipe, tensors_in(args) + tensors_in(kwargs))
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch._C._is_torch_function_mode_enabled():  # asking a tensor for its shape would be such a call, too
@@ -154,9 +135,13 @@ class ShadowMeter(Meter):
 
     def dispatched(self, operator: Any, args: Any, kwargs: Any) -> Any:
         """Pass an operator on and count it, from memory where it was met before."""
-        what = id(operator)  # whose own hash is slow
-        if what in self.passed:
-            return super().dispatched(operator, args, kwargs)
+        what, key = id(operator), None  # its own hash is slow
+        if what not in self.passed:
+            key = self._key(what, None, args, kwargs)
+            if key is not None:
+                seen = self._seen.get(key)
+                if seen is not None:
+                    return self._again(seen, args, kwargs)
         traits = self._traits.get(what) or self._learn(operator)
         if traits.idle:
             if operator is _UNSAFE_VIEW:  # whose own recipe for meta tensors is slow
@@ -164,18 +149,17 @@ class ShadowMeter(Meter):
             return operator(*args, **kwargs)
         if traits.composite:
             return super().dispatched(operator, args, kwargs)
-        try:
-            key = self._key(what, None, args, kwargs)
-        except _NotRemembered:
+        if key is None:
             return self._run(traits, args, kwargs)
-        seen = self._seen.get(key)
-        if seen is not None:
-            return self._again(seen, args, kwargs)
         return self._watch(key, args, kwargs, lambda: self._run(traits, args, kwargs))
 
     @staticmethod
-    def _key(what: Any, form: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        return (what, form, *_metadata(args), *(_metadata(kwargs.items()) if kwargs else ()))
+    def _key(what: Any, form: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+        seen = metadata(args)
+        if not kwargs:
+            return None if seen is None else (what, form, seen)
+        named = metadata(kwargs.items())
+        return None if seen is None or named is None else (what, form, seen, named)
 
     def _watch(self, key: Any, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
         """Run a call for the first time; remember it if it can be."""
@@ -190,10 +174,10 @@ class ShadowMeter(Meter):
                 self._log.clear()
         what, form = key[:2]
         try:
-            recipe, fresh = _recipe(out, tensors_in(args) + tensors_in(kwargs))
+            recipe, fresh = recipe_of(out, tensors_in(args) + tensors_in(kwargs))
             if not works or getattr(what, "__name__", "").partition(".")[0] in _CHANGES_FORM:
-                raise _NotRemembered
-        except _NotRemembered:
+                raise NotRemembered
+        except NotRemembered:
             self.passed.add(what)
             return out
         # Nothing but the results may have stayed, and an operand that was written may not have been resized.
@@ -210,18 +194,21 @@ class ShadowMeter(Meter):
         if sum(outcome.again for outcome in outcomes) < len(outcomes):
             self.passed.add(what)
 
-    def _make(self, recipe: Any, args: Any, kwargs: Any) -> Any:
+    def _make(self, recipe: Any, known: list[torch.Tensor]) -> Any:
+        """Results by their recipe; ``known`` as when it was written."""
         kind = type(recipe)
-        if kind is _New:
-            shape, stride, dtype, size = recipe
-            out = torch.empty_strided(shape, stride, dtype=dtype, device=META)
-            self._own(out.untyped_storage(), size)
-            return out
-        if kind is _Several:
-            return recipe.kind([self._make(item, args, kwargs) for item in recipe.items])
-        if kind is _Operand:
-            return args[0] if recipe.number == 0 and args else (tensors_in(args) + tensors_in(kwargs))[recipe.number]
-        return recipe
+        if kind is New:
+            known.append(self._new(recipe))
+            return known[-1]
+        if kind is Several:
+            return recipe.kind([self._make(item, known) for item in recipe.items])
+        return known[recipe.number] if kind is Operand else recipe
+
+    def _new(self, recipe: New) -> torch.Tensor:
+        shape, stride, dtype, size = recipe
+        out = _empty(shape, stride, dtype=dtype, device=META)
+        self._own(out.untyped_storage(), size)
+        return out
 
     def _call(self, traits: Traits, args: Any, kwargs: Any) -> Any:
         if traits.in_place and args[0].device.type == "meta":  # nothing would happen, slowly
@@ -251,21 +238,17 @@ class MetaCalls(TorchFunctionMode):
         self.meter, self.redirected = meter, _device_constructors() if redirect else ()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        passed = self.meter.passed
         kwargs = kwargs or {}
-        if function in passed and function not in self.redirected:
+        if function in _VIEWS or (function is _READ and _is_basic(args[1])):
             return function(*args, **kwargs)
         if function in _DIFFERENTIATES:
             with self._in_the_engine():
-                return function(*args, **kwargs)
-        if function in _VIEWS or (function is _READ and _is_basic(args[1])):
-            with torch._C._DisableTorchDispatch():
                 return function(*args, **kwargs)
         if function is scaled_dot_product_attention:
             function = _attend
         elif function in self.redirected and kwargs.get("device") is None:
             kwargs["device"] = "meta"
-        if function in passed or (torch.is_grad_enabled() and _records(args, kwargs)):
+        if function in self.meter.passed or (_grad_enabled() and _records(args, kwargs)):
             return function(*args, **kwargs)
         if function is _WRITE:
             extent = _extent(args[1], args[0].shape)
@@ -289,84 +272,20 @@ class MetaCalls(TorchFunctionMode):
             torch.autograd._engine_run_backward = run
 
 
-class _New(NamedTuple):
-    """A tensor of its own storage."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    size: int  # bytes
-
-
-class _Operand(NamedTuple):
-    """One of the tensors among the arguments."""
-
-    number: int
-
-
-class _Several(NamedTuple):
-    """A tuple or list of results."""
-
-    kind: Any
-    items: list[Any]
-
-
-def _recipe(out: Any, operands: list[torch.Tensor]) -> tuple[Any, int]:
-    """How to make such results again, and how many bytes of them are new."""
-    if isinstance(out, torch.Tensor):
-        for index, operand in enumerate(operands):
-            if out is operand:
-                return _Operand(index), 0
-        size = storage_bytes(out)
-        _metadata((out,))
-        if out.requires_grad or size != _reach(out) * out.element_size():
-            raise _NotRemembered
-        return _New(out.shape, out.stride(), out.dtype, size), size
-    if isinstance(out, (tuple, list)) and (type(out) in (tuple, list) or hasattr(out, "n_sequence_fields")):
-        pairs = [_recipe(item, operands) for item in out]
-        return _Several(type(out), [recipe for recipe, _ in pairs]), sum(size for _, size in pairs)
-    if type(out) not in _PLAIN:
-        raise _NotRemembered
-    return out, 0
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """Elements from the first of a storage to the last of a tensor; fewer than the storage's for most views."""
-    if 0 in tensor.shape:
-        return 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return int(tensor.storage_offset()) + 1 + sum((size - 1) * stride for size, stride in steps)
-
-
 def _records(args: Any, kwargs: Any) -> bool:
     """Whether gradients of a call would be recorded."""
-    return any(tensor.requires_grad for tensor in tensors_in(args) + (tensors_in(kwargs) if kwargs else []))
-
-
-def _metadata(values: Any) -> Any:
-    """What a call can know of its arguments on the meta device; the types keep 1, 1.0 and True apart."""
-    found: list[Any] = []
-    for value in values:
-        kind = type(value)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            dtype = value.dtype
-            if not value.is_meta or dtype.is_complex:  # values that count; bits for conjugation
-                raise _NotRemembered
-            found += value.shape, value.stride(), dtype
-        elif kind in _PLAIN:
-            found += kind, value
-        elif isinstance(value, (tuple, list)):
-            found.append(_metadata(value))
-        elif kind is slice:
-            found.append(_metadata((value.start, value.stop, value.step)))
-        else:
-            raise _NotRemembered
-    return tuple(found)
+    for value in args:
+        if isinstance(value, _Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (tuple, list)) and _records(value, None):
+            return True
+    return bool(kwargs) and _records(tuple(kwargs.values()), None)
 
 
 def _is_basic(index: Any) -> bool:
     """Whether an index gives a view."""
-    return all(type(item) in _BASIC for item in (index if type(index) is tuple else (index,)))
+    return _BASIC.issuperset(map(type, index)) if type(index) is tuple else type(index) in _BASIC
 
 
 def _extent(index: Any, shape: torch.Size) -> tuple[Any, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +15,12 @@ from torch.nn.attention import flex_attention
 from torch.nn.modules import activation
 
 from ctxbench import workload
+from ctxbench.cost.custom import CustomFunctions
 from ctxbench.cost.meter import Meter, Trace
 from ctxbench.cost.shadow import MetaCalls, ShadowMeter
 from ctxbench.method import Dims, Method, Params
 
-PROBE = 1500  # tokens at which both engines must agree: two default segments and a ragged one
+PROBE = 1100  # tokens at which both engines must agree: two default segments and a ragged one
 
 
 def trace(
@@ -30,12 +32,13 @@ def trace(
     Long cells go to the fast engine (see ``cost.shadow``) when it agrees with fake tensors at a short length.
     """
     subject = (method, params, impl, mode, dtype)
-    if device == "cpu" and mode != "decode":
-        variant = _agreement(dims, *subject)
-        found = None if variant is None else _trace_shadow(dims, *subject, variant)
-        if found is not None:
-            return found
-    return _trace_fake(dims, *subject, device)
+    with _older_objects_uncollected():
+        if device == "cpu" and mode != "decode":
+            variant = _agreement(dims, *subject)
+            found = None if variant is None else _trace_shadow(dims, *subject, variant)
+            if found is not None:
+                return found
+        return _trace_fake(dims, *subject, device)
 
 
 _AGREED: dict[tuple[Any, ...], tuple[Method, bool | None]] = {}  # the method is kept, so that its id is not used again
@@ -92,7 +95,7 @@ def _trace_shadow(
         work = workload.prepare(method, dims, params, impl, mode, dtype, "meta", rotate=1)
         parameters, carried = _describe(work, dims)
         _ignore_live(meter, work)
-        with _meta_takes_fast_paths(), MetaCalls(meter, redirect), meter:
+        with _meta_takes_fast_paths(), CustomFunctions(meter), MetaCalls(meter, redirect), meter:
             y = work.call()
         del y
     except Exception:  # whatever stopped it, fake tensors give the answer or the reason
@@ -118,6 +121,19 @@ def _describe(work: workload.Workload, dims: Dims) -> tuple[int, int | None]:
 
 def _ignore_live(meter: Meter, work: workload.Workload) -> None:
     meter.ignore(list(work.module.parameters()), list(work.module.buffers()), work.inputs, work.grad, work.state)
+
+
+@contextlib.contextmanager
+def _older_objects_uncollected() -> Iterator[None]:
+    """Spare the collector all that was there before; a long trace makes so many objects that it looks often."""
+    if gc.get_freeze_count():  # somebody else did it, and may rely on it
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

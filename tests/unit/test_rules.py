@@ -31,6 +31,11 @@ CALLS = [
     (aten.cat.default, ([A, meta(2, 5, 7).transpose(1, 2)[:, :1, :]], 1), {}),
     (aten.cat.default, ([meta(3), meta(0), meta(4)],), {}),
     (aten.cat.default, ([meta(2, 3, 4, 5), meta(2, 3, 5, 4).transpose(2, 3)], 1), {}),
+    (aten.add.Tensor, (A, A), {}),
+    (aten.add.Tensor, (A, A), {"alpha": 2}),
+    (aten.mul.Tensor, (MASK, MASK), {}),
+    (aten.slice_backward.default, (A, [2, 9, 5], 1, 3, 6, 1), {}),
+    (aten.slice_backward.default, (A.transpose(0, 1), [3, 4, 5], 1, 0, 4, 2), {}),
     (aten.bmm.default, (A, B), {}),
     (aten.bmm.default, (A, B.transpose(1, 2).contiguous().transpose(1, 2)), {}),
     (aten.ones.default, ([3, 4],), {"device": torch.device("meta")}),
@@ -42,6 +47,10 @@ REFUSED = [
     (aten._softmax.default, (NARROW, 1, False), {}),  # can be read as channels last, too
     (aten._softmax.default, (A, 1, True), {}),
     (aten.tril.default, (A.transpose(1, 2),), {}),
+    (aten.add.Tensor, (A, meta(5)), {}),
+    (aten.add.Tensor, (A, 1.5), {}),
+    (aten.mul.Tensor, (A, meta(2, 3, 5, dtype=torch.float64)), {}),
+    (aten.mul.Tensor, (A.transpose(0, 1), A.transpose(0, 1)), {}),
     (aten.masked_fill.Scalar, (meta(5), MASK, 0.0), {}),  # the mask is the larger one
     (aten.masked_fill.Scalar, (meta(3, 5, dtype=torch.int64), MASK, 1.5), {}),  # another type may come out
     (aten.cat.default, ([A, meta(2, 3, 1, dtype=torch.float64)], 2), {}),

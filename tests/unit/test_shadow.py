@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from ctxbench.cost import shadow
+from ctxbench.cost import custom, shadow
 from ctxbench.cost import trace as tracing
 from ctxbench.cost.meter import Meter
 from ctxbench.method import Dims, Method
@@ -263,3 +264,75 @@ def test_views_pass_the_fast_meter_alone():
     assert {"aten.t", "aten.expand"} <= seen
     assert not dispatched(shadow.ShadowMeter())
     assert dispatched(Meter()) == seen  # they are back
+
+
+class Kept(torch.autograd.Function):
+    """Saves an operand, a result and a tensor of its own, and two plain attributes."""
+
+    @staticmethod
+    def forward(ctx, x, y, scale):
+        half = x * 0.5
+        out = (half @ y) * scale
+        ctx.save_for_backward(y, out, half)
+        ctx.scale, ctx.form = scale, (1, "rows")
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, out, half = ctx.saved_tensors
+        return (grad * out) @ y.T * ctx.scale, half.T @ grad, None
+
+
+class Shapeless(torch.autograd.Function):
+    """Does not want zeros for gradients that are missing, which memory cannot tell."""
+
+    @staticmethod
+    def forward(ctx, x, y, scale):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y)
+        return x @ y, x * scale
+
+    @staticmethod
+    def backward(ctx, grad, missing):
+        assert missing is None
+        return grad @ ctx.saved_tensors[0].T, None, None
+
+
+class Overwriting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, scale):
+        (fresh := x.clone()).mul_(scale)
+        ctx.save_for_backward(fresh)
+        return fresh @ y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (fresh,) = ctx.saved_tensors
+        return grad.expand_as(grad) @ fresh.T.new_empty(grad.shape[1], fresh.shape[1]), None, None
+
+
+@pytest.mark.parametrize("function", [Kept, Shapeless, Overwriting])
+def test_custom_functions_from_memory_count_and_live_as_their_operators(function):
+    own, found = (function.__dict__["forward"], function.__dict__["backward"]), []
+    for remembers in (True, False):
+        meter = tracing.ShadowMeter() if remembers else Meter()
+        x, y = (torch.empty(6, 6, device="meta", requires_grad=True) for _ in range(2))
+        meter.ignore(x, y)
+        with contextlib.ExitStack() as stack:
+            if remembers:
+                stack.enter_context(custom.CustomFunctions(meter))
+                stack.enter_context(shadow.MetaCalls(meter))
+            stack.enter_context(meter)
+            z = x
+            for step in range(6):
+                z = function.apply(z, y, 2.0 if step % 2 else 3.0)
+                z = z[0] if isinstance(z, tuple) else z
+            z.sum().backward()
+        del z
+        if remembers and function is Kept:
+            whole = [seen.again for (_, form, *_), seen in meter._seen.items() if form is not None]
+            assert sum(whole) + len(whole) == 2 * 6
+            assert len(whole) < 8  # two scales, inputs with a gradient or all shared
+        found.append(meter.result())
+    assert found[0] == found[1]
+    assert (function.__dict__["forward"], function.__dict__["backward"]) == own
