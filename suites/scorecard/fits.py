@@ -9,13 +9,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ctxbench.suites.scorecard.card import Score, absent
+from ctxbench.suites.scorecard.card import Score
 
 LENGTHS = [1 << power for power in range(9, 17)]
 NOISE, REPEATS, PROCESSES, RIGHT = 0.05, 20, 5, 0.1
@@ -44,25 +44,21 @@ def draws(name: str, repeat: int) -> np.ndarray:
     return np.asarray(exact * np.exp(random.normal(0, NOISE, (len(LENGTHS), PROCESSES))))
 
 
-def scores() -> Iterator[Score]:
+def measure(tool: str, done: dict[str, dict[str, list[float | None]]]) -> dict[str, list[float | None]]:
+    """Exponents at the longest length, one a repeat, by curve; None where the tool names none."""
+    return {name: list(TOOLS[tool](name)) for name in CURVES}
+
+
+def scores(raws: dict[str, dict[str, list[float | None]]]) -> Iterator[Score]:
     """A line a tool and curve: median exponent, and the share of repeats within 0.1 of the truth."""
-    for tool, distribution, exponents in (
-        ("ctxbench, last step", "", lambda name: (found.steps[-1].value for found in _ours(name))),
-        ("ctxbench, tail", "", lambda name: (found.tail.value for found in _ours(name))),
-        ("big-O", "big-O", _big_o),
-        ("google-benchmark", "google-benchmark", _google),
-    ):
-        missing = absent("fits", distribution) if distribution else []
-        if missing:
-            yield from missing
-            continue
-        for name, curve in CURVES.items():
-            found = [value for value in exponents(name) if value is not None]
-            truth = true_exponent(curve)
+    for tool, curves in raws.items():
+        for name, exponents in curves.items():
+            found = [value for value in exponents if value is not None]
+            truth = true_exponent(CURVES[name])
             common = {"section": "fits", "tool": tool, "work": name}
             yield Score(quantity="true exponent", value=truth, **common)
             yield Score(quantity="median exponent", value=statistics.median(found) if found else None, **common)
-            right = 100 * sum(abs(value - truth) <= RIGHT for value in found) / REPEATS
+            right = 100 * sum(abs(value - truth) <= RIGHT for value in found) / len(exponents)
             yield Score(quantity=f"within {RIGHT}", value=right, unit="% of repeats", **common)
 
 
@@ -130,3 +126,11 @@ def _google(name: str) -> list[float | None]:
             raise RuntimeError(f"google-benchmark failed: {done.stderr[-500:]}")
         report: dict[str, Any] = json.loads(out.read_text())
     return [GOOGLE.get(row["big_o"]) for row in report["benchmarks"] if row.get("aggregate_name") == "BigO"]
+
+
+TOOLS: dict[str, Callable[[str], Iterable[float | None]]] = {
+    "ctxbench, last step": lambda name: (found.steps[-1].value for found in _ours(name)),
+    "ctxbench, tail": lambda name: (found.tail.value for found in _ours(name)),
+    "big-O": _big_o,
+    "google-benchmark": _google,
+}

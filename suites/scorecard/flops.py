@@ -14,18 +14,31 @@ from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
 from ctxbench.method import Dims
 from ctxbench.registry import discover
-from ctxbench.suites.scorecard.card import Score, absent
+from ctxbench.suites.scorecard.card import Score
 
 SEQ_LEN = 1024
+IMPLS = ("reference", "blocked")
 
 
-def scores() -> Iterator[Score]:
+def measure(tool: str, done: dict[str, Any]) -> dict[str, dict[str, list[int | str]]]:
+    """By impl and method: the closed form, and what the tool counted or the name of the error it ended in."""
+    found: dict[str, dict[str, list[int | str]]] = {}
+    for impl in IMPLS:
+        for method, dims, truth in _works(impl):
+            counted: int | str
+            try:
+                counted = _ours(method, dims, impl) if tool == "ctxbench" else _theirs(TOOLS[tool], method, dims, impl)
+            except Exception as error:  # whatever another tool comes to
+                counted = type(error).__name__
+            found.setdefault(impl, {})[method.name] = [truth, counted]
+    return found
+
+
+def scores(raws: dict[str, dict[str, dict[str, list[int | str]]]]) -> Iterator[Score]:
     """A line a tool and impl: signed error over all methods, and how many it gets exactly."""
-    for impl in ("reference", "blocked"):
-        works = list(_works(impl))
-        for tool, count in COUNTERS.items():
-            missing = absent("flops", tool) if tool not in ("ctxbench", "torch.utils.flop_counter") else []
-            yield from missing or _line(tool, count, impl, works)
+    for impl in IMPLS:
+        for tool, found in raws.items():
+            yield from _line(tool, impl, found[impl])
 
 
 def _works(impl: str) -> Iterator[tuple[Any, Dims, int]]:
@@ -39,23 +52,16 @@ def _works(impl: str) -> Iterator[tuple[Any, Dims, int]]:
         yield method, dims, evaluate(total(cost.flops), bindings(dims, params, 4, method.segment_len(params)))
 
 
-def _line(
-    tool: str, count: Callable[[Any, Any], int], impl: str, works: list[tuple[Any, Dims, int]]
-) -> Iterator[Score]:  # fmt: skip
-    errors, failures = [], []
-    for method, dims, truth in works:
-        try:
-            counted = _ours(method, dims, impl) if tool == "ctxbench" else _theirs(count, method, dims, impl)
-            errors.append(counted / truth - 1)
-        except Exception as error:
-            failures.append(f"{method.name} ({type(error).__name__})")
+def _line(tool: str, impl: str, found: dict[str, list[int | str]]) -> Iterator[Score]:
+    errors = [counted / truth - 1 for truth, counted in found.values() if not isinstance(counted, str)]  # type: ignore[operator]
+    failures = [f"{name} ({counted})" for name, (_, counted) in found.items() if isinstance(counted, str)]
     note = f"fails on {len(failures)}, such as {failures[0]}" if failures else ""
-    common: dict[str, Any] = {"section": "flops", "tool": tool, "work": f"{impl} of {len(works)} methods", "note": note}
+    common: dict[str, Any] = {"section": "flops", "tool": tool, "work": f"{impl} of {len(found)} methods", "note": note}
     if not errors:
         yield Score(quantity="exact", **common)
         return
     size = [abs(error) for error in errors]
-    yield Score(quantity="exact", value=sum(error == 0 for error in errors), unit=f"of {len(works)}", **common)
+    yield Score(quantity="exact", value=sum(error == 0 for error in errors), unit=f"of {len(found)}", **common)
     yield Score(quantity="median error", value=100 * statistics.median(errors), unit="%", **common)
     yield Score(quantity="worst error", value=100 * errors[size.index(max(size))], unit="%", **common)
 
@@ -124,8 +130,8 @@ def _torchinfo(module: Any, x: Any) -> int:
     return 2 * int(summary(module, input_data=x, verbose=0).total_mult_adds)
 
 
-COUNTERS: dict[str, Callable[[Any, Any], int]] = {
-    "ctxbench": _torch,  # traced on fake tensors; see scores
+TOOLS: dict[str, Callable[[Any, Any], int]] = {
+    "ctxbench": _torch,  # traced on fake tensors; see measure
     "torch.utils.flop_counter": _torch,
     "fvcore": _fvcore,
     "calflops": _calflops,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from ctxbench.registry import reload
 from ctxbench.rows import Gate, Latency, row_for
 from ctxbench.run.client import Server
 from ctxbench.run.tasks import Protocol, Task
-from ctxbench.suites.scorecard.card import Score, absent
+from ctxbench.suites.scorecard.card import Score
 from ctxbench.suites.scorecard.work import CELLS, THREADS, name
 
 POOL, PAIRS = 32, 200
@@ -27,29 +28,40 @@ SLOWER = (1.0, 1.03, 1.05, 1.10)
 Samples = list[list[float]]  # seconds of each call, by process
 
 
-def scores() -> Iterator[Score]:
+def measure(tool: str, done: dict[str, Any]) -> Any:
+    """The pool's samples; for a gate the share of pairs in % that it calls slower, by how much slower they are."""
+    if tool == "pool":
+        return _pool()
+    pool: Samples = done.get("pool") or []
+    if not pool:
+        raise RuntimeError("gates/pool is not measured yet")
+    return {f"{factor:g}": _alarms(tool, pool, factor) for factor in SLOWER}
+
+
+def scores(raws: dict[str, Any]) -> Iterator[Score]:
     """A line a gate: share of pairs that it calls slower, by how much slower they are."""
-    pool = _pool()
-    medians = [statistics.median(samples) for samples in pool]
-    spread = 100 * statistics.stdev(medians) / statistics.mean(medians)
-    for tool, (distribution, count, judge) in GATES.items():
-        if distribution and absent("gates", distribution):
-            yield from absent("gates", distribution)
-            continue
-        for factor in SLOWER:
-            random = np.random.default_rng(1)
-            alarms = 0
-            for _ in range(PAIRS):
-                chosen = random.permutation(len(pool))[: 2 * count]
-                a = [pool[index] for index in chosen[:count]]
-                b = [[factor * value for value in pool[index]] for index in chosen[count:]]
-                alarms += judge(a, b)
-            quantity = "identical code" if factor == 1.0 else f"{100 * (factor - 1):.0f} % slower"
+    medians = [statistics.median(samples) for samples in raws.get("pool", [])]
+    spread = 100 * statistics.stdev(medians) / statistics.mean(medians) if medians else 0.0
+    for tool, (count, _) in GATES.items():
+        for factor, share in raws.get(tool, {}).items():
+            slower = 100 * (float(factor) - 1)
             yield Score(
                 section="gates", tool=tool, work=f"{name(CELLS[0])}, {count} process{'es' * (count > 1)} a side",
-                quantity=quantity, value=100 * alarms / PAIRS, unit="% called slower",
-                note=f"processes of the pool spread by {spread:.1f} %",
+                quantity=f"{slower:.0f} % slower" if slower else "identical code", value=share,
+                unit="% called slower", note=f"the pool's {len(medians)} processes spread by {spread:.1f} %",
             )  # fmt: skip
+
+
+def _alarms(tool: str, pool: Samples, factor: float) -> float:
+    count, judge = GATES[tool]
+    random = np.random.default_rng(1)
+    alarms = 0
+    for _ in range(PAIRS):
+        chosen = random.permutation(len(pool))[: 2 * count]
+        a = [pool[index] for index in chosen[:count]]
+        b = [[factor * value for value in pool[index]] for index in chosen[count:]]
+        alarms += judge(a, b)
+    return 100 * alarms / PAIRS
 
 
 def _pool() -> Samples:
@@ -93,8 +105,9 @@ def _asv(a: Samples, b: Samples) -> bool:
     return bool(is_different(one, two, left, right)) and statistics.median(two) > 1.1 * statistics.median(one)
 
 
-GATES: dict[str, tuple[str, int, Callable[[Samples, Samples], bool]]] = {
-    "ctxbench": ("", 8, _ours),
-    "pytest-benchmark": ("pytest-benchmark", 1, _median_5_percent),
-    "asv": ("asv", 2, _asv),
+GATES: dict[str, tuple[int, Callable[[Samples, Samples], bool]]] = {
+    "ctxbench": (8, _ours),
+    "pytest-benchmark": (1, _median_5_percent),
+    "asv": (2, _asv),
 }
+TOOLS = ("pool", *GATES)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ctxbench.run.client import HEAPS
-from ctxbench.suites.scorecard.card import Score, absent
+from ctxbench.suites.scorecard.card import Score
 
 MIB = 2**20
 SIZES = (1, 16, 128, 512)
@@ -25,16 +25,18 @@ def work(mib=int(sys.argv[1])):
 """
 
 
-def scores() -> Iterator[Score]:
+def measure(tool: str, done: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Bytes that a meter gives, by MiB of one tensor."""
+    return {str(mib): METERS[tool][0](mib) for mib in SIZES}
+
+
+def scores(raws: dict[str, dict[str, int]]) -> Iterator[Score]:
     """A line a meter, a column a size: its error on a peak of twice the size."""
-    for tool, (distribution, measure, note) in METERS.items():
-        if distribution and absent("memory", distribution):
-            yield from absent("memory", distribution)
-            continue
-        for mib in SIZES:
-            error = 100 * (measure(mib) / (2 * mib * MIB) - 1)
-            common = {"section": "memory", "tool": tool, "work": "two tensors", "note": note}
-            yield Score(quantity=f"{2 * mib} MiB", value=error, unit="%", **common)
+    for tool, found in raws.items():
+        for size, measured in found.items():
+            error = 100 * (measured / (2 * int(size) * MIB) - 1)
+            common = {"section": "memory", "tool": tool, "work": "two tensors", "note": METERS[tool][1]}
+            yield Score(quantity=f"{2 * int(size)} MiB", value=error, unit="%", **common)
 
 
 def _events(mib: int) -> int:
@@ -93,11 +95,12 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-METERS: dict[str, tuple[str, Callable[[int], int], str]] = {
-    "ctxbench, allocator": ("", _events, "the allocator's own events"),
-    "ctxbench, resident": ("", _resident, "the kernel's high-water mark, reset before the call"),
-    "memray": ("memray", _memray, "less the peak of the program without the work"),
-    "polling": ("", _polling, "resident size every 10 ms"),
-    "ru_maxrss": ("", _maxrss, "as asv's peakmem: the whole process"),
-    "tracemalloc": ("", _tracemalloc, "sees Python's own allocations alone"),
+METERS: dict[str, tuple[Callable[[int], int], str]] = {
+    "ctxbench, allocator": (_events, "the allocator's own events"),
+    "ctxbench, resident": (_resident, "the kernel's high-water mark, reset before the call"),
+    "memray": (_memray, "less the peak of the program without the work"),
+    "polling": (_polling, "resident size every 10 ms"),
+    "ru_maxrss": (_maxrss, "as asv's peakmem: the whole process"),
+    "tracemalloc": (_tracemalloc, "sees Python's own allocations alone"),
 }
+TOOLS = tuple(METERS)
