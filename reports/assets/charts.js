@@ -58,11 +58,17 @@ async function drawCharts() {
   try {
     [figures] = await Promise.all([unpack("#figures-data").then(JSON.parse), unpack("#plotly-data").then((text) => document.head.append(create("script", text)))]);
     if (!window.Plotly) throw new Error("the chart library did not load");
-  } catch { return fallBack(); }
+  } catch { fallBack(); return startTable(); }
   update();
-  const near = new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach(({ target }) => { near.unobserve(target); draw(target); }), { rootMargin: "400px" });
+  // One chart a task, so that the first answers while the next is drawn; the table when the first screen is there.
+  const waiting = [], next = () => { draw(waiting.shift()); if (waiting.length) setTimeout(next); else startTable(); };
+  const near = new IntersectionObserver((entries) => {
+    const idle = !waiting.length;
+    entries.filter((entry) => entry.isIntersecting).forEach(({ target }) => { near.unobserve(target); waiting.push(target); });
+    if (!waiting.length) startTable(); else if (idle) next();
+  }, { rootMargin: "400px" });
   $$(".plot").forEach((plot) => near.observe(plot));
-  addEventListener("beforeprint", () => { root.dataset.theme = "light"; $$(".plot").forEach(draw); });
+  addEventListener("beforeprint", () => { startTable(); root.dataset.theme = "light"; $$(".plot").forEach(draw); });
   addEventListener("afterprint", () => setTheme(theme));
   $$("[data-save]").forEach((button) => button.addEventListener("click", () => {
     const plot = $(".plot", button.closest("figure"));

@@ -23,4 +23,4 @@ addEventListener("chosen", ({ detail: name }) => {
 $$(".plot[data-follows]").forEach((plot) => { if (plot.dataset.follows !== "view") caption(plot); });
 recall();
 update();
-drawCharts().then(() => { if (place) document.getElementById(place).scrollIntoView({ behavior: "instant" }); });
+drawCharts().then(() => { if (place) { startTable(); document.getElementById(place).scrollIntoView({ behavior: "instant" }); } });

@@ -23,6 +23,13 @@ const unpack = (id) => { // base 85: five digits make four bytes
   const bytes = words.buffer.slice(0, words.byteLength - rest);
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 };
+// Markup that waits as text in a noscript element: in its place now.
+const unfold = (waiting) => waiting.forEach((node) => {
+  const made = create("template");
+  made.innerHTML = node.textContent;
+  node.replaceWith(made.content);
+});
+document.addEventListener("toggle", ({ target }) => unfold($$("noscript.later", target)), true);
 const save = (blob, name) => {
   const link = create("a", "", { download: name, href: URL.createObjectURL(blob) });
   link.click();

@@ -1,6 +1,11 @@
 "use strict";
-// The table of cells: sort, filter, copy, details.
-{
+// The table of cells: sort, filter, copy, details. It is made after the first charts, or when a reader reaches for it.
+const asked = given(); // before another control writes the address
+let started = false;
+const startTable = () => {
+  if (started) return;
+  started = true;
+  unfold($$("#table noscript.later"));
   const table = $("#cells"), body = table.tBodies[0], rows = [...body.rows], filter = $("#filter");
   const records = unpack("#rows-data").then((text) => ({ text, rows: text.trim().split("\n").map((line) => JSON.parse(line)) }));
   const heads = $$("th", table), names = heads.map((head) => head.dataset.name), titles = heads.map((head) => head.textContent);
@@ -46,10 +51,9 @@
     if (!i) box.disabled = true;
     box.addEventListener("change", () => { state.columns = names.filter((other) => $(`input[value="${other}"]`, picker).checked); apply(); commit(); });
   });
-  const query = given();
-  state.q = filter.value = query.get("q") ?? "";
-  if (names.includes((query.get("sort") ?? "").replace(/^-/, ""))) state.sort = query.get("sort");
-  if (query.has("columns")) state.columns = names.filter((name, i) => !i || query.getAll("columns").includes(name));
+  state.q = filter.value ||= asked.get("q") ?? "";
+  if (names.includes((asked.get("sort") ?? "").replace(/^-/, ""))) state.sort = asked.get("sort");
+  if (asked.has("columns")) state.columns = names.filter((name, i) => !i || asked.getAll("columns").includes(name));
   $$("input", picker).forEach((box) => { box.checked = state.columns.includes(box.value); });
   document.addEventListener("click", ({ target }) => { if (!target.closest(".menu")) $(".menu").open = false; });
   document.addEventListener("keydown", ({ key: pressed }) => { if (pressed === "Escape") $(".menu").open = false; });
@@ -104,4 +108,6 @@
     row.addEventListener("click", () => { if (!getSelection().toString()) toggle(); });
   });
   $("#download").addEventListener("click", async () => save(new Blob([(await records).text]), "rows.jsonl"));
-}
+  commit();
+  table.dataset.ready = "";
+};

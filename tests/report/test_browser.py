@@ -48,10 +48,11 @@ def visit(browser, report_file):
 
 
 def wait_for_charts(page):
-    """Until the three overview charts are drawn; on a narrow screen they come one by one."""
+    """Until the three overview charts are drawn, on a narrow screen one by one, and the table stands."""
     for index in range(3):
         page.locator(OVERVIEW).nth(index).scroll_into_view_if_needed()
         page.locator(f"{OVERVIEW}[data-drawn]").nth(index).wait_for()
+    page.locator("#cells[data-ready]").wait_for(state="attached")
 
 
 def visible_traces(page):

@@ -36,7 +36,7 @@ def opened(browser, path, fragment="", **options):
     page.on("request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else
             trouble.append(request.url))  # fmt: skip
     page.goto(path.as_uri() + fragment)
-    until(page, "window.Plotly && Object.keys(figures).length > 0")
+    until(page, "Boolean(window.Plotly && document.querySelector('#cells[data-ready]'))")
     page.evaluate(DRAWN)
     return page, trouble
 
