@@ -139,8 +139,8 @@ def plotly_script(kinds: tuple[str, ...] = ("scatter",)) -> Markup:
 def core(plotly: str) -> str:
     """The library without the kinds of traces that it registers beside its core, which has ``scatter`` alone.
 
-    Its parts run when they are first asked for, so maps and surfaces that nobody registers cost a page nothing: they take
-    two thirds of the second that the library needs to start. A library of another form stays as it is.
+    Its parts run when they are first asked for, so maps and surfaces that nobody registers cost a page nothing: they
+    take two thirds of the second that the library needs to start. A library of another form stays as it is.
     """
     lean, found = re.subn(r"(\.register\(\[)(?:\w+\(\),){20,}\w+\(\)(\]\))", r"\1\2", plotly)
     return lean if found == 1 else plotly

@@ -26,7 +26,10 @@ CHANGES = (Verdict.FASTER, Verdict.SLOWER)
 
 
 class Moment(msgspec.Struct, kw_only=True):
-    """One cell in one run. ``step`` compares it with the moment before; ``reference_s`` are the reference kernels."""
+    """One cell in one run. ``step`` compares it with the moment before, ``ratio`` over it with its 95 % interval.
+
+    ``reference_s`` are the reference kernels.
+    """
 
     run: str
     created_at: str
@@ -39,6 +42,8 @@ class Moment(msgspec.Struct, kw_only=True):
     reference_s: dict[str, float] = {}
     step: str = ""
     ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
 
 
 class Trend(msgspec.Struct, kw_only=True):
@@ -135,8 +140,11 @@ def _trends(runs: Sequence[Run], device: str) -> list[Trend]:
     verdicts = _Verdicts(runs)
     for trend in trends.values():
         for before, after in zip(trend.moments, trend.moments[1:], strict=False):
-            after.step, after.ratio = verdicts.of(before.run, after.run, trend.cell)
-        trend.verdict, trend.ratio = verdicts.of(trend.moments[0].run, trend.moments[-1].run, trend.cell)
+            step = verdicts.of(before.run, after.run, trend.cell)
+            after.step, after.ratio = str(step.verdict), step.ratio
+            after.ratio_low, after.ratio_high = step.low, step.high
+        whole = verdicts.of(trend.moments[0].run, trend.moments[-1].run, trend.cell)
+        trend.verdict, trend.ratio = str(whole.verdict), whole.ratio
     order = ("method", "impl", "mode", "dtype", "seq_len")
     return sorted(trends.values(), key=lambda trend: tuple(getattr(trend, name) for name in order))
 
@@ -153,12 +161,11 @@ class _Verdicts:
         self.runs = {run.name: run for run in runs}
         self.known: dict[tuple[str, str], dict[str, Compared]] = {}
 
-    def of(self, before: str, after: str, cell: str) -> tuple[str, float | None]:
+    def of(self, before: str, after: str, cell: str) -> Compared:
         if (before, after) not in self.known:
             found = compare(Side(self.runs[before]), Side(self.runs[after]))
             self.known[before, after] = {compared.cell_a: compared for compared in found.cells}
-        compared = self.known[before, after][cell]
-        return str(compared.verdict), compared.ratio
+        return self.known[before, after][cell]
 
 
 def _trend(row: Row) -> Trend:

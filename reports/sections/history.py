@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from ctxbench.analysis.history import Trend, histories
 from ctxbench.analysis.noise import identity
 from ctxbench.analysis.runs import Run
+from ctxbench.errors import UserError
 from ctxbench.reports.figures import history
 from ctxbench.reports.report import Report
 from ctxbench.reports.swatch import legend
@@ -40,9 +43,33 @@ def context(report: Report) -> dict[str, Any]:
     return {
         "sentence": "", "others": others, "chart": charts[lengths.index(usual)],
         "lengths": [format_tokens(length) for length in lengths], "at": lengths.index(usual),
-        "length": format_tokens(usual), "runs": list(order.items()),
+        "length": format_tokens(usual), "runs": list(order.items()), "steps": steps(runs, order),
+        "head": ("cell", "tokens", "made at", "run", "change", "ratio to the run before", "95 % interval"),
         "legend": legend(report.frame, report.styles, report.looks, shown),
     }  # fmt: skip
+
+
+def steps(runs: list[Run], order: Mapping[str, str]) -> list[list[str]]:
+    """A line for every run at which a cell became faster or slower than in the run before, the newest first."""
+    try:
+        trends = [trend for history in histories(runs) for trend in history.trends]
+    except UserError:  # no cell was measured twice
+        return []
+    found = [(moment, trend) for trend in trends for moment in trend.steps]
+    place = {name: index for index, name in enumerate(order)}
+    return [
+        [
+            f"{trend.method} / {trend.impl}{_size(trend)}", format_tokens(trend.seq_len), order[moment.run], moment.run,
+            moment.step, f"{moment.ratio:.3f}", f"{moment.ratio_low:.3f} to {moment.ratio_high:.3f}",
+        ]
+        for moment, trend in sorted(found, key=lambda pair: -place[pair[0].run])
+        if moment.ratio is not None and moment.ratio_low is not None and moment.ratio_high is not None
+    ]  # fmt: skip
+
+
+def _size(trend: Trend) -> str:
+    memory = f", memory {format_tokens(trend.memory)}" if trend.memory else ""
+    return f", {trend.mode}, {trend.dtype}{memory}"
 
 
 def machine_runs(runs: list[Run]) -> tuple[list[Run], list[str]]:

@@ -271,6 +271,16 @@ def test_more_runs_of_a_machine_become_trends(browser, twin_folders, tmp_path):
     ratios = of(page, "history", "plot.data.find(t => t.meta.series === 'longformer / blocked').y")
     assert ratios[0] == 1
     assert ratios[1] == pytest.approx(1.2, rel=0.02)
+    steps = page.get_by_role("region", name="Steps, the newest first").locator("tbody tr")
+    assert steps.count() == 8  # two methods at four lengths, at the second run alone
+    assert {text.split(",")[0] for text in steps.locator("th").all_text_contents()} == {
+        "longformer / blocked", "transformer_xl / blocked"}  # fmt: skip
+    for line in steps.all():
+        _, made_at, run, change, ratio, interval = line.locator("td").all_text_contents()
+        low, high = map(float, interval.split(" to "))
+        assert (made_at, run, change) == ("2026-01-02 00:00", "after", "slower")
+        assert float(ratio) == pytest.approx(1.2, rel=0.02)
+        assert low <= float(ratio) <= high
     assert page.locator("#compare").count() == 0
     page.context.close()
     assert trouble == []
