@@ -131,7 +131,10 @@ def _frontier(curve: Curve, rows: Sequence[Row], forecaster: Forecaster, limit: 
 
 
 def _largest(curve: Curve, forecaster: Forecaster, limit: int) -> int | None:
-    """The largest length that fits by formula, to one part in 64; 0 where the shortest measured one does not."""
+    """The largest length that fits by formula, to one part in 64; 0 where the shortest measured one does not.
+
+    None without a formula, even where measured lengths fit: what is not known beyond them is not a limit.
+    """
     cell = cell_of(curve.rows[0])
 
     def fitting(length: int) -> bool | None:
@@ -145,7 +148,9 @@ def _largest(curve: Curve, forecaster: Forecaster, limit: int) -> int | None:
     if not first:
         return 0
     high = 2 * low
-    while high < LONGEST and fitting(high):
+    while high < LONGEST and (more := fitting(high)) is not False:
+        if more is None:
+            return None
         low, high = high, 2 * high
     while high - low > max(1, low // 64):
         middle = (low + high) // 2

@@ -155,7 +155,7 @@ def _gaps(stretches: pd.DataFrame, rows: Mapping[str, int]) -> tuple[list[Any], 
 
 def shortened(name: str) -> str:
     """A name that leaves room for the chart beside it."""
-    return name if len(name) <= 36 else name[:34].rstrip() + " \u2026"
+    return name if len(name) <= 40 else name[:38].rstrip() + " \u2026"
 
 
 def static(table: pd.DataFrame, styles: Mapping[str, Style], baseline: str) -> Figure:

@@ -9,6 +9,7 @@ from ctxbench.analysis.audit_rows import audit_rows
 from ctxbench.reports.report import Report
 
 MARKS = {HOLDS: "\u2713", VIOLATED: "\u2717", NOT_CLAIMED: "\u2013", NOT_APPLICABLE: ""}
+UNITS = {"FLOPs": "FLOP", "peak memory": "B", "state bytes": "B"}  # of terms that begin so and whose values are bare
 HEAD = ("method, impl, mode", "term", "claimed", "seen", "evidence")
 
 
@@ -21,13 +22,25 @@ def context(report: Report) -> dict[str, Any]:
     lines: dict[str, dict[str, str]] = {}
     for run, verdict in found:
         lines.setdefault(_subject(run, verdict), {})[verdict.term] = _mark(verdict)
+    subjects = len(lines)
+    lines = {subject: marks for subject, marks in lines.items() if any(marks.values())}
     return {
+        "silent": subjects - len(lines),
         "sentence": _sentence([verdict for _, verdict in found]),
         "head": ("method, impl, mode", *answered),
         "lines": [(subject, *(marks.get(term, "") for term in answered)) for subject, marks in lines.items()],
         "wrong_head": HEAD,
-        "wrong": [(_subject(run, v), v.term, v.claimed, v.seen, v.evidence) for run, v in found if not v.ok],
+        "wrong": [
+            (_subject(run, v), v.term, _valued(v.term, v.claimed), _valued(v.term, v.seen), v.evidence)
+            for run, v in found if not v.ok
+        ],
     }  # fmt: skip
+
+
+def _valued(term: str, value: str) -> str:
+    """A bare number with its unit."""
+    unit = next((unit for start, unit in UNITS.items() if term.startswith(start)), "")
+    return f"{value} {unit}" if unit and value.replace(",", "").isdecimal() else value
 
 
 def _mark(verdict: Verdict) -> str:

@@ -82,7 +82,7 @@ def _impls(method: Method | None, rows: pd.DataFrame) -> list[dict[str, Any]]:
         counts = [f"{count} {status_of(str(status)).words}" for status, count in mine["status"].value_counts().items()]
         reasons = list(dict.fromkeys(text for text in mine.loc[mine["status"] == "unsupported", "reason"] if text))
         found.append({
-            "name": name, "note": impl.note if impl else "", "outcome": ", ".join(counts) or "not in this run",
+            "name": name, "note": impl.note if impl else "", "outcome": "; ".join(counts) or "not in this run",
             "reasons": reasons, "defects": dict(impl.defects) if impl else {},
             "needs": ", ".join(impl.needs) if impl else "",
         })  # fmt: skip

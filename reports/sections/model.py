@@ -35,6 +35,7 @@ def context(report: Report) -> dict[str, Any]:
         cards = [_card(report, rows, view.label)
                  for view in chosen.values()
                  for _, rows in view.frame[view.frame["method"] == name].groupby("series", sort=True)]  # fmt: skip
+        cards.sort(key=lambda card: "chart" not in card)  # what was measured first, side by side
         groups.append({"name": name, "title": _title(report, name), "cards": cards})
     return {"groups": groups, "swept": swept}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ctxbench.analysis.frame import View
+from ctxbench.analysis.frame import MEASURED, View
 from ctxbench.reports.figures import overview
-from ctxbench.reports.figures.points import METRICS
+from ctxbench.reports.figures.points import MEMORY, METRICS
 from ctxbench.reports.palette import STATUSES
 from ctxbench.reports.report import Report
 from ctxbench.reports.swatch import legend
@@ -33,8 +33,15 @@ def context(report: Report) -> dict[str, Any]:
         "sizes": [_size(report.views[index]) for index in order],
         "order": order,
         "start": order.index(0) if order else 0,
-        "symbols": [STATUSES[name] for name in present if name not in ("ok", "unstable")],
+        "symbols": [STATUSES[name] for name in present if name not in MEASURED],
+        "unmetered": _unmetered(report),
     }
+
+
+def _unmetered(report: Report) -> bool:
+    """Whether a cell has a time and no peak: its symbol in the strip is that of its status."""
+    timed = report.frame[report.frame["status"].isin(MEASURED)]
+    return bool(timed[list(MEMORY.measured)].isna().all(axis=1).any())
 
 
 def _by_memory(views: list[View]) -> list[int]:

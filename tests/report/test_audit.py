@@ -44,6 +44,7 @@ def test_a_run_without_contradictions_says_so_and_opens_nothing(run) -> None:
     said = r"Of \d+ claims that the rows can answer, \d+ hold and none is contradicted\."
     assert re.fullmatch(said, seen["sentence"])
     assert seen["wrong"] == []
+    assert all(any(line[1:]) for line in seen["lines"])  # an impl without numbers is counted, not an empty line
     assert "<details><summary>" in section(run)
 
 
@@ -54,7 +55,7 @@ def test_a_contradiction_stands_first_with_numbers_and_evidence(run) -> None:
     ((subject, term, claimed, counted, evidence),) = seen["wrong"]
     row = wrong.rows[0]
     assert (subject, term) == (f"{row.method}, {row.impl}, {row.mode}", "FLOPs")
-    assert (claimed, counted) == (f"{row.flops.formula:,}", f"{row.flops.counted:,}")
+    assert (claimed, counted) == (f"{row.flops.formula:,} FLOP", f"{row.flops.counted:,} FLOP")
     assert "cells agree; the farthest" in evidence
     text = section(wrong)
     assert text.index("Claims that the rows contradict") < text.index("<details open>")

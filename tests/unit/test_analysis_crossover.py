@@ -36,8 +36,13 @@ def linear(impl: str, mode: str, causal: bool, position: str, params: Params) ->
     return Cost(flops, flops, Integer(1000), peak_bytes=16 * B * T * d)
 
 
+def unknown(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
+    flops = {"projections": 24 * B * T * d**2}
+    return Cost(flops, flops, Integer(1000))
+
+
 REGISTRY = Registry()
-for name, cost in (("square", quadratic), ("line", linear)):
+for name, cost in (("square", quadratic), ("line", linear), ("unknown", unknown)):
     REGISTRY.entries[name] = Entry(Method(name=name, build="nowhere:build", cost=cost), "tests", "tests")
 
 
@@ -156,6 +161,12 @@ def test_the_frontier_by_formula_is_the_last_length_that_fits() -> None:
         assert each.measured <= each.by_formula
         assert each.consistent
     assert found["square / blocked", 2**30].exceeded == 16384
+
+
+def test_without_a_peak_formula_the_longest_measured_length_is_no_limit() -> None:
+    rows = [row("unknown", n, [1e-9 * n]) for n in LENGTHS]
+    (found,) = frontier(curves(rows), rows, Forecaster(REGISTRY, CEILINGS, rows), [2**34])
+    assert (found.by_formula, found.measured, found.consistent) == (None, LENGTHS[-1], None)
 
 
 def test_a_formula_that_fits_what_ran_out_of_memory_is_contradicted() -> None:
