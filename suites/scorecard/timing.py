@@ -62,8 +62,8 @@ def scores(raws: dict[str, Any]) -> Iterator[Score]:
             spreads.setdefault(name(cell), []).extend(
                 100 * statistics.stdev(side) / statistics.mean(side) for side in sides
             )
-    for cell, values in spreads.items():
-        common = {"section": "timing", "tool": "truth", "work": cell, "note": f"{TRUTH // 2} processes at a time"}
+    for work, values in spreads.items():
+        common = {"section": "timing", "tool": "truth", "work": work, "note": f"{TRUTH // 2} processes at a time"}
         yield Score(quantity="spread of processes", value=statistics.median(values), unit="%", **common)
 
 
