@@ -43,7 +43,7 @@ class CustomFunctions:
             materialize(ctx, value)
 
         Function.apply = classmethod(applied)  # type: ignore[assignment, method-assign]
-        FunctionCtx.set_materialize_grads = noted  # type: ignore[method-assign]
+        FunctionCtx.set_materialize_grads = noted  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -75,6 +75,8 @@ class CustomFunctions:
         return remembered
 
     def _forward(self, what: int, function: Callable[..., Any], ctx: Any, args: Any) -> Any:
+        ran = False
+
         def run() -> Any:
             nonlocal ran
             ran, self._shows_more = True, False
@@ -84,7 +86,7 @@ class CustomFunctions:
                 self.meter.passed.add(what)
             return out, ctx.to_save, ctx.non_differentiable, tuple(ctx.__dict__.items())
 
-        ran, form = False, (_twice(args), ctx.needs_input_grad)
+        form = _twice(args), ctx.needs_input_grad
         out, saved, fixed, attributes = self.meter.recall(what, args, {}, run, form)
         if not ran:
             if saved:

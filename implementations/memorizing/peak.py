@@ -47,8 +47,9 @@ def _lookup(n: Expr | int, m: Expr, selects: bool) -> Expr:
 
 
 def _window(n: Expr, keys: Expr) -> Expr:
-    """Scores, their sum with the bias and the masked ones; distances as integers, twice."""
-    return 3 * tensor(B, h, n, keys) + 18 * n * keys
+    """Scores, the bias of every pair and their sum, with distances as integers; or before the sum, with those twice."""
+    scores, bias, integers = tensor(B, h, n, keys), tensor(h, n, keys), 8 * n * keys
+    return tensor(h, W) + largest(2 * scores + bias + integers, scores + bias + 2 * integers)
 
 
 def _segments(worst: object) -> Expr:
@@ -59,10 +60,14 @@ def _segments(worst: object) -> Expr:
 
 def _forward(selects: bool) -> Expr:
     """Norm, queries, keys, values, the local part, what was found so far, and one segment's lookup."""
-    memory = _segments(lambda begin, n, m: 5 * row(T) + row(begin) + _lookup(n, m, selects))
-    n = Min(W, T)
-    local = 4 * row(T) + row(T - n) + _window(n, Min(T, 2 * W - 1))
-    return stack_peak(T, largest(memory, local, 7 * row(T)))
+    memory = _segments(lambda begin, n, m: 5 * row(T) + row(begin) + _lookup(n, m, selects)) + tensor(h)
+    pieces = floor(T / W)
+    rest = T - pieces * W
+    whole = Min(pieces, 1) * (row((pieces - 1) * W) + _window(W, Min(pieces * W, 2 * W - 1)))
+    ragged = Min(rest, 1) * (row(pieces * W) + _window(rest, Min(T, rest + W - 1)))
+    local = 4 * row(T) + largest(whole, ragged)
+    with_memory = largest(memory, local + 2 * tensor(h)) + Min(Max(L - FROM_TOP, 0), 1) * row(T)
+    return largest(with_memory, Min(L - 1, 1) * (local + row(T)), stack_peak(T, 7 * row(T)))
 
 
 def _blocked_forward(selects: bool) -> Expr | None:

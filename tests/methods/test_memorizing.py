@@ -289,3 +289,13 @@ def test_peak_formula_is_within_three_percent_in_any_depth(mode, layers):
     values = bindings(dims, MemorizingParams(), 4, 512)
     formula = evaluate(METHOD.cost_of("reference", mode, True, "t5", MemorizingParams()).peak_bytes, values)
     assert formula == pytest.approx(trace(METHOD, dims, MemorizingParams(), "reference", mode).peak_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("length", [300, 512, 600, 1500, 2048])
+def test_forward_peak_of_the_reference_is_exact_at_every_length(length, layers):
+    """Pieces of the window, whole and ragged, and the segments' lookups take turns in deciding it."""
+    dims = Dims(seq_len=length, num_layers=layers, causal=True, position="t5")
+    values = bindings(dims, MemorizingParams(), 4, 512)
+    formula = evaluate(METHOD.cost_of("reference", "forward", True, "t5", MemorizingParams()).peak_bytes, values)
+    assert formula == trace(METHOD, dims, MemorizingParams(), "reference").peak_bytes
