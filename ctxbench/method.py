@@ -18,8 +18,10 @@ contents: decoding at 128k must be measurable without computing 128k tokens firs
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
@@ -348,7 +350,7 @@ class Method:
     def impl_support(self, impl: Impl, mode: str, dims: Dims, params: Params, device: str, dtype: str) -> Support:
         """Whether this impl can run this cell here: packages, device, dtype, mode, then its own answer."""
         device_type = device.partition(":")[0]
-        missing = [name for name in impl.needs if importlib.util.find_spec(name.replace("-", "_")) is None]
+        missing = [name for name in impl.needs if not _installed(name)]
         if missing:
             return no(f"needs the package {', '.join(missing)}, which is not installed")
         if device_type not in impl.devices:
@@ -371,6 +373,14 @@ class Method:
         """Build the module; ``dtype`` is a torch dtype."""
         build = load(self.build)
         return build(dims, params, impl, device, dtype)
+
+
+def _installed(distribution: str) -> bool:
+    """Whether there is a distribution of that name, or a module for it; folders that several share are neither."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(distribution))
+    spec = importlib.util.find_spec(distribution.replace("-", "_"))
+    return spec is not None and spec.loader is not None and spec.origin is not None
 
 
 def load(target: Callable[..., Any] | str | None) -> Any:

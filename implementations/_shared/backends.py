@@ -1,7 +1,8 @@
 """Other people's fused attention on CUDA, each pinned: what cannot run there is an error, never another kernel.
 
 ``scaled_dot_product_attention`` chooses a kernel without saying which. Here each of PyTorch's three is called by its
-own operator. ``flash_attn`` and ``xformers`` are packages of their own, imported when they are first called.
+own operator. ``flash_attn``, ``flash_attn_4``, ``fla`` and ``xformers`` are
+packages of their own, imported when they are first called.
 
 All take ``q: [B, H, T, D]`` and ``k, v: [B, H, S, D]`` and return ``[B, H, T, D]``. Causal attention has as many keys
 as queries, where every library aligns the mask alike; one decoded token sees all keys.
@@ -43,6 +44,25 @@ def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, 
     from flash_attn import flash_attn_func
 
     out: torch.Tensor = flash_attn_func(*_tokens_first(q, k, v), causal=_masked(q, k, causal))
+    return out.transpose(1, 2)
+
+
+def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position) -> torch.Tensor:
+    """The flash-attn-4 package, which is imported as ``flash_attn.cute``; it returns the log-sum-exp too."""
+    from flash_attn.cute import flash_attn_func
+
+    out: torch.Tensor = flash_attn_func(*_tokens_first(q, k, v), causal=_masked(q, k, causal))[0]
+    return out.transpose(1, 2)
+
+
+def fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position) -> torch.Tensor:
+    """Softmax attention of flash-linear-attention, causal alone."""
+    from fla.ops.attn.parallel import parallel_attn
+
+    if not causal:
+        raise ValueError("fla has causal softmax attention alone, received causal=False; choose another impl")
+    _masked(q, k, causal)
+    out: torch.Tensor = parallel_attn(*_tokens_first(q, k, v))
     return out.transpose(1, 2)
 
 

@@ -18,11 +18,19 @@ def support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
     return YES
 
 
-def backend(name: str, note: str, needs: tuple[str, ...] = (), dtypes: tuple[str, ...] = ("bf16", "fp16")) -> Impl:
+def causal_support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
+    """The same for kernels that have no other direction."""
+    return support(dims, params, device, dtype) if dims.causal else no("fla has causal softmax attention alone")
+
+
+def backend(
+    name: str, note: str, needs: tuple[str, ...] = (), dtypes: tuple[str, ...] = ("bf16", "fp16"),
+    modes: tuple[str, ...] = MODES, check: str = "support",
+) -> Impl:  # fmt: skip
     """The impl of one library; rotations come before it, biases it does not take."""
     return Impl(
-        name, run=f"{OPERATORS}:{name}", needs=needs, devices=("cuda",), dtypes=dtypes, modes=MODES,
-        positions=("none", "rope", "rope_linear", "rope_ntk", "rope_yarn"), support=f"{__name__}:support", note=note,
+        name, run=f"{OPERATORS}:{name}", needs=needs, devices=("cuda",), dtypes=dtypes, modes=modes,
+        positions=("none", "rope", "rope_linear", "rope_ntk", "rope_yarn"), support=f"{__name__}:{check}", note=note,
     )  # fmt: skip
 
 
@@ -31,6 +39,14 @@ BACKENDS = (
     backend("flash", "PyTorch's FlashAttention-2 kernel, pinned"),
     backend("efficient", "PyTorch's memory-efficient kernel, pinned", dtypes=("bf16", "fp16", "fp32")),
     backend("flash_attn", "the flash-attn package, 2.x", needs=("flash-attn",)),
+    backend("flash_attn_4", "the flash-attn-4 package, CuTe kernels", needs=("flash-attn-4",)),
+    backend(
+        "fla",
+        "softmax attention of flash-linear-attention, in Triton, causal",
+        needs=("fla-core",),
+        modes=("forward", "train"),
+        check="causal_support",
+    ),
     backend("xformers", "the xFormers package", needs=("xformers",), dtypes=("bf16", "fp16", "fp32")),
 )
 NAMES = tuple(impl.name for impl in BACKENDS)

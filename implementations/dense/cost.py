@@ -61,7 +61,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         algorithmic |= {"distances": L * linear(needed, d, d), "positions": L * 2 * B * d * visible}
         flops |= {"distances": L * linear(projected, d, d), "positions": L * 2 * B * d * by_distance}
     if mode == "train":
-        core = {"reference": 2, "triton": core_backward("triton", position)}.get(impl, FUSED_BACKWARD)
+        twice = {"triton": core_backward("triton", position), "fla": core_backward("triton")}  # two kernels
+        core = {"reference": 2, **twice}.get(impl, FUSED_BACKWARD)
         factor = {"attention": 1 + core, "positions": 4 if slabs else 3, "distances": 2}  # the table is a constant
         if relative and impl == "triton":
             factor["attention"] = factor["positions"] = 1 + Rational(relative_table.BACKWARD, relative_table.FORWARD)
