@@ -111,13 +111,18 @@ def block_mask(T: int, S: int, lines: tuple[tuple[Placed, Placed], ...], device:
             begin, inner, outer, end = met.T[:, :, None]
             kept |= (begin <= tile) & (tile < end)
             full |= (inner <= tile) & (tile < outer)
-        listed = (x.to(device)[None, None] for part in (kept & ~full, full) for x in _lists(part))
-        return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=TILE, mask_mod=_visible(lines, S), seq_lengths=(T, S))
+        masked, unmasked = _lists(kept & ~full, device), _lists(full, device)
+        return BlockMask.from_kv_blocks(
+            masked[0], masked[1], unmasked[0], unmasked[1], BLOCK_SIZE=TILE, mask_mod=_visible(lines, S),
+            seq_lengths=(T, S),
+        )  # fmt: skip
 
 
-def _lists(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many columns each row keeps, and which: the kept ones first, ascending."""
-    return kept.sum(1, dtype=torch.int32), (~kept).to(torch.uint8).argsort(dim=1, stable=True).int()
+def _lists(kept: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many columns each row keeps, and which: the kept ones first, ascending; ``[1, 1, rows (, columns)]``."""
+    counts = kept.sum(1, dtype=torch.int32)
+    listed = (~kept).to(torch.uint8).argsort(dim=1, stable=True).int()
+    return counts.to(device)[None, None], listed.to(device)[None, None]
 
 
 def _visible(lines: tuple[tuple[Placed, Placed], ...], keys: int) -> Score:

@@ -31,8 +31,8 @@ def block_mask(pattern: Pattern, layer: int, heads: int, device: torch.device) -
         listed = torch.zeros(heads, pattern.num_blocks, pattern.num_blocks, dtype=torch.int32)
         flat = [column for plan in plans for row in plan for column in row]
         listed[torch.arange(pattern.num_blocks) < counts[:, :, None]] = torch.tensor(flat, dtype=torch.int32)
-        partial = (torch.zeros_like(x)[None].to(device) for x in (counts, listed))
+        none, nothing = (torch.zeros_like(x)[None].to(device) for x in (counts, listed))
         return BlockMask.from_kv_blocks(
-            *partial, counts[None].to(device), listed[None].to(device), BLOCK_SIZE=pattern.block_size,
+            none, nothing, counts[None].to(device), listed[None].to(device), BLOCK_SIZE=pattern.block_size,
             seq_lengths=(pattern.seq_len, pattern.seq_len), compute_q_blocks=False,
         )  # fmt: skip
