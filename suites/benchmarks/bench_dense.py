@@ -67,7 +67,7 @@ def room(heads: int, width: int, tokens: int) -> Comparison:
     """
     q, k, v = (torch.randn(1, heads, tokens, width) for _ in range(3))
     baseline, flops = "matrix products of equal FLOPs", 2 * heads * width * tokens * (tokens + 1)
-    calls = max(1, round(FEWEST_FLOPS / flops))  # so that rounding to whole products does not show
+    calls = max(1, round(FEWEST_FLOPS / flops))  # so that calls take long enough to tell apart
 
     def repeated(attend: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def run() -> None:

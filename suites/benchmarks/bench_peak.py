@@ -24,13 +24,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def products(flops: int, dtype: torch.dtype) -> Callable[[], None]:
-    """Square matrix products that add up to ``flops``, rounded to whole ones."""
+    """Square matrix products that add up to ``flops``; of the last one as many rows as are left."""
     a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
-    count = max(1, round(flops / (2 * SIDE**3)))
+    count, rows = divmod(max(1, round(flops / (2 * SIDE**2))), SIDE)
 
     def run() -> None:
         for _ in range(count):
             a @ b
+        if rows:
+            a[:rows] @ b
 
     return run
 
