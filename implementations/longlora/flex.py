@@ -18,8 +18,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int, wrap: 
     """``q, k, v: [B, H, T, D]``, result of that shape; ``group`` is even. The second half of the heads is shifted."""
     heads, T, half = q.shape[1], q.shape[2], group // 2
     plain = heads - heads // 2
-    own, others = ([x[:, part] for x in (q, k, v)] for part in (slice(plain), slice(plain, heads)))
-    mixed = flex.attend(*own, [Between(Line(group, group), OWN)])
+    own, others = slice(plain), slice(plain, heads)
+    mixed = flex.attend(q[:, own], k[:, own], v[:, own], [Between(Line(group, group), OWN)])
     if plain == heads:
         return mixed
     seen = [Between(Line(group, group, shift=half, base=-half), OWN)]
@@ -27,5 +27,5 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int, wrap: 
     if wrap and begin < T:
         # All of it before the first boundary, none of it from there on.
         seen.append(Between(Line(group, T - begin, shift=half, base=begin)))
-    shifted = flex.attend(*others, seen)
+    shifted = flex.attend(q[:, others], k[:, others], v[:, others], seen)
     return torch.cat((mixed.transpose(1, 2), shifted.transpose(1, 2)), dim=2).transpose(1, 2)

@@ -111,7 +111,7 @@ def comparisons() -> list[Comparison]:
     theirs = published(8192)
     if theirs is not None:
         q, k, v = operands(8192)
-        candidates = {
+        others: dict[str, Callable[[], Any]] = {
             "transformers, block sparse": functools.partial(theirs, q, k, v),
             "bigbird/blocked": functools.partial(blocked.attend, q, k, v, plan(8192)),
             # A bound: the same FLOPs, without softmax or gathering. Of 50 ms two threads spent 23 on the slabs'
@@ -121,7 +121,7 @@ def comparisons() -> list[Comparison]:
         }
         floor, aim = {"bigbird/blocked": 4.0}, {"bigbird/blocked": 8.0}
         title = "bigbird attention, 8192 tokens, fp32"
-        found.append(Comparison(title, "transformers, block sparse", candidates, floor, aim))
+        found.append(Comparison(title, "transformers, block sparse", others, floor, aim))
     return found
 
 

@@ -100,7 +100,7 @@ def _against_a_mask() -> Comparison:
     q, k, v, rows, none = operands(4096)
     distance = torch.arange(4096)[:, None] - torch.arange(4096)
     mask = (distance <= pattern.left) & (distance >= -pattern.right)
-    candidates = {
+    candidates: dict[str, Callable[[], Any]] = {
         "SDPA with a dense mask": functools.partial(scaled_dot_product_attention, q, k, v, attn_mask=mask),
         "longformer/blocked": functools.partial(blocked.attend, q, k, v, rows, none, pattern),
         "visible pairs as one product": products(4 * HEADS * WIDTH * int(mask.sum()), torch.float32),
