@@ -20,7 +20,8 @@ from ctxbench.cost.meter import Meter, Trace
 from ctxbench.cost.shadow import MetaCalls, ShadowMeter
 from ctxbench.method import Dims, Method, Params
 
-PROBE = 1100  # tokens at which both engines must agree: two default segments and a ragged one
+LEAST_PROBE, MOST_MEMORY = 512, 1024
+RAGGED = 76  # tokens after the last boundary
 
 
 def trace(
@@ -47,13 +48,13 @@ _AGREED: dict[tuple[Any, ...], tuple[Method, bool | None]] = {}  # the method is
 def _agreement(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> bool | None:
     """How the fast engine follows a cell: with redirected tensors or without; None where it may not be used.
 
-    Both engines trace PROBE tokens, which is worth its time for lengths well beyond that. The answer holds for every
-    length.
+    Both engines trace a probe, which is worth its time for lengths well beyond it. The answer holds for every length.
     """
-    short = dims.replace(seq_len=PROBE)
+    probe_len = _probe_len(method, params, mode)
+    short = dims.replace(seq_len=probe_len)
     key = (id(method), short, params, impl, mode, dtype)
     if key not in _AGREED:
-        if dims.seq_len <= 2 * PROBE:
+        if dims.seq_len <= 2 * probe_len:
             return None
         fake = _trace_fake(short, method, params, impl, mode, dtype, "cpu")
         for redirect in (True, False):
@@ -64,6 +65,13 @@ def _agreement(dims: Dims, method: Method, params: Params, impl: str, mode: str,
             redirect = None
         _AGREED[key] = method, redirect
     return _AGREED[key][1]
+
+
+def _probe_len(method: Method, params: Params, mode: str) -> int:
+    """Two segments or pieces and a ragged one, and more tokens than the memory that a method is likely to have."""
+    segment = method.segment_len(params) if method.segment or mode == "stream" else 0
+    memory = int(getattr(params, method.memory_parameter)) if method.memory_parameter else 0
+    return max(2 * segment, min(memory, MOST_MEMORY), LEAST_PROBE) + RAGGED
 
 
 def _trace_fake(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str, device: str) -> Trace:

@@ -231,9 +231,28 @@ def test_both_engines_are_compared_once_for_all_lengths_of_a_cell(monkeypatch):
     for length in (4096, 600, 5000):
         seen = tracing.trace(method, dims.replace(seq_len=length), method.params(), "blocked", "train")
         assert length != 600 or tracing._same(seen, before)
-    assert lengths == [600, tracing.PROBE]
+    probe_len = tracing._probe_len(method, method.params(), "train")
+    assert lengths == [600, probe_len]
     tracing.trace(method, dims.replace(seq_len=4096, batch_size=2), method.params(), "blocked", "train")
-    assert lengths == [600, tracing.PROBE, tracing.PROBE]
+    assert lengths == [600, probe_len, probe_len]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "memory", "expected"),
+    [
+        ("dense", "train", None, 588),
+        ("dense", "stream", None, 1100),
+        ("longformer", "forward", 1024, 1100),
+        ("longformer", "forward", 8192, 1100),
+        ("transformer_xl", "forward", 64, 1100),
+    ],
+)
+def test_engines_are_compared_over_two_pieces_and_more_than_a_likely_memory(name, mode, memory, expected):
+    method = discover()[name]
+    params = method.params()
+    if memory is not None:
+        params = params.replace(**{method.memory_parameter: memory})
+    assert tracing._probe_len(method, params, mode) == expected
 
 
 def test_multi_head_attention_is_one_operator_on_both_engines():
