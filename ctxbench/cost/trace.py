@@ -22,6 +22,7 @@ from ctxbench.method import Dims, Method, Params
 
 LEAST_PROBE, MOST_MEMORY = 512, 1024
 RAGGED = 76  # tokens after the last boundary
+RARELY = 50_000  # new objects between two looks of the collector
 
 
 def trace(
@@ -133,14 +134,17 @@ def _ignore_live(meter: Meter, work: workload.Workload) -> None:
 
 @contextlib.contextmanager
 def _older_objects_uncollected() -> Iterator[None]:
-    """Spare the collector all that was there before; a long trace makes so many objects that it looks often."""
+    """Spare the collector all that was there before, and let it look rarely: a long trace makes very many objects."""
     if gc.get_freeze_count():  # somebody else did it, and may rely on it
         yield
         return
+    thresholds = gc.get_threshold()
     gc.freeze()
+    gc.set_threshold(max(thresholds[0], RARELY) if thresholds[0] else 0, *thresholds[1:])
     try:
         yield
     finally:
+        gc.set_threshold(*thresholds)
         gc.unfreeze()
 
 
