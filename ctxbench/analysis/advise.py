@@ -6,6 +6,7 @@ marked as such, and a candidate whose interval reaches into that of the first is
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -225,8 +226,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         return self.advised_s / self.best_s - 1
 
 
-def trials(rows: Sequence[Row], registry: Registry, ceilings: Ceilings) -> list[Trial]:
+def trials(rows: Sequence[Row], registry: Registry, ceilings: Ceilings, pairs: bool = False) -> list[Trial]:
     """Ask who is fastest at each length at which at least two methods can be forecast from three shorter lengths.
+
+    With ``pairs`` the question is asked of every two of them, else of all together.
 
     Raises:
         UserError: these rows hold no such length.
@@ -246,15 +249,16 @@ def trials(rows: Sequence[Row], registry: Registry, ceilings: Ceilings) -> list[
                     (here, estimate.latency_s)
                 )
         for setting, group in groups.items():
-            if len({row.method for row, _ in group}) > 1:
-                advised, best = (
-                    min(group, key=lambda pair: pair[1])[0],
-                    min(group, key=lambda pair: latency(pair[0]))[0],
-                )
+            methods = sorted({row.method for row, _ in group})
+            questions = itertools.combinations(methods, 2) if pairs else [methods] if len(methods) > 1 else []
+            for asked in questions:
+                of = [(row, expected_s) for row, expected_s in group if row.method in asked]
+                advised = min(of, key=lambda candidate: candidate[1])[0]
+                best = min((row for row, _ in of), key=latency)
                 found.append(
                     Trial(
                         seq_len=length, setting=setting, advised=cell_of(advised).label(), advised_s=latency(advised),
-                        best=cell_of(best).label(), best_s=latency(best), candidates=len(group),
+                        best=cell_of(best).label(), best_s=latency(best), candidates=len(of),
                     )
                 )  # fmt: skip
     if not found:

@@ -37,6 +37,7 @@ PRIOR_DOF = 4  # weight of the common scatter against that of one series
 CUDA_CONTEXT_BYTES = 2**30  # driver context, kernels and the caching allocator's rounding
 FAR = 8  # times the longest measured length, beyond which nobody has checked a fit
 PEAK_SHARE, PEAK_SLACK = 1.03, 2 << 20  # a peak within these of its formula counts as equal to it
+SCRATCH_SHARE = 1.15  # what to reserve: math libraries took an eighth for scratch where no shorter length had shown any
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,8 +217,8 @@ class Forecaster:
     def _peak(self, cell: Cell, figures: Figures | None, rows: Mapping[int, Row]) -> tuple[int | None, int | None]:
         """The likely peak and one to reserve; both None where neither formula nor row knows it.
 
-        What to reserve is the formula, raised by the share by which any finished length exceeded it, and by what the
-        resident meter saw above the allocator's.
+        What to reserve is the formula, raised by the share by which any finished length exceeded it, by what the
+        resident meter saw above the allocator's, and by a share for scratch that begins at some length only.
         """
         peaks = {length: row.peak_bytes for length, row in rows.items() if row.peak_bytes and row.peak_bytes.allocated}
         here = peaks.get(cell.seq_len)
@@ -235,7 +236,7 @@ class Forecaster:
                 above.append((peak.resident or 0) - peak.allocated)
         likely = figures.peak_bytes * max(shares)
         longest = max(peaks, default=cell.seq_len)
-        return int(likely), int(likely * PEAK_SHARE + PEAK_SLACK + max(above) * max(1.0, cell.seq_len / longest))
+        return int(likely), int(likely * SCRATCH_SHARE + PEAK_SLACK + max(above) * max(1.0, cell.seq_len / longest))
 
 
 def fits(found: Estimate, beside: int, limit: int | None) -> str:

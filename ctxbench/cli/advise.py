@@ -52,7 +52,7 @@ def command(
         show_config(asked.config, ctx)
         return
     if check:
-        _print_check(trials(asked.rows, registry, asked.ceilings), ctx)
+        _print_check(*(trials(asked.rows, registry, asked.ceilings, pairs) for pairs in (False, True)), ctx)
         return
     for name, values in (("--seq", asked.config.seq_len), ("--mode", asked.config.mode)):
         if len(values) > 1:
@@ -94,12 +94,13 @@ def _print(advice: Advice, judged: list[Judged], asked: Any, ctx: Common) -> Non
     click.echo("time and memory alone: what a method learns is not measured here")
 
 
-def _print_check(found: list[Trial], ctx: Common) -> None:
+def _print_check(found: list[Trial], between_two: list[Trial], ctx: Common) -> None:
     from ctxbench.analysis.advise import hit_rate
 
     if ctx.json:
         trials = [{**msgspec.to_builtins(trial), "regret": trial.regret} for trial in found]
-        ctx.emit({"trials": trials, "within_10_percent": hit_rate(found)})
+        two = {"questions": len(between_two), "within_10_percent": hit_rate(between_two)}
+        ctx.emit({"trials": trials, "within_10_percent": hit_rate(found), "between_two": two})
         return
     lines = [
         [
@@ -110,3 +111,4 @@ def _print_check(found: list[Trial], ctx: Common) -> None:
     ]  # fmt: skip
     click.echo(table(["LENGTH", "OF", "ADVISED", "TIME", "BEST", "TIME", "SLOWER BY"], lines))
     click.echo(f"within 10 % of the best in {100 * hit_rate(found):.0f} % of {len(found)} held-out questions")
+    click.echo(f"between two methods in {100 * hit_rate(between_two):.0f} % of {len(between_two)}")

@@ -115,6 +115,11 @@ def test_a_run_checks_its_own_advice() -> None:
     assert hit_rate(found) >= 0.9
     assert any(trial.best.startswith("dense") for trial in found)
     assert any(trial.best.startswith(("longformer", "transformer_xl")) for trial in found)
+    between = [trial for seed in range(8) for trial in trials(world(seed)[0], REGISTRY, CEILINGS, pairs=True)]
+    assert len(between) == 6 * len(found)  # pairs of four methods
+    assert {trial.candidates for trial in between} == {2}
+    assert hit_rate(between) >= 0.9
+    assert any(trial.regret > 0 for trial in between)
     with pytest.raises(UserError, match="at least four lengths"):
         trials([each for each in world(1)[0] if each.method == "dense"], REGISTRY, CEILINGS)
 
