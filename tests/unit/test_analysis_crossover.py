@@ -157,7 +157,7 @@ def test_the_frontier_by_formula_is_the_last_length_that_fits() -> None:
         peak = (lambda n: 4 * n * n) if label.startswith("square") else (lambda n: 16 * n * 256)
         beside = 400 * 2**20 + 3 * each.by_formula * 256 * 4
         assert peak(each.by_formula) + beside <= limit
-        assert peak(int(1.08 * each.by_formula)) + beside * 1.08 > limit
+        assert peak(int(1.2 * each.by_formula)) + beside * 1.2 > limit  # 15 % is kept for scratch
         assert each.measured <= each.by_formula
         assert each.consistent
     assert found["square / blocked", 2**30].exceeded == 16384
