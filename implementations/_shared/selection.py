@@ -10,15 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-GROUP = 4
-
-
-def padded(width: int, count: int) -> int:
-    """Columns, at least ``width``, that every round splits into whole groups; what is added must hold -inf."""
-    size = 1
-    while width > GROUP * count * size:
-        size *= GROUP
-    return -(-width // size) * size
+from ctxbench.implementations._shared.tournament import GROUP, padded
 
 
 def best(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

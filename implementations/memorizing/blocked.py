@@ -15,12 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from ctxbench.implementations._shared.biased_window import attend_blocks
-from ctxbench.implementations._shared.selection import best, padded
+from ctxbench.implementations._shared.selection import best
+from ctxbench.implementations._shared.tournament import padded
 from ctxbench.implementations.memorizing.layer import Operators
-
-# Scores at once, 16 MB of float32. Of 128 columns, ``topk`` shares among threads only what has more than 256 rows.
-SLAB = 1 << 22
-ROWS = 128  # fewest queries of a slab, so that its product runs at full speed
+from ctxbench.implementations.memorizing.sizes import ROWS, SLAB
 
 
 def lookup(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None) -> torch.Tensor:

@@ -12,7 +12,9 @@ from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
 from ctxbench.implementations._shared.biased_window_forms import BLOCK, block_pairs
 from ctxbench.implementations._shared.forms import stack_peak
+from ctxbench.implementations._shared.tournament import GROUP, padded
 from ctxbench.implementations.memorizing.params import FROM_TOP, MemorizingParams
+from ctxbench.implementations.memorizing.sizes import ROWS, SLAB
 
 M, S, W, K = (param(name) for name in ("memory_len", "segment_len", "window", "top_k"))
 WHOLE = floor(T / S)
@@ -27,7 +29,7 @@ def peak(impl: str, mode: str, params: MemorizingParams) -> Expr | None:
     if mode == "decode":
         return _decode() if impl == "reference" else None
     if impl == "blocked":
-        return _blocked_forward(selects) if mode == "forward" else None
+        return _blocked_forward(params) if selects and mode == "forward" else None
     if mode == "forward":
         return _forward(selects)
     if mode == "stream":
@@ -70,13 +72,46 @@ def _forward(selects: bool) -> Expr:
     return largest(with_memory, Min(L - 1, 1) * (local + row(T)), stack_peak(T, 7 * row(T)))
 
 
-def _blocked_forward(selects: bool) -> Expr | None:
-    """Rows; a lookup holds its slab of scores besides, which matters for short sequences alone."""
-    if not selects:
-        return None
+def _blocked_forward(params: MemorizingParams) -> Expr:
+    """Rows, the local part's band, or the lookup of the worst segment, whose slab matters for short sequences alone."""
     n = Min(BLOCK, T)
     band = 5 * row(T) + 2 * tensor(B, h, n, n + W - 1)
-    return stack_peak(T, largest(band, 8 * row(T)))
+    memory: list[Expr] = []
+    full = -(-params.memory_len // params.segment_len)  # segments after which the memory stays as it is
+    for filled in range(1, full + 1):
+        m = min(params.memory_len, filled * params.segment_len)
+        if m <= params.top_k:
+            continue
+        known = 5 * row(T) + tensor(h)
+        last = largest(filled, WHOLE - 1) if filled == full else Integer(filled)
+        memory.append(Min(Max(WHOLE - filled, 0), 1) * (known + row(last * S) + _slabs(S, m, params.top_k)))
+        ragged = Min(REST, 1) * Min(Max(WHOLE - filled + 1, 0), 1)
+        ragged *= 1 if filled == full else Min(Max(filled + 1 - WHOLE, 0), 1)
+        memory.append(ragged * (known + row(WHOLE * S) + _slabs(largest(REST, 1), m, params.top_k)))
+    return largest(stack_peak(T, largest(band, 8 * row(T))), Min(Max(L - FROM_TOP, 0), 1) * row(T) + largest(*memory))
+
+
+def _slabs(n: Expr, m: int, top_k: int) -> Expr:
+    """A lookup of n queries among m pairs: what is found, a slab of scores, its keys, and the tournament over it.
+
+    Each round but the innermost holds a maximum a group; the innermost, what it chose from. From the second slab on,
+    what was found in the one before is still there.
+    """
+    width, rounds = padded(m, top_k), 0
+    while m > GROUP ** (rounds + 1) * top_k:
+        rounds += 1
+    rows = Min(n, max(ROWS, SLAB // width))
+    heads = Min(B * h, largest(1, floor(SLAB / (rows * width))))
+    found = row(n) + (4 + e) * B * h * n * K
+    if rounds:
+        inside = (48 + 6 * e) * K + e * sum(width // GROUP**turn for turn in range(1, rounds))
+    else:
+        inside = (8 + 2 * e) * K
+    several = Min(1, largest(floor(B * h / heads), floor(n / rows)) - 1)
+    batched = Min(B - 1, 1)  # heads of several batch rows are copied to stand in one line, those of one are not
+    copies = batched * (row(n) + 2 * row(m)) + (1 - batched) * heads * m * d / h * e
+    slab = tensor(heads, rows, width) + copies
+    return found + slab + heads * rows * (inside + several * (8 + e) * K) + (8 * GROUP if rounds else 0)
 
 
 def _stream(selects: bool) -> Expr:

@@ -299,3 +299,22 @@ def test_forward_peak_of_the_reference_is_exact_at_every_length(length, layers):
     values = bindings(dims, MemorizingParams(), 4, 512)
     formula = evaluate(METHOD.cost_of("reference", "forward", True, "t5", MemorizingParams()).peak_bytes, values)
     assert formula == trace(METHOD, dims, MemorizingParams(), "reference").peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("length", "changes"),
+    [
+        (1024, {}), (1100, {}), (2048, {}), (4096, {}), (5000, {}),
+        (1024, {"batch_size": 3}), (3000, {"batch_size": 3}),
+        (3000, {"num_layers": 3}), (1024, {"num_heads": 16}), (3000, {"segment_len": 256}), (1024, {"top_k": 16}),
+        (3000, {"memory_len": 2048}),
+    ],
+)  # fmt: skip
+def test_forward_peak_of_blocked_counts_the_slab_of_the_worst_segment(length, changes):
+    own = {name: value for name, value in changes.items() if hasattr(MemorizingParams(), name)}
+    params = MemorizingParams(**own)
+    others = {name: value for name, value in changes.items() if name not in own}
+    dims = Dims(**{"seq_len": length, "d_model": 256, "num_heads": 4, "d_ff": 1024, "num_layers": 1, **others})
+    values = bindings(dims, params, 4, params.segment_len)
+    formula = evaluate(METHOD.cost_of("blocked", "forward", True, dims.position, params).peak_bytes, values)
+    assert formula == trace(METHOD, dims, params, "blocked").peak_bytes

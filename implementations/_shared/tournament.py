@@ -1,0 +1,13 @@
+"""Widths of the tournament of ``selection``, for formulas too: no torch here."""
+
+from __future__ import annotations
+
+GROUP = 4
+
+
+def padded(width: int, count: int) -> int:
+    """Columns, at least ``width``, that every round splits into whole groups; what is added must hold -inf."""
+    size = 1
+    while width > GROUP * count * size:
+        size *= GROUP
+    return -(-width // size) * size
