@@ -52,7 +52,8 @@ def command(
         show_config(asked.config, ctx)
         return
     if check:
-        _print_check(*(trials(asked.rows, registry, asked.ceilings, pairs) for pairs in (False, True)), ctx)
+        measured = asked.rows, registry, asked.ceilings
+        _print_check(trials(*measured), trials(*measured, pairs=True), ctx)
         return
     for name, values in (("--seq", asked.config.seq_len), ("--mode", asked.config.mode)):
         if len(values) > 1:
