@@ -105,11 +105,6 @@ class Meter(TorchDispatchMode):
         self._on_death = self._release
         self._traits: dict[int, Traits] = {}  # by the id of the operator, whose own hash is slow
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Whether torch wraps every call of this mode against its compiler, which would double what one costs."""
-        return False
-
     def ignore(self, *values: Any) -> None:
         """Take these tensors as live before the call."""
         for leaf in pytree.tree_leaves(values):

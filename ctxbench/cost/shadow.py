@@ -73,6 +73,14 @@ class ShadowMeter(Meter):
         self._watching = self._depth = 0
         self.passed: set[Any] = set()  # what is never remembered
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch wraps every call of this mode against its compiler, which would double what one costs.
+
+        A module that compiles itself is then followed by fake tensors alone.
+        """
+        return False
+
     def __enter__(self) -> ShadowMeter:
         """Let views go from autograd straight to their kernels: half of what a training step dispatches are views.
 

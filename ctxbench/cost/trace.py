@@ -57,15 +57,22 @@ def _agreement(dims: Dims, method: Method, params: Params, impl: str, mode: str,
     if key not in _AGREED:
         if dims.seq_len <= 2 * probe_len:
             return None
-        fake = _trace_fake(short, method, params, impl, mode, dtype, "cpu")
-        for redirect in (True, False):
-            probe = _trace_shadow(short, method, params, impl, mode, dtype, redirect)
-            if probe is not None and _same(probe, fake):
-                break
-        else:
-            redirect = None
-        _AGREED[key] = method, redirect
+        _AGREED[key] = method, _compare(short, method, params, impl, mode, dtype)
     return _AGREED[key][1]
+
+
+def _compare(short: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> bool | None:
+    """The first way of the fast engine whose trace is that of fake tensors; None where there is none."""
+    subject = (method, params, impl, mode, dtype)
+    try:
+        fake = _trace_fake(short, *subject, "cpu")
+    except Exception:  # a length that the module does not take: its own will say the same, or be traced
+        return None
+    for redirect in (True, False):
+        probe = _trace_shadow(short, *subject, redirect)
+        if probe is not None and _same(probe, fake):
+            return redirect
+    return None
 
 
 def _probe_len(method: Method, params: Params, mode: str) -> int:
@@ -168,7 +175,8 @@ def uncompiled_flex_attention() -> Iterator[None]:
     before = flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG, flex_attention._validate_device
 
     def known(q: torch.Tensor, *others: torch.Tensor) -> None:
-        before[1](q.detach(), *(other.detach() for other in others))
+        if q.device.type != "cpu":
+            before[1](q, *others)
 
     flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     flex_attention._validate_device = known  # type: ignore[assignment]

@@ -27,6 +27,7 @@ BACKWARD = {  # of the attention products, per forward
     "blocked": Rational(8, 3),
     "triton": Rational(relative_table.BACKWARD, relative_table.FORWARD),
     "as_written": 2,
+    "flex": 2,  # it has no backward pass; a formula is asked for all the same
 }
 
 
