@@ -34,7 +34,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     origin: str = ""
     protocol: Protocol = Protocol()
     gate: bool = False
-    passed: list[Gate] = []  # gates of this session's cells that differ from this one in their length alone
+    passed: list[Gate] = []  # gates that passed in this run, of cells that differ from this one in their length alone
     process: int = 0  # index of the replicate; varies the inputs' seed
     expected_s: float | None = None  # forecast of one call
 
