@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import relu, rms_norm
+from torch.nn.functional import relu
 
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import positions_for
+from ctxbench.implementations.melodi.norm import Norm, scaled
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
 from ctxbench.method import Dims, Output, load
-
-EPSILON = 1e-6
 
 
 class Memory(NamedTuple):
@@ -58,17 +57,17 @@ class MelodiLayer(nn.Module):
         d_model, U, slots = dims.d_model, params.summary_tokens, params.short_slots
         self.num_heads, self.head_dim, self.params, self.operators = dims.num_heads, dims.head_dim, params, operators
         (self.position,) = positions_for(dims, layers=1)  # T5: a table of its own
-        self.norm = nn.RMSNorm(d_model, EPSILON)
+        self.norm = Norm(d_model)
         self.q, self.k, self.v, self.o = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
         self.scale = nn.Parameter(torch.full((dims.num_heads,), dims.head_dim**0.5))
-        self.norm_ffn = nn.RMSNorm(d_model, EPSILON) if dims.d_ff else None
+        self.norm_ffn = Norm(d_model) if dims.d_ff else None
         self.ffn = FeedForward(d_model, dims.d_ff, relu) if dims.d_ff else None
         rows = params.window + U
         last = index == dims.num_layers - 1  # nobody reads its summary tokens
         self.mix_summary = TokenMixing(rows, U) if U and not last else None
         self.mix_short = TokenMixing(rows, slots) if slots else None
         self.residual = slots == U  # the short-term memory is then a change of the summary tokens
-        self.norm_mix = nn.RMSNorm(d_model, EPSILON) if U and (self.residual or not last) else None
+        self.norm_mix = Norm(d_model) if U and (self.residual or not last) else None
         is_long = index == long_layer(dims, params)
         self.mix_long = TokenMixing(rows, params.long_per_window) if is_long else None
         self.gate = nn.Parameter(torch.zeros(dims.num_heads, 1, dims.head_dim)) if is_long else None
@@ -143,8 +142,7 @@ class MelodiLayer(nn.Module):
 
     def _unit(self, x: torch.Tensor) -> torch.Tensor:
         """Heads of ``[B, n, d_model]``, each row of length 1; zeros stay zeros."""
-        heads = split_heads(x, self.num_heads)
-        return rms_norm(heads, heads.shape[3:], eps=EPSILON) * self.head_dim**-0.5
+        return scaled(split_heads(x, self.num_heads), length=self.head_dim**-0.5)
 
     def biases(self, rows: int, keys: int) -> torch.Tensor | None:
         """What is added to scores ``[H, rows, keys]``: the scaled bias of the distance, minus infinity from 0 down.

@@ -172,11 +172,11 @@ def _train(form: Form) -> Expr:
     def window(rows: Expr, mixed: int) -> Expr:
         """Kept by all layers for a window; ``mixed``: it hands slots on."""
         mixing = mixed * (L - 1 + form.norm_last)
-        norms = 2 * mixing * row(rows) + _upcast(rows) * (L * Piecewise((4, f > 0), (3, True)) + mixing)
-        width = Piecewise((14, f > 0), (11, True)) * row(rows) + tensor(B, rows, f)
-        small = 2 * row(S) + mixed * 5 * row(S) + 2 * e * B * h * rows
+        norms = mixing * row(rows)
+        width = Piecewise((12, f > 0), (10, True)) * row(rows) + tensor(B, rows, f)
+        small = 2 * row(S) + mixed * 3 * row(S) + 2 * e * B * h * rows
         own, recall = scores(rows)
-        return L * (width + small + own) + norms + form.has_long * (2 * row(rows) + mixed * 5 * row(P)) + recall
+        return L * (width + small + own) + norms + form.has_long * (2 * row(rows) + mixed * 4 * row(P)) + recall
 
     def attention(rows: Expr, before: Expr) -> Expr:
         """Backward of the last layer's attention: what is not freed yet, and what it makes."""
@@ -197,11 +197,6 @@ def _train(form: Form) -> Expr:
         (closed - 1) * window(ROWS, 1) + attention(ROWS, closed) + biases[1] + e * (2 * d * f + 3 * d**2)
     )
     return row(T) + largest(in_rest, in_closed)
-
-
-def _upcast(rows: Expr) -> Expr:
-    """What a root-mean-square norm keeps in fp32 of an input in less."""
-    return Piecewise((4 * B * rows * d, e < 4), (Integer(0), True))
 
 
 def _slots(form: Form, windows: Expr) -> Expr:

@@ -15,7 +15,7 @@ from ctxbench.cost import big_o, evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
 from ctxbench.implementations.melodi import METHOD, blocked, reference
-from ctxbench.implementations.melodi.layer import EPSILON
+from ctxbench.implementations.melodi.norm import EPSILON
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
 from ctxbench.method import DTYPE_BYTES, Dims
 from ctxbench.testing import HELD, LAWS, Case, streamed
