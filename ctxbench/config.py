@@ -19,7 +19,7 @@ from ctxbench.suite import Layer, Limits, Suite, Values
 from ctxbench.units import parse_bytes, parse_fraction, parse_seconds
 
 AUTO = "auto"
-FASTEST = "fastest"  # of a method's impls, see ``Method.fastest``
+SUPPORTED = "supported"  # of a method's impls, those that run here
 BUDGET_S = {"cpu": 600.0, "cuda": 540.0}
 _T = TypeVar("_T")
 
@@ -40,7 +40,8 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True):
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a plan follows from. None on an axis means the method's own choice.
 
-    ``memory_limit`` is bytes by device; a device whose memory cannot be read has no entry. ``origins`` says for every
+    ``memory_limit`` is bytes by device, ``capability`` the compute capability of CUDA devices, times ten; a device
+    that cannot be asked has no entry. ``origins`` says for every
     dotted key which layer set it, ``merged`` holds the texts as they were written. ``shard`` is a part of the
     plan, such as ``2/8``; empty for all of it.
     """
@@ -69,6 +70,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     merged: dict[str, Any]
     origins: dict[str, str]
     shard: str = ""
+    capability: dict[str, int] = {}
 
     @property
     def comparable(self) -> dict[str, Any]:
@@ -76,6 +78,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         plain: dict[str, Any] = msgspec.to_builtins(self)
         for name in ("suite", "budget_s", "cell_timeout_s", "memory_limit", "max_flops", "merged", "origins"):
             del plain[name]
+        if not self.capability:  # nothing was asked, as in runs of versions that could not ask
+            del plain["capability"]
         return plain
 
 
@@ -153,6 +157,21 @@ def memory_available(device: str) -> int | None:
         return None
 
 
+def compute_capability(device: str) -> int | None:
+    """Compute capability of a CUDA device, times ten: 90 is 9.0; None where there is none to ask."""
+    if device == "cpu":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        index = int(device.partition(":")[2] or 0)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(index))
+        return 10 * int(major) + int(minor)
+    except Exception:  # no package, no driver, no such device: a table then says that it is unknown
+        return None
+
+
 def _container_headroom() -> list[int]:
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -210,6 +229,7 @@ class _Resolver:
                 seed=self._at_least("protocol.seed", protocol.seed, 0),
                 threads=self._at_least("protocol.threads", protocol.threads, 0),
             ),
+            capability={device: found for device in devices if (found := compute_capability(device)) is not None},
             merged=dict(suites.items(self.merged)),
             origins=self.origins,
         )
@@ -273,8 +293,8 @@ class _Resolver:
     def _impls(self, chosen: list[str]) -> list[str]:
         known = {impl.name for method in self.registry for impl in method.impls}
         for name in chosen:
-            if name.removeprefix("-") not in {*known, "all", AUTO, FASTEST}:
-                raise unknown("impl", name, [*known, "all", AUTO, FASTEST], "see `ctxbench list impls`")
+            if name.removeprefix("-") not in {*known, "all", AUTO, SUPPORTED}:
+                raise unknown("impl", name, [*known, "all", AUTO, SUPPORTED], "see `ctxbench list impls`")
         if not chosen:
             raise UserError("the axis is empty")
         return chosen

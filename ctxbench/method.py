@@ -24,9 +24,11 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from ctxbench.picks import Choice, Pick
 
 MODES = ("forward", "train", "stream", "decode")
 MODE_HELP = {
@@ -189,7 +191,6 @@ class Impl:
         modes: modes it runs in; empty means all that the method has.
         positions: position encodings it takes; empty means all that the method takes.
         support: ``f(dims, params, device, dtype) -> Support`` or its ``"module:attribute"``, for anything finer.
-        faster_in: dtypes in which it is faster than ``blocked``, so that ``fastest`` means it wherever it is supported.
         defects: for ``as_written`` only: what the literal sketch gets wrong, as ``{probe: explanation}``. A probe is
             one of ``agreement, causality, batch_independence, receptive_field, state``. Such an impl is not compared
             with the reference; the gate demands instead that exactly these probes fail.
@@ -204,7 +205,6 @@ class Impl:
     modes: tuple[str, ...] = ()
     positions: tuple[str, ...] = ()
     support: Callable[..., Support] | str | None = None
-    faster_in: tuple[str, ...] = ()
     defects: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
@@ -247,6 +247,7 @@ class Method:
         layers: ``f(params) -> int``, the fewest layers the method can have.
         segment: parameter that holds the segment length of ``stream``; without one, streams use 512 tokens.
         cost: ``"module:attribute"`` of ``f(impl, mode, causal, position, params) -> ctxbench.cost.Cost``.
+        picks: the table of ``--impls auto``, first line first; ``portable`` and then the oracle follow the last one.
         reach: ``f(dims, params, i) -> range | set`` or its ``"module:attribute"``: the input positions that may
             influence output position ``i``. A range also promises that its ends do; a set promises nothing of the kind.
         equals: declared equivalences; ``claims``: audited statements of the source documents.
@@ -266,6 +267,7 @@ class Method:
     positions: tuple[str, ...] = ("none",)
     without_positions: Mapping[str, str] = field(default_factory=dict)
     impls: tuple[Impl, ...] = (Impl("reference"),)
+    picks: tuple[Pick, ...] = ()
     support: Callable[..., Support] | str | None = None
     layers: Callable[[Any], int] | None = None
     segment: str | None = None
@@ -297,6 +299,22 @@ class Method:
             if name is not None and name not in fields:
                 raise ValueError(f"method {self.name!r}: {role} {name!r} is not one of its parameters")
 
+        for pick in self.picks:
+            self._check_pick(pick)
+
+    def _check_pick(self, pick: Pick) -> None:
+        """A line of the table must speak of what there is; a sketch with defects is never picked."""
+        sound = [impl.name for impl in self.impls if not impl.defects]
+        sizes = {spec.name for spec in dataclasses.fields(Dims)} | {"head_dim"}
+        for what, given, known in (
+            ("impl", (pick.impl,), sound), ("device", pick.devices, ("cpu", "cuda")), ("dtype", pick.dtypes, DTYPES),
+            ("mode", pick.modes, MODES), ("size", pick.sizes, sizes),
+        ):  # fmt: skip
+            for name in given:
+                if name not in known:
+                    accepted = ", ".join(sorted(known))
+                    raise ValueError(f"method {self.name!r}: a pick names the {what} {name!r}; accepted are {accepted}")
+
     def impl(self, name: str) -> Impl:
         """Return the impl of that name; KeyError where there is none."""
         for impl in self.impls:
@@ -315,12 +333,37 @@ class Method:
         """Name of the fast path that runs everywhere: ``blocked``, or the oracle where there is none."""
         return "blocked" if any(impl.name == "blocked" for impl in self.impls) else self.oracle
 
-    def fastest(self, mode: str, dims: Dims, params: Params, device: str, dtype: str) -> str:
-        """Name of the impl that ``fastest`` means for a cell: one that says so, else the portable one."""
-        for impl in self.impls:
-            if dtype in impl.faster_in and self.impl_support(impl, mode, dims, params, device, dtype):
-                return impl.name
-        return self.portable
+    def pick(
+        self, mode: str, dims: Dims, params: Params, device: str, dtype: str, capability: int | None = None,
+        without: Sequence[str] = (),
+    ) -> Choice:  # fmt: skip
+        """The impl that ``auto`` means for a cell: that of the first line of ``picks`` that holds and can run there.
+
+        ``capability`` is that of the CUDA device, times ten, None where unknown; ``without`` names impls to leave out.
+        Where nothing can run, the answer is the portable impl, and its own ``impl_support`` says why not.
+        """
+        closing = tuple(Pick(name, why=f"{what} path") for name, what in self._everywhere if name not in without)
+        passed: list[str] = []
+        for line in (*self.picks, *closing):
+            if not line.speaks(mode, device.partition(":")[0], dtype, dims.causal):
+                continue
+            objection = line.objection(dims, capability)
+            if line.impl in without:
+                objection = "left out by name"
+            if not objection:
+                answer = self.impl_support(self.impl(line.impl), mode, dims, params, device, dtype)
+                if answer:
+                    return Choice(line.impl, line.why, line.measured, tuple(passed))
+                objection = answer.reason or "not supported"
+            if f"{line.impl}: {objection}" not in passed:
+                passed.append(f"{line.impl}: {objection}")
+        return Choice(self.portable, "nothing that auto knows runs here", False, tuple(passed))
+
+    @property
+    def _everywhere(self) -> tuple[tuple[str, str], ...]:
+        """What every table ends with: impls and what they are."""
+        oracle = (self.oracle, "the reference's")
+        return (oracle,) if self.portable == self.oracle else ((self.portable, "the portable fast"), oracle)
 
     def fewest_layers(self, params: Params) -> int:
         """The fewest layers the method can have with these parameters."""

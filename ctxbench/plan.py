@@ -13,12 +13,12 @@ import msgspec
 
 from ctxbench import shard as shards
 from ctxbench.cell import Cell
-from ctxbench.config import AUTO, FASTEST, Config
+from ctxbench.config import AUTO, SUPPORTED, Config
 from ctxbench.cost.figures import Evaluator, Figures
 from ctxbench.cost.roofline import Ceilings, Point, forecast
 from ctxbench.method import Impl, Method, Params
 from ctxbench.registry import Registry
-from ctxbench.rows import Forecast, Row, cell_of
+from ctxbench.rows import Forecast, Picked, Row, cell_of
 from ctxbench.units import format_bytes, format_flops, format_seconds, format_tokens
 
 RUNTIME_BYTES = 400 * 2**20  # an interpreter with torch loaded
@@ -28,7 +28,10 @@ ENDED_BADLY = ("oom", "timeout", "killed")  # at a length, and so expected at ev
 
 @dataclass
 class Planned:
-    """One cell of a plan. ``status`` is planned, unsupported, skipped or error; ``reason`` is empty when planned."""
+    """One cell of a plan. ``status`` is planned, unsupported, skipped or error; ``reason`` is empty when planned.
+
+    ``picked`` says why ``auto`` came to this cell's impl; None where ``auto`` was not asked or came to another.
+    """
 
     cell: Cell
     origin: str
@@ -38,6 +41,7 @@ class Planned:
     forecast: Forecast = field(default_factory=Forecast)
     figures: Figures | None = None
     formula_error: str = ""
+    picked: Picked | None = None
 
     @cached_property
     def series(self) -> tuple[Any, ...]:
@@ -69,12 +73,14 @@ def build(config: Config, registry: Registry, ceilings: dict[str, Ceilings], fin
     cells: dict[str, Planned] = {}
     for name in config.methods:
         entry = registry.entries[name]
-        for cell in _cells(config, entry.method):
+        for cell, picked in _cells(config, entry.method):
             if cell.key in cells:  # a method without a memory parameter has one cell for all memory sizes
+                cells[cell.key].picked = cells[cell.key].picked or picked
                 continue
             planned = _planned(cell, entry.method, entry.origin, evaluator)
-            # `auto` asks for what runs here; every other choice gets a row that says why it does not.
-            if planned.status != "unsupported" or AUTO not in config.impls or cell.impl in config.impls:
+            planned.picked = picked
+            # `supported` asks for what runs here; every other choice gets a row that says why it does not.
+            if planned.status != "unsupported" or SUPPORTED not in config.impls or picked or cell.impl in config.impls:
                 cells[cell.key] = planned
     chosen = list(cells.values())
     if config.shard:
@@ -155,7 +161,8 @@ def resident_bytes(planned: Planned) -> int:
     return runtime + elements * cell.itemsize + state
 
 
-def _cells(config: Config, method: Method) -> Iterator[Cell]:
+def _cells(config: Config, method: Method) -> Iterator[tuple[Cell, Picked | None]]:
+    """Every cell of a method, with the choice of ``auto`` where that was asked."""
     threads = config.protocol.threads
     for params, memory in _parameters(config, method):
         axes: Iterator[tuple[Any, ...]] = itertools.product(
@@ -182,21 +189,27 @@ def _cells(config: Config, method: Method) -> Iterator[Cell]:
                     params=params,
                     threads=threads,
                 )
-                if impl == FASTEST:
-                    cell = _fastest(cell, method)
-                    if f"-{cell.impl}" in config.impls:
-                        continue
-                yield cell
+                if impl != AUTO:
+                    yield cell, None
+                    continue
+                cell, picked = _pick(cell, method, config)
+                if f"-{cell.impl}" not in config.impls:
+                    yield cell, picked
 
 
-def _fastest(cell: Cell, method: Method) -> Cell:
-    """The cell with an impl for ``fastest``, which depends on its dtype, mode and device."""
+def _pick(cell: Cell, method: Method, config: Config) -> tuple[Cell, Picked]:
+    """The cell with the impl that ``auto`` means for its device, dtype, mode and shape, and why that one."""
+    without = [name[1:] for name in config.impls if name.startswith("-")]
     try:
-        params, dims = cell.params_for(method), cell.dims
-    except ValueError:  # values out of range; the support check of the cell says so
-        return msgspec.structs.replace(cell, impl=method.portable)
-    impl = method.fastest(cell.mode, dims, params, cell.device, cell.dtype)
-    return msgspec.structs.replace(cell, impl=impl)
+        choice = method.pick(
+            cell.mode, cell.dims, cell.params_for(method), cell.device, cell.dtype, config.capability.get(cell.device),
+            without,
+        )  # fmt: skip
+    except Exception as error:  # values out of range, or what a plug-in raises; the support check of the cell says so
+        why = f"the table could not be asked: {type(error).__name__}: {error}"
+        return msgspec.structs.replace(cell, impl=method.portable), Picked(why=why)
+    picked = Picked(why=choice.why, measured=choice.measured, passed=list(choice.passed))
+    return msgspec.structs.replace(cell, impl=choice.impl), picked
 
 
 def _parameters(config: Config, method: Method) -> Iterator[tuple[dict[str, Any], int | None]]:
@@ -215,7 +228,7 @@ def _impl_names(chosen: list[str], method: Method) -> list[str]:
     own = [impl.name for impl in method.impls]
     wanted: list[str] = []
     for name in chosen if not chosen[0].startswith("-") else ["all", *chosen]:
-        if name in ("all", AUTO):
+        if name in ("all", SUPPORTED):
             wanted += own
         elif name.startswith("-"):
             wanted = [other for other in wanted if other != name[1:]]
@@ -277,6 +290,7 @@ def as_row_fields(planned: Planned) -> dict[str, Any]:
         "cell": planned.cell.key,
         "status": planned.status,
         "reason": planned.reason,
+        "picked": None if planned.picked is None else msgspec.to_builtins(planned.picked),
         "forecast": msgspec.to_builtins(planned.forecast),
         "formula": None if planned.figures is None else msgspec.to_builtins(planned.figures),
     }

@@ -103,6 +103,20 @@ class Forecast(msgspec.Struct, kw_only=True):
     basis: str = ""
 
 
+class Picked(msgspec.Struct, kw_only=True):
+    """How ``--impls auto`` came to the row's impl: why, whether that was ever measured, which lines it passed over."""
+
+    asked: str = "auto"
+    why: str
+    measured: bool = False
+    passed: list[str] = []
+
+    def __str__(self) -> str:
+        seen = "" if self.measured else " (expected, not measured)"
+        over = f"; passed over {'; '.join(self.passed)}" if self.passed else ""
+        return f"{self.why}{seen}{over}"
+
+
 class Row(msgspec.Struct, kw_only=True):
     """One planned cell's outcome. Every planned cell yields exactly one row, whatever happened."""
 
@@ -137,6 +151,7 @@ class Row(msgspec.Struct, kw_only=True):
     energy_reason: str = ""
     gate: Gate | None = None
     forecast: Forecast | None = None
+    picked: Picked | None = None
     warnings: list[str] = []
     env_delta: dict[str, Any] = {}
     detail: str = ""

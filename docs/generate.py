@@ -78,7 +78,8 @@ def methods_page(methods: list[Method]) -> str:
         f"{BEGIN}",
         "Growth is in the sequence length T, by the method's own closed forms at its default parameters;\n"
         "`ctxbench describe METHOD` prints the formulas, and their values at any size. Derivations are in the README\n"
-        "of each method's folder. Sequential depth counts dependent steps, in evaluations of a layer.",
+        "of each method's folder. Sequential depth counts dependent steps, in evaluations of a layer. What\n"
+        "`--impls auto` takes is measured, or, with an asterisk, expected: not yet measured on such a device.",
         overview(methods),
         *(section(method) for method in methods),
     ]
@@ -131,6 +132,9 @@ def implementations(found: dict[str, Any]) -> str:
         lines.append(f"- `{impl['name']}`" + (f": {cell(impl['note'])}" if impl["note"] else ""))
         for probe, why in found["defects"].get(impl["name"], {}).items():
             lines.append(f"  - defect, {probe.replace('_', ' ')}: {cell(why)}")
+    if found["picks"]:
+        taken = [f"`{pick['impl']}`{'' if pick['measured'] else '*'} ({pick['where']})" for pick in found["picks"]]
+        lines += ["", f"`--impls auto` takes the first that holds and runs: {', '.join(taken)}."]
     return "\n".join(lines)
 
 

@@ -13,12 +13,13 @@ from ctxbench.cost.roofline import Ceilings
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One device: its title, FLOP/s by dtype, bytes/s and bytes of memory."""
+    """One device: its title, FLOP/s by dtype, bytes/s, bytes of memory, and compute capability times ten."""
 
     title: str
     flops_per_s: dict[str, float]
     bytes_per_s: float
     memory_bytes: int
+    capability: int
 
     @property
     def ceilings(self) -> Ceilings:
@@ -32,9 +33,13 @@ _HOPPER = {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12, "fp64": 67e12}
 
 DEVICES = {
     "a100": Device(
-        title="NVIDIA A100 80GB", bytes_per_s=2.039e12, memory_bytes=80 * 10**9,
+        title="NVIDIA A100 80GB", bytes_per_s=2.039e12, memory_bytes=80 * 10**9, capability=80,
         flops_per_s={"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12, "fp64": 19.5e12},
     ),
-    "h100": Device(title="NVIDIA H100 SXM", bytes_per_s=3.35e12, memory_bytes=80 * 10**9, flops_per_s=_HOPPER),
-    "h200": Device(title="NVIDIA H200 SXM", bytes_per_s=4.8e12, memory_bytes=141 * 10**9, flops_per_s=_HOPPER),
+    "h100": Device(
+        title="NVIDIA H100 SXM", bytes_per_s=3.35e12, memory_bytes=80 * 10**9, capability=90, flops_per_s=_HOPPER,
+    ),
+    "h200": Device(
+        title="NVIDIA H200 SXM", bytes_per_s=4.8e12, memory_bytes=141 * 10**9, capability=90, flops_per_s=_HOPPER,
+    ),
 }  # fmt: skip

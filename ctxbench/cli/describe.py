@@ -72,6 +72,10 @@ def describe(
         "dims": dataclasses.asdict(dims),
         "dtype": dtype,
         "costs": costs,
+        "picks": [
+            {"impl": pick.impl, "where": pick.condition, "why": pick.why, "measured": pick.measured}
+            for pick in method.picks
+        ],
         "deviations": list(method.deviations),
         "claims": [dataclasses.asdict(claim) for claim in method.claims],
         "equals": [f"{rule.when}: {rule.other}" for rule in method.equals],
@@ -215,6 +219,11 @@ def _print(method: Method, description: dict[str, Any], as_latex: bool, ctx: Com
         echo(f"  {impl['name']}: {answer}" + (f"; {impl['note']}" if impl["note"] else ""))
         for probe, why in description["defects"].get(impl["name"], {}).items():
             echo(f"    defect, {probe}: {why}")
+    if description["picks"]:
+        echo("\nWhat --impls auto takes, the first that holds and runs")
+    for pick in description["picks"]:
+        seen = "measured" if pick["measured"] else "expected, not measured"
+        echo(f"  {pick['impl']}: {pick['where']}; {pick['why']} ({seen})")
     _print_costs(description, as_latex)
     for heading, lines in (("Equivalent forms", description["equals"]), ("Deviations", description["deviations"])):
         if lines:

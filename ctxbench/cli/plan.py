@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import click
 
@@ -65,6 +65,7 @@ def _print(plan: Plan, predicted_s: float, ctx: Common) -> None:
     if rows:
         click.echo(table(["METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "DTYPE", "FLOPS", "TIME", "PEAK", ""], rows))
         click.echo()
+    _print_picks(plan)
     reasons = Counter((planned.status, _kind(planned)) for planned in plan.cells if planned.status != "planned")
     for (status, reason), count in reasons.most_common():
         click.echo(f"{count:>4} {status}: {reason}")
@@ -81,6 +82,16 @@ def _print(plan: Plan, predicted_s: float, ctx: Common) -> None:
         click.echo(
             "forecasts are uncalibrated: they rest on built-in ceilings until the first run measures this machine"
         )
+
+
+def _print_picks(plan: Plan) -> None:
+    """What ``auto`` came to and why, one line for all cells with the same answer."""
+    cells: dict[str, list[str]] = defaultdict(list)
+    for planned in plan.cells:
+        if planned.picked is not None:
+            cells[f"{planned.cell.impl}: {planned.picked}"].append(planned.cell.method)
+    for answer, methods in cells.items():
+        click.echo(f"{len(methods):>4} auto: {answer} [{', '.join(dict.fromkeys(methods))}]")
 
 
 def _line(planned: Planned) -> list[str]:

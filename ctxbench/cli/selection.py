@@ -24,8 +24,8 @@ SELECTION = (
         "--impls",
         "impls",
         "LIST",
-        "all, names, -NAME, fastest (blocked where a method has it, or what is faster in the dtype), or auto: only "
-        "what this machine supports, without rows for the rest.",
+        "all, names, -NAME, auto (one impl for each method, device, dtype, mode and shape, with the reason), or "
+        "supported: all that run on this machine, without rows for the rest.",
     ),
     ("--seq", "seq_len", "SIZES", "Lengths: 1k..128k doubles, 1k..128k*4, 1k..8k+1k, 1k,3k,10k."),
     ("--memory", "memory", "SIZES", "Memory sizes, for the parameter each method names; see `ctxbench list`."),

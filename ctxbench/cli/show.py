@@ -148,6 +148,8 @@ def _print_cell(row: Row, ctx: Common) -> None:
     echo(f"  sizes      {', '.join(f'{name} {getattr(row, name)}' for name in sizes)}")
     if row.params:
         echo(f"  params     {', '.join(f'{name} {value}' for name, value in row.params.items())}")
+    if row.picked is not None:
+        echo(f"  picked     by {row.picked.asked}: {row.picked}")
     if row.gate is not None:
         probes = ", ".join(f"{name} {result}" for name, result in row.gate.probes.items())
         passed = "passed" if row.gate.ok else "failed"

@@ -58,6 +58,8 @@ def target(suite: str | None, flags: Suite, folder: Path | None, registry: Regis
     config = resolve(name, stack, registry)
     if len(config.device) > 1:
         raise UserError(f"one device at a time, received {', '.join(config.device)}")
+    if device:
+        config = msgspec.structs.replace(config, capability={"cuda": device.capability})
     ceilings = device.ceilings if device else _ceilings(config, run)
     rows = run.rows if run and not device else ()
     if run and device:

@@ -22,7 +22,7 @@ def unmeasured_row(planned: Planned, status: str, reason: str, **fields: Any) ->
     """The row of a cell that has no number: its reason, its forecast and what its formulas say."""
     warnings = [Warn.FORMULA_FAILED(planned.formula_error)] if planned.formula_error else []
     return row_for(
-        planned.cell, status, reason, forecast=planned.forecast, warnings=warnings,
+        planned.cell, status, reason, forecast=planned.forecast, picked=planned.picked, warnings=warnings,
         **{**_by_formula(planned.figures), **fields},
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """BigBird: blocks of queries against two global blocks, their neighbours, and a few random blocks."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
 from ctxbench.implementations.bigbird.params import BigBirdParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -49,6 +50,7 @@ METHOD = Method(
             positions=("none", *ROPE, "t5", "alibi"),
         ),
     ),
+    picks=(BLOCKED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

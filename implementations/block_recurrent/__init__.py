@@ -1,5 +1,6 @@
 """Block-Recurrent Transformer: a sliding window, and one layer whose states read the tokens and are read by them."""
 
+from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
 from ctxbench.method import ROPE, Impl, Method, Paper
 
@@ -44,6 +45,7 @@ METHOD = Method(
             note="as triton, but windows after the first are replayed from a recording: no launches from Python",
         ),
     ),
+    picks=(BLOCKED, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

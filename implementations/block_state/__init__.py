@@ -1,5 +1,6 @@
 """Block attention with a state: full attention inside blocks, and a few vectors that pass from block to block."""
 
+from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
 from ctxbench.implementations.block_state.params import BlockStateParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -27,7 +28,7 @@ METHOD = Method(
         ),
         Impl(
             "slabs", run=f"{__name__}.slabs:attend", devices=("cpu",), dtypes=("bf16", "fp64"),
-            modes=("forward", "train", "stream"), positions=("none", *ROPE), faster_in=("bf16",),
+            modes=("forward", "train", "stream"), positions=("none", *ROPE),
             note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
         ),
         Impl(
@@ -61,6 +62,7 @@ METHOD = Method(
             note="as triton, but whole blocks are replayed from a recording: no launches from Python",
         ),
     ),
+    picks=(*SLABS, BLOCKED, DIAGONAL, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -1,5 +1,6 @@
 """Compressive memory: segments that retrieve items from a memory of recent tokens and learned compressions."""
 
+from ctxbench.implementations._shared.picks_table import BLOCKED, SLABS, TRITON
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -33,7 +34,6 @@ METHOD = Method(
             devices=("cpu",),
             dtypes=("bf16", "fp64"),
             modes=("forward", "train", "stream"),
-            faster_in=("bf16",),
             note="plain products by slabs of queries: the schedule of blocked, for bf16",
         ),
         Impl(
@@ -61,6 +61,7 @@ METHOD = Method(
             note="the source document's sketch, connected as simply as it can be",
         ),
     ),
+    picks=(*SLABS, BLOCKED, TRITON),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -1,5 +1,6 @@
 """Compressive Transformer: Transformer-XL whose oldest memories are compressed instead of dropped."""
 
+from ctxbench.implementations._shared.picks_table import BLOCKED, TRITON
 from ctxbench.implementations.compressive_transformer.params import CompressiveTransformerParams
 from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
 
@@ -34,6 +35,7 @@ METHOD = Method(
             note="fused kernels of our own: entries, memory and segment under one softmax, all segments in one launch",
         ),
     ),
+    picks=(BLOCKED, TRITON),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

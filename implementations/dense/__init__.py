@@ -2,6 +2,7 @@
 
 from ctxbench.implementations._shared.backends_table import BACKENDS
 from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.implementations._shared.picks_table import BLOCKED, DENSE, SLABS
 from ctxbench.method import POSITIONS, ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
@@ -24,7 +25,6 @@ METHOD = Method(
             devices=("cpu",),
             dtypes=("bf16", "fp64"),
             support=f"{__name__}.params:slabs_support",
-            faster_in=("bf16",),
             note="plain products by slabs of queries: bf16 at twice the fused kernel's speed",
         ),
         Impl(
@@ -44,6 +44,7 @@ METHOD = Method(
         ),
         *BACKENDS,
     ),
+    picks=(*SLABS, BLOCKED, *DENSE),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     claims=(

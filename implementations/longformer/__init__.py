@@ -1,6 +1,7 @@
 """Longformer: a sliding window for every token, and global tokens that see and are seen by all."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -57,6 +58,7 @@ METHOD = Method(
             note="the source document's sketch: a T x T mask filled by a Python loop in every call",
         ),
     ),
+    picks=(BLOCKED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

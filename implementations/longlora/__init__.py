@@ -1,6 +1,7 @@
 """LongLoRA's shifted sparse attention: causal groups, and half of the heads see groups shifted by half."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
 from ctxbench.implementations.longlora.params import LongLoRAParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -44,6 +45,7 @@ METHOD = Method(
             "PyTorch's FlexAttention, compiled, with block lists in closed form; nothing is rolled",
         ),
     ),
+    picks=(BLOCKED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(Equivalence("a group is at least twice the sequence", other="dense", params={"group": 256}),),

@@ -1,5 +1,6 @@
 """MELODI: windows that hand a short-term memory on in every layer, and a long-term memory in the middle one."""
 
+from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
 from ctxbench.implementations.melodi.params import MelodiParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -30,7 +31,6 @@ METHOD = Method(
             devices=("cpu",),
             dtypes=("bf16", "fp64"),
             modes=("forward", "train", "stream"),
-            faster_in=("bf16",),
             note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
         ),
         Impl(
@@ -59,6 +59,7 @@ METHOD = Method(
             note="as triton, but windows with full memories are replayed from a recording: no launches from Python",
         ),
     ),
+    picks=(*SLABS, BLOCKED, DIAGONAL, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -1,5 +1,6 @@
 """Memorizing Transformer: a sliding window, and one layer that also looks up its own past keys and values."""
 
+from ctxbench.implementations._shared.picks_table import BLOCKED, TRITON
 from ctxbench.implementations.memorizing.params import MemorizingParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -36,6 +37,7 @@ METHOD = Method(
             note="all segments look up in one launch, scores never leave a tile",
         ),
     ),
+    picks=(BLOCKED, TRITON),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

@@ -1,5 +1,8 @@
 """Memory bank: self-attention inside segments, and a bank of slots that carries what earlier segments wrote."""
 
+from dataclasses import replace
+
+from ctxbench.implementations._shared.picks_table import BLOCKED, SLABS, TRITON
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -38,7 +41,6 @@ METHOD = Method(
             dtypes=("bf16", "fp64"),
             modes=("forward", "train", "stream"),
             positions=("none", *ROPE),
-            faster_in=("bf16",),
             note="plain products by slabs of queries: the schedule of blocked, for bf16",
         ),
         Impl(
@@ -71,6 +73,7 @@ METHOD = Method(
             note="the source document's sketch",
         ),
     ),
+    picks=(replace(SLABS[0], modes=("forward",)), SLABS[1], BLOCKED, TRITON),  # in streams blocked was faster
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

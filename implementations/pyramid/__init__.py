@@ -1,6 +1,7 @@
 """Pyramid transformer: layers at several resolutions, each pooled from the one below, summed at the finest."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
 from ctxbench.implementations.pyramid.params import PyramidParams, fewest_layers
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -65,6 +66,7 @@ METHOD = Method(
             note="the source document's sketch",
         ),
     ),
+    picks=(BLOCKED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

@@ -1,5 +1,6 @@
 """Recurrent memory transformer: memory tokens around every segment carry what the next one reads."""
 
+from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP, SLABS
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -30,7 +31,6 @@ METHOD = Method(
             devices=("cpu",),
             dtypes=("bf16", "fp64"),
             modes=("forward", "train", "stream"),
-            faster_in=("bf16",),
             note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
         ),
         Impl(
@@ -51,6 +51,7 @@ METHOD = Method(
             note="as triton, but whole segments are replayed from a recording: no launches from Python",
         ),
     ),
+    picks=(*SLABS, BLOCKED, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

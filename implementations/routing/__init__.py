@@ -1,5 +1,6 @@
 """Routing Transformer: local heads beside heads whose tokens attend inside clusters found by online k-means."""
 
+from ctxbench.implementations._shared.picks_table import BLOCKED, TRITON
 from ctxbench.implementations.routing.params import RoutingParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -45,6 +46,7 @@ METHOD = Method(
             note="gathers the rows of a cluster inside the kernel; FLOPs of strict heads are those of blocked",
         ),
     ),
+    picks=(BLOCKED, TRITON),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

@@ -1,5 +1,6 @@
 """Segment-recurrent transformer: every layer remembers some of its own outputs from segment to segment."""
 
+from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -69,6 +70,7 @@ METHOD = Method(
             note="the source document's sketch, attention moved to the token axis",
         ),
     ),
+    picks=(BLOCKED, DIAGONAL, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -1,6 +1,7 @@
 """Transformer-XL: segments that attend to the previous layer's earlier inputs, with relative positions."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams
 from ctxbench.method import POSITIONS, Claim, Impl, Method, Paper
 
@@ -58,6 +59,7 @@ METHOD = Method(
             note="the source document's sketch, quadratic and not causal",
         ),
     ),
+    picks=(BLOCKED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -1,7 +1,7 @@
 """What fraction of matrix-product speed the linear methods reach at 32k tokens.
 
 The baseline is a plain product repeated until it has done the same FLOPs, so a ratio is the fraction. A method is
-one layer without feed-forward network: norm, projections, mixing; its impl is the one that ``fastest`` means in the
+one layer without feed-forward network: norm, projections, mixing; its impl is the one that ``auto`` means in the
 dtype.
 """
 
@@ -48,7 +48,7 @@ def linear_methods(dtype: str) -> list[tuple[Method, str, Dims, int]]:
             TOKENS, d_ff=0, causal=method.causal[0], position=method.positions[0],
             num_layers=method.fewest_layers(params),
         )  # fmt: skip
-        impl = method.fastest("forward", dims, params, "cpu", dtype)
+        impl = method.pick("forward", dims, params, "cpu", dtype).impl
         cost = method.cost_of(impl, "forward", dims.causal, dims.position, params)
         if cost is not None and big_o(total(cost.flops)) == "O(T)":
             values = bindings(dims, params, DTYPE_BYTES[dtype], method.segment_len(params))

@@ -114,7 +114,7 @@ def test_a_suite_with_a_wrong_key_names_it(ctxbench: Callable[..., Any], tmp_pat
     assert "batch_size" in result.err
 
 
-def test_the_fastest_impl_depends_on_the_dtype(ctxbench: Callable[..., Any]) -> None:
+def test_what_auto_picks_depends_on_the_dtype_and_is_told_with_its_reason(ctxbench: Callable[..., Any]) -> None:
     arguments = (
         "plan",
         "--methods",
@@ -127,11 +127,18 @@ def test_the_fastest_impl_depends_on_the_dtype(ctxbench: Callable[..., Any]) -> 
         "fp32,bf16",
         "--json",
     )
-    cells = ctxbench(*arguments, "--impls", "fastest").json["cells"]
+    cells = ctxbench(*arguments, "--impls", "auto").json["cells"]
     assert {(cell["method"], cell["dtype"], cell["impl"]) for cell in cells} == {
         ("rmt", "fp32", "blocked"), ("rmt", "bf16", "slabs"),
         ("longformer", "fp32", "blocked"), ("longformer", "bf16", "blocked"),
     }  # fmt: skip
-    without = ctxbench(*arguments, "--impls", "fastest,-slabs").json["cells"]
-    assert {cell["impl"] for cell in without} == {"blocked"}
-    assert len(without) == 3
+    without = ctxbench(*arguments, "--impls", "auto,-slabs").json["cells"]
+    assert [cell["impl"] for cell in without] == ["blocked"] * 4
+    (left,) = [cell["picked"] for cell in without if (cell["method"], cell["dtype"]) == ("rmt", "bf16")]
+    assert left == {
+        "asked": "auto", "why": "the portable fast path", "measured": False, "passed": ["slabs: left out by name"],
+    }  # fmt: skip
+    told = ctxbench(*arguments[:-1], "--impls", "auto").out
+    assert "   1 auto: slabs: plain products use bf16 units that the fused kernel leaves idle [rmt]" in told
+    assert "   2 auto: blocked: no sound impl of the published run is faster" in told
+    assert "[longformer, rmt]" in told

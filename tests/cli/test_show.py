@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ctxbench.cell import Cell
-from ctxbench.rows import Flops, Forecast, Gate, Latency, PeakBytes, row_for
+from ctxbench.rows import Flops, Forecast, Gate, Latency, PeakBytes, Picked, row_for
 from ctxbench.run.store import Store
 from ctxbench.text import Warn
 
@@ -28,6 +28,7 @@ def folder(tmp_path: Path) -> Path:
                 cell, "ok", latency_s=latency, gate=Gate(ok=True, probes={"causality": "passed"}),
                 peak_bytes=PeakBytes(allocated=2**20, formula=2**20), flops=Flops(counted=123, formula=123),
                 forecast=Forecast(latency_s=0.01, basis="roofline"), warnings=[Warn.CONTENDED("1 of 2")],
+                picked=Picked(why="planted", passed=["slabs: left out by name", "flex: no compiler"]),
             )
         )  # fmt: skip
         failed = Cell(method="dense", impl="reference", seq_len=8192)
@@ -50,6 +51,9 @@ def test_a_cell_shows_samples_gate_warnings_and_forecast(name: str, folder: Path
     parts = ["process 0: stopped by budget", "10 more (-v)", "process 1: stopped by n=1, contended", "window 3"]
     for part in [*parts, "causality passed", "1.00 MiB", "(123)", "roofline", "close other programs"]:
         assert part in out
+    assert (
+        "  picked     by auto: planted (expected, not measured); passed over slabs: left out by name; flex: no" in out
+    )
     assert "8k" not in out
     assert "more (-v)" not in ctxbench("show", folder, name, "-v").out
 

@@ -1,0 +1,213 @@
+"""The table of ``--impls auto``: lines hold or say why not, every method's own table is sound, rows keep the reason."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ctxbench.cell import Cell
+from ctxbench.config import compute_capability
+from ctxbench.method import DTYPES, MODES, Dims, Impl, Method, Pick, no
+from ctxbench.registry import discover
+from ctxbench.rows import Picked, decode, encode, row_for
+from ctxbench.run.store import read_rows
+
+PUBLISHED = Path(__file__).parents[2] / "reports" / "published" / "cpu" / "rows.jsonl"
+METHODS = [method for method in discover() if method.picks]
+
+WIDE = Method(
+    name="wide", build=lambda *_: None, modes=("forward", "train"), causal=(True, False),
+    impls=(
+        Impl("reference"),
+        Impl("blocked"),
+        Impl("absent", needs=("a-package-that-nobody-has",)),
+        Impl("new", devices=("cuda",)),
+        Impl("even", support=lambda dims, params, device, dtype: no("odd lengths") if dims.seq_len % 2 else True),
+        Impl("sketch", defects={"agreement": "planted"}),
+    ),
+    picks=(
+        Pick("absent", devices=("cuda",), why="the best if it were there"),
+        Pick("new", devices=("cuda",), dtypes=("bf16",), capability=90, causal=(True,), why="for Hopper"),
+        Pick("even", modes=("train",), sizes={"seq_len": (64, 512), "head_dim": (1, 64)}, why="seen", measured=True),
+    ),
+)  # fmt: skip
+
+
+def pick(
+    mode: str = "forward", device: str = "cpu", dtype: str = "fp32", *, capability: int | None = None,
+    without: tuple[str, ...] = (), **sizes: Any,
+) -> tuple[str, list[str]]:  # fmt: skip
+    dims = Dims(**{"seq_len": 128, **sizes})
+    choice = WIDE.pick(mode, dims, WIDE.params(), device, dtype, capability, without)
+    return choice.impl, list(choice.passed)
+
+
+def test_the_first_line_that_holds_and_runs_is_taken() -> None:
+    missing = "absent: needs the package a-package-that-nobody-has, which is not installed"
+    assert pick("forward", "cuda:1", "bf16", capability=90) == ("new", [missing])
+    assert pick("forward", "cuda", "fp32", capability=90) == ("blocked", [missing])
+    assert pick("forward", "cuda", "bf16", capability=90, causal=False) == ("blocked", [missing])
+    assert pick() == ("blocked", [])
+    choice = WIDE.pick("train", Dims(seq_len=64), WIDE.params(), "cpu", "fp32")
+    assert choice == ("even", "seen", True, ())
+    assert WIDE.pick("forward", Dims(seq_len=64), WIDE.params(), "cpu", "fp32").why == "the portable fast path"
+
+
+def test_what_was_passed_over_says_why() -> None:
+    assert pick("train", seq_len=127) == ("blocked", ["even: odd lengths"])
+    assert pick("train", seq_len=62) == ("blocked", ["even: taken at a seq_len from 64 to 512, received 62"])
+    assert pick("train", num_heads=2) == ("blocked", ["even: taken at a head_dim up to 64, received 128"])
+    _, old = pick("forward", "cuda", "bf16", capability=86)
+    assert old[1:] == ["new: wants compute capability 9.0, this device has 8.6"]
+    _, unknown = pick("forward", "cuda", "bf16")
+    assert unknown[1:] == ["new: wants compute capability 9.0, and its device's compute capability is unknown"]
+
+
+def test_impls_that_are_left_out_by_name_make_way_for_the_next() -> None:
+    assert pick("train", without=("even",)) == ("blocked", ["even: left out by name"])
+    assert pick("train", without=("even", "blocked")) == ("reference", ["even: left out by name"])
+
+
+def test_a_method_without_a_table_is_picked_by_what_every_table_ends_with() -> None:
+    plain = Method(name="plain", build=lambda *_: None, impls=(Impl("only", devices=("cuda",)),))
+    choice = plain.pick("forward", Dims(seq_len=8), plain.params(), "cpu", "fp32")
+    assert choice.impl == "only"
+    assert choice.why == "nothing that auto knows runs here"
+    assert choice.passed == ("only: only runs on cuda, not on cpu",)
+
+
+@pytest.mark.parametrize(
+    ("line", "accepted"),
+    [
+        (Pick("fast"), "the impl 'fast'; accepted are absent, blocked, even, new, reference"),
+        (Pick("sketch"), "the impl 'sketch'"),
+        (Pick("blocked", devices=("gpu",)), "the device 'gpu'; accepted are cpu, cuda"),
+        (Pick("blocked", dtypes=("int8",)), "the dtype 'int8'"),
+        (Pick("blocked", modes=("backward",)), "the mode 'backward'"),
+        (Pick("blocked", sizes={"length": (1, 2)}), "the size 'length'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_line_about_what_does_not_exist_is_refused(line: Pick, accepted: str) -> None:
+    with pytest.raises(ValueError, match="method 'wide': a pick names") as caught:
+        Method(name="wide", build=WIDE.build, impls=WIDE.impls, picks=(line,))
+    assert accepted in str(caught.value)
+
+
+def test_a_line_says_where_it_holds() -> None:
+    line = Pick("x", ("cuda",), ("bf16", "fp16"), ("forward",), (True,), 90, {"seq_len": (2048, inf)})
+    assert line.condition == "cuda from 9.0 on, bf16 or fp16, forward, causal, seq_len from 2048 on"
+    assert Pick("x").condition == "everywhere"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_table_picks_one_sound_impl_that_runs_wherever_one_does(method: Method) -> None:
+    params = method.params()
+    shapes = itertools.product((1, 1024, 131072), (16, 64, 256), (1, 4), method.causal or (True,))
+    used, runs = set(), set()
+    for length, width, layers, causal in shapes:
+        layers = max(layers, method.fewest_layers(params))
+        dims = Dims(length, d_model=4 * width, num_layers=layers, causal=causal, position=method.positions[0])
+        for mode, (device, capability), dtype in itertools.product(
+            MODES, (("cpu", None), ("cuda", None), ("cuda", 80), ("cuda", 90)), DTYPES
+        ):
+            if not method.mode_support(mode, dims, params):
+                continue
+            choice = method.pick(mode, dims, params, device, dtype, capability)
+            impl = method.impl(choice.impl)
+            used.add(choice.impl)
+            lines = [line for line in method.picks if line.speaks(mode, device, dtype, causal)]
+            runs |= {
+                line.impl
+                for line in lines
+                if method.impl_support(method.impl(line.impl), mode, dims, params, device, dtype)
+            }
+            assert not impl.defects
+            assert method.impl_support(impl, mode, dims, params, device, dtype), (choice, mode, device, dtype)
+            assert choice.why
+            assert not (choice.measured and device == "cuda")  # nobody has measured there yet
+    assert not runs - used, "lines that are never taken"
+
+
+def test_what_is_marked_as_measured_is_not_beaten_in_the_published_run() -> None:
+    methods = {method.name: method for method in METHODS}
+    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in map(decode, PUBLISHED.read_bytes().splitlines()):
+        if row.measured and not methods[row.method].impl(row.impl).defects:
+            cells.setdefault((row.method, row.seq_len), {})[row.impl] = row
+    compared = 0
+    for (name, _), rows in cells.items():
+        row = next(iter(rows.values()))
+        method, cell = methods[name], Cell(**{field: getattr(row, field) for field in Cell.__struct_fields__})
+        choice = method.pick(cell.mode, cell.dims, cell.params_for(method), cell.device, cell.dtype)
+        assert choice.measured, (name, cell.dtype)
+        if choice.impl in rows and len(rows) > 1:
+            compared += 1
+            fastest = min(rows.values(), key=lambda other: other.latency_s.median)
+            assert rows[choice.impl].latency_s.low <= 1.05 * fastest.latency_s.high, (name, cell.seq_len, fastest.impl)
+    assert compared >= len(METHODS)
+
+
+def test_auto_is_one_cell_for_each_method_and_mode_with_its_reason(lab: Any) -> None:
+    lab.add(WIDE)
+    plan = lab.plan(methods="wide,square", impls="auto", seq_len="127,128", mode="forward,train")
+    found = {(p.cell.method, p.cell.mode, p.cell.seq_len): p for p in plan.cells}
+    assert len(found) == len(plan.cells) == 8
+    assert {p.status for p in plan.cells} == {"planned"}
+    assert found["wide", "train", 128].cell.impl == "even"
+    assert found["wide", "train", 128].picked == Picked(why="seen", measured=True)
+    assert found["wide", "train", 127].picked == Picked(why="the portable fast path", passed=["even: odd lengths"])
+    assert found["square", "train", 128].cell.impl == "reference"  # it has no impl called blocked, and no table
+
+
+def test_auto_beside_all_marks_the_cell_it_would_have_picked(lab: Any) -> None:
+    lab.add(WIDE)
+    plan = lab.plan(methods="wide", impls="all,auto", seq_len="128", mode="train")
+    assert [p.cell.impl for p in plan.cells] == [impl.name for impl in WIDE.impls]
+    assert [p.cell.impl for p in plan.cells if p.picked] == ["even"]
+
+
+def test_leaving_out_everything_that_auto_knows_leaves_no_cell(lab: Any) -> None:
+    assert not lab.plan(methods="square", impls="auto,-reference", seq_len="128").cells
+
+
+def test_a_table_that_cannot_be_asked_is_the_portable_impl_and_its_own_error(lab: Any) -> None:
+    def explode(*_: Any) -> Any:
+        raise RuntimeError("boom")
+
+    impls = (Impl("reference"), Impl("fast", support=explode))
+    lab.add(Method(name="bad", build=explode, impls=impls, picks=(Pick("fast"),)))
+    (planned,) = lab.plan(methods="bad", impls="auto", seq_len="128").cells
+    assert (planned.cell.impl, planned.status) == ("reference", "planned")
+    assert planned.picked.why == "the table could not be asked: RuntimeError: boom"
+
+
+def test_the_row_of_a_picked_cell_keeps_the_reason_and_continues_as_any_other(lab: Any) -> None:
+    lab.add(WIDE)
+    config = lab.config(methods="wide", impls="auto", seq_len="127,128", mode="train")
+    lab.run(lab.machine(), config)
+    rows = {row.seq_len: row for row in read_rows(lab.folder / "run")}
+    assert {length: row.impl for length, row in rows.items()} == {127: "blocked", 128: "even"}
+    assert rows[127].picked == Picked(why="the portable fast path", passed=["even: odd lengths"])
+    assert decode(encode(rows[127])) == rows[127]
+    assert rows[127].cell == row_for(Cell(**{n: getattr(rows[127], n) for n in Cell.__struct_fields__}), "ok").cell
+    again = lab.machine()
+    lab.run(again, config)
+    assert not [task for task in again.tasks if task.cell is not None]
+
+
+def test_the_capability_of_a_device_comes_from_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetCudaComputeCapability=lambda handle: ((9, 0), (8, 6))[handle],
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    assert [compute_capability(name) for name in ("cuda", "cuda:1", "cuda:2", "cpu")] == [90, 86, None, None]
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert compute_capability("cuda") is None
