@@ -44,9 +44,17 @@ const paint = ({ data, layout }) => {
   const hoverlabel = { ...layout.hoverlabel, bgcolor: color("--panel"), bordercolor: color("--line"), font: { ...layout.hoverlabel.font, color: color("--ink") } };
   return [data.map(ink).map(mark), { ...layout, ...axes, hoverlabel, font: { ...layout.font, color: color("--muted") } }];
 };
+// A chart with a name a row: on a narrow screen the names stand above their rows instead of beside them.
+const rowed = (spec, plot) => {
+  const rows = spec.layout.meta?.rows, narrow = plot.clientWidth < 520, { yaxis } = spec.layout;
+  if (!rows) return spec;
+  plot.style.height = `${5 + (narrow ? 2 : 1.35) * rows}rem`;
+  const above = (y, i) => ({ xref: "paper", x: 0, xanchor: "left", y, yanchor: "bottom", yshift: 4, text: yaxis.ticktext[i], showarrow: false, font: { size: 11 } });
+  const annotations = narrow ? yaxis.tickvals.map(above) : [];
+  return { ...spec, layout: { ...spec.layout, yaxis: { ...yaxis, showticklabels: !narrow }, annotations } };
+};
 const draw = (plot) => {
-  const spec = figures[keyOf(plot)] || { data: [], layout: {} };
-  if (spec.layout.meta?.rows) plot.style.height = `${5 + 1.35 * spec.layout.meta.rows}rem`;
+  const spec = rowed(figures[keyOf(plot)] || { data: [], layout: {} }, plot);
   Plotly.react(plot, ...paint(spec.layout.meta?.unit ? overview(spec) : linked(spec)), config);
   plot.dataset.drawn = "";
 };

@@ -16,7 +16,7 @@ from ctxbench.reports.figures.plotly_json import axis, layout, note, scatter, ti
 from ctxbench.reports.palette import MPL_DASHES, MPL_MARKERS, Style
 from ctxbench.units import format_tokens
 
-INTENSITY = "arithmetic intensity (FLOP per byte moved)"
+INTENSITY = "intensity (FLOP per byte moved)"
 COLUMNS = ["series", "seq_len", "dtype", "intensity", "least", "rate", "low", "high", "share", "hover"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 
@@ -277,6 +278,34 @@ def test_labels_neither_collide_nor_leave_their_chart_on_wide_and_narrow_screens
             }).length"""
         )
         assert outside == 0
+
+
+def test_on_a_narrow_screen_the_names_of_rows_stand_above_them_inside_the_chart(visit):
+    page = visit("scaling", viewport={"width": 360, "height": 740})
+    page.locator("#crossovers .plot").scroll_into_view_if_needed()
+    page.wait_for_selector("#crossovers .plot[data-drawn] .annotation-text")
+    names, boxes, frame = page.evaluate(
+        """(() => {
+            const plot = document.querySelector('#crossovers .plot');
+            const box = node => node.getBoundingClientRect().toJSON();
+            const names = [...plot.querySelectorAll('.annotation-text')];
+            return [plot.layout.yaxis.ticktext, names.map(box), box(plot)];
+        })()"""
+    )
+    assert len(boxes) == len(names) > 0
+    assert page.locator("#crossovers .ytick text").count() == 0
+    assert all(frame["left"] - 1 <= box["left"] and box["right"] <= frame["right"] + 1 for box in boxes)
+    tops = sorted(boxes, key=lambda box: box["top"])
+    assert all(upper["bottom"] <= lower["top"] + 1 for upper, lower in itertools.pairwise(tops))
+
+
+def test_printed_tables_fit_a_page_in_landscape(visit):
+    page = visit("scaling", viewport={"width": 1040, "height": 720})
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    for table in ("#cells", "#audit table"):
+        edges = page.eval_on_selector_all(table, "nodes => nodes.map(node => node.getBoundingClientRect().right)")
+        assert max(edges) <= 1040
 
 
 def test_without_javascript_figures_and_tables_are_there(visit):
