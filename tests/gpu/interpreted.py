@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ctxbench.implementations._shared import lines, tiles
+from ctxbench.implementations._shared import lines, relative_tiles, tiles
 from ctxbench.implementations._shared.flash_table import Config
+from ctxbench.implementations._shared.relative_table import Stair
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -55,7 +56,8 @@ class Counted:
 
     def all_of(self, *kernels: str) -> None:
         """Fail unless each of them was launched, over ranges or over lists."""
-        assert {name.removeprefix("listed_").removesuffix("_kernel") for name in self.launches} >= set(kernels)
+        launched = {name.removesuffix("_kernel").rpartition("_")[2] for name in self.launches}
+        assert launched >= set(kernels), launched
 
     def _watch(self) -> None:
         from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
@@ -96,6 +98,8 @@ class Counted:
 
 def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None:
     """The closed form of one launch from its arguments; None for kernels that have none."""
+    if module in ("relative_kernels", "relative_backward"):
+        return of_relative(name.removesuffix("_kernel").removeprefix("relative_"), given)
     if module not in ("flash", "flash_bias", "flash_lists"):
         return None
     q, chosen = given["Q"], Config(given["ROWS"], given["COLUMNS"], 0, 0)
@@ -117,4 +121,21 @@ def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None
     return tiles.attended(
         kernel, chosen, queries, ranges, width, q.element_size(), heads=batch * heads, group=given.get("GROUP", 1),
         farthest=given["farthest"], through_lse=bool(given.get("THROUGH_LSE")),
+    )  # fmt: skip
+
+
+def of_relative(kernel: str, given: dict[str, Any]) -> tiles.Work:
+    """The same for the kernels of the relative term."""
+    bounds = {name: given.get(name, 0) for name in Stair._fields if name not in ("band", "causal")}
+    stair = Stair(**bounds | {"band": int(given["BAND"]), "causal": int(given["CAUSAL"])})
+    operand = given["K"]
+    batch, heads, count, width = operand.shape
+    of_entries = kernel == "dkv" and given["FAR"]
+    one = relative_tiles.Launch(
+        given["T"], 0 if of_entries else given["S"], count if of_entries else given.get("entries", 0) * given["FAR"],
+        given["distances"], width, operand.element_size(), given["SIDE"], stair,
+    )  # fmt: skip
+    return relative_tiles.launched(
+        kernel, one, heads=batch * heads, of_entries=of_entries, split=bool(given.get("SPLIT")),
+        parts=given.get("splits", 1),
     )  # fmt: skip

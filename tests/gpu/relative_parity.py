@@ -11,7 +11,7 @@ import json
 
 import torch
 from flash_parity import relative as error
-from interpreted import INTERPRETED, check_integers, spare
+from interpreted import INTERPRETED, Counted, check_integers, spare
 
 from ctxbench.implementations._shared import relative_fused as kernels
 from ctxbench.implementations._shared.relative_table import Stair, Tile
@@ -126,6 +126,7 @@ def sum_of_parts(q, u, w, k, v, r, entry, seen, distance, own):
 
 def main() -> None:
     spare()
+    counted = Counted()
     runs = [(name, "fp32") for name in CASES] + [(name, "fp16") for name in SOME]
     if INTERPRETED:
         kernels.tile = lambda *_: Tile(16, 4, 1)
@@ -137,6 +138,8 @@ def main() -> None:
         widths = (16,) if INTERPRETED else (16, 24) if dtype == "fp32" else (16, 48, 64)
         for width in widths:
             print(json.dumps([f"{name}, {width}", dtype, parity(*CASES[name], width, DTYPES[dtype])]), flush=True)
+    if INTERPRETED:
+        counted.all_of("forward", "dq", "dkv", "dr")
 
 
 if __name__ == "__main__":
