@@ -20,7 +20,7 @@ METRICS = {
     "state_bytes": "bytes that must survive between calls",
     "num_parameters": "trainable elements",
     "flops": "algorithmic, by formula, counted by the dispatcher",
-    "bytes_moved": "operand and result bytes of all operators, unfused",
+    "bytes_moved": "operands and results of every operator, each once; a fused kernel is one operator",
     "energy_j": "joules a call, only where a counter exists",
 }
 

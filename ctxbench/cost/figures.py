@@ -20,7 +20,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int
     state_bytes: int
     peak_bytes: int | None = None
-    bytes_moved: int | None = None
+    least_bytes: int | None = None
     depth: int | None = None
 
 
@@ -39,7 +39,7 @@ class Evaluator:
             name: None if formula is None else evaluate(formula, values)
             for name, formula in (
                 ("peak_bytes", cost.peak_bytes),
-                ("bytes_moved", cost.bytes_moved),
+                ("least_bytes", cost.least_bytes),
                 ("depth", cost.depth),
             )
         }

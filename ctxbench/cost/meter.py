@@ -52,7 +52,7 @@ class Trace:
     Attributes:
         flops: matmul-like FLOPs; ``by_op`` splits them.
         peak_bytes: most bytes alive at once above what was live before the call.
-        bytes_moved: sum of operand and result sizes over all operators: the unfused upper bound.
+        bytes_moved: operands and results of every operator, each once; a fused kernel is one operator.
         uncounted: operators that may multiply matrices and have no formula, with how often they ran.
         coverage: share of ``bytes_moved`` whose operator is understood.
         untraceable: the operator that stopped the tracer (a shape that depends on a value), else empty.

@@ -29,7 +29,7 @@ class Cost:
         state_bytes: bytes carried after T tokens; 0 for a method that carries nothing.
         peak_bytes: allocator peak above parameters, inputs and incoming state, output included. ``train`` adds the
             gradients. None where it is not known.
-        bytes_moved: least memory traffic: inputs, outputs, weights and state once. None: derived from the others.
+        least_bytes: traffic no program avoids: inputs, outputs, weights and state once. None: derived from the others.
         depth: length of the chain of dependent steps, in layer evaluations (L when a layer is one step).
     """
 
@@ -38,7 +38,7 @@ class Cost:
     num_parameters: Expr
     state_bytes: Expr = field(default_factory=lambda: sympy.Integer(0))
     peak_bytes: Expr | None = None
-    bytes_moved: Expr | None = None
+    least_bytes: Expr | None = None
     depth: Expr | None = None
 
 

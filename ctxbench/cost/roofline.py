@@ -167,8 +167,8 @@ def _train_factor(cell: Cell) -> float:
 
 def _least_traffic(cell: Cell, figures: Figures) -> float:
     """Inputs, outputs, weights and, when decoding, the state, each touched once."""
-    if figures.bytes_moved is not None:
-        return figures.bytes_moved
+    if figures.least_bytes is not None:
+        return figures.least_bytes
     tokens = cell.batch_size * (1 if cell.mode == "decode" else cell.seq_len)
     state = figures.state_bytes if cell.mode == "decode" else 0
     return least_bytes(cell.itemsize, tokens, cell.d_model, figures.num_parameters, state)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations._shared.decode_table import FEW, WIDEST, config, splits, visible_pairs
+from ctxbench.implementations._shared.decode_table import FEW, WIDEST, chunk, config, visible_pairs
 from ctxbench.implementations._shared.flash_table import padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -122,9 +122,9 @@ def _decode(
     B, H, T, D = q.shape
     heads, capacity = k.shape[1], k.shape[2]
     group, chosen = H // heads, config(D, q.element_size())
-    tiles, of_queries = triton.cdiv(keys, chosen.columns), triton.cdiv(group * T, chosen.rows)
-    chunk = triton.cdiv(tiles, splits(B * heads * of_queries, tiles)) * chosen.columns
-    parts = triton.cdiv(keys, chunk)
+    of_queries = triton.cdiv(group * T, chosen.rows)
+    part = chunk(B * heads * of_queries, keys, chosen.columns)
+    parts = triton.cdiv(keys, part)
     out, lse = _decode_fake(q, k, v, keys, start, sinks, causal, scale)
     partial, partial_lse = out[None], lse  # of one part there is nothing to merge
     if parts > 1:
@@ -133,7 +133,7 @@ def _decode(
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'
         partial_kernel[parts, B * heads, of_queries](
             q, k, v, partial, partial_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *partial.stride()[:4],
-            heads, T, capacity, keys, start, sinks, chunk, scale, GROUP=group, ROWS=chosen.rows,
+            heads, T, capacity, keys, start, sinks, part, scale, GROUP=group, ROWS=chosen.rows,
             COLUMNS=chosen.columns, CAUSAL=causal and T > 1, RING=start > 0, num_warps=chosen.warps,
             num_stages=chosen.stages, **shared,
         )  # fmt: skip

@@ -34,6 +34,12 @@ def splits(heads: int, tiles: int) -> int:
     return max(1, min(tiles, -(-BLOCKS // heads)))
 
 
+def chunk(heads: int, keys: int, columns: int) -> int:
+    """Keys of each part but the last: whole tiles of ``columns`` keys."""
+    tiles = -(-keys // columns)
+    return -(-tiles // splits(heads, tiles)) * columns
+
+
 def visible_pairs(queries: int, keys: int, causal: bool) -> int:
     """How many (query, key) pairs a call has; causal: the last query sees all keys, each one before it one less."""
     hidden = queries * (queries - 1) // 2 if causal else 0

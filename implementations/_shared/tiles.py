@@ -135,6 +135,26 @@ def listed(
     return once * heads + Work(steps, 0, steps * PRODUCTS[kernel], loaded)
 
 
+def decoded(
+    rows: int, columns: int, queries: int, keys: int, part: int, width: int, itemsize: int, *, heads: int = 1,
+    group: int = 1,
+) -> tuple[Work, Work]:  # fmt: skip
+    """The launches of ``decode`` for ``heads`` heads of keys of all batches: parts of ``part`` keys, and their merging.
+
+    ``group`` query heads share a head of keys; their queries are rows of one tile. One part needs no merging.
+    """
+    row, parts, packed = width * itemsize, -(-keys // part), heads * group * queries
+    steps = heads * -(-group * queries // rows) * -(-keys // columns)
+    read = heads * -(-group * queries // rows) * keys
+    kept = row if parts == 1 else width * NUMBER  # partial results are in float32
+    partial = Work(
+        steps, 0, 2 * steps, loaded=2 * read * row + parts * packed * row, stored=parts * packed * (kept + NUMBER)
+    )
+    if parts == 1:
+        return partial, Work()
+    return partial, Work(loaded=packed * parts * (width + 1) * NUMBER, stored=packed * (row + NUMBER))
+
+
 def _of_rows(kernel: str, chosen: Config, queries: int, one: Keys, row: int, farthest: int) -> Work:
     """What tiles of queries, of one head, do with one range."""
     work, block = Work(), chosen.columns

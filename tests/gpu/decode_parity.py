@@ -9,7 +9,7 @@ import json
 
 import torch
 from flash_parity import relative
-from interpreted import INTERPRETED, check_integers, spare
+from interpreted import INTERPRETED, Counted, check_integers, spare
 
 from ctxbench.implementations._shared import decode as kernels
 from ctxbench.implementations._shared.decode_table import Config
@@ -67,6 +67,7 @@ def dense() -> dict[str, float]:
 
 def main() -> None:
     spare()
+    counted = Counted()
     if INTERPRETED:
         kernels.config = lambda *_: Config(16, 16, 4, 1)
     else:
@@ -77,6 +78,8 @@ def main() -> None:
         check_integers(dtype == "fp16")
         print(json.dumps([name, dtype, parity(*CASES[name], DTYPES[dtype])]))
     print(json.dumps(["dense", "fp32", dense()]))
+    if INTERPRETED:
+        counted.all_of("partial", "merge")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,8 @@ class Counted:
 
 def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None:
     """The closed form of one launch from its arguments; None for kernels that have none."""
+    if module == "decode":
+        return of_decode(name, given)
     if module in ("relative_kernels", "relative_backward"):
         return of_relative(name.removesuffix("_kernel").removeprefix("relative_"), given)
     if module not in ("flash", "flash_bias", "flash_lists"):
@@ -139,3 +141,16 @@ def of_relative(kernel: str, given: dict[str, Any]) -> tiles.Work:
         kernel, one, heads=batch * heads, of_entries=of_entries, split=bool(given.get("SPLIT")),
         parts=given.get("splits", 1),
     )  # fmt: skip
+
+
+def of_decode(name: str, given: dict[str, Any]) -> tiles.Work:
+    """The same for the parts of a decoding step, or for their merging, whose launch has no keys to see."""
+    if name == "merge_kernel":
+        parts, batch, heads, queries, width = given["PARTIAL"].shape
+        itemsize = given["OUT"].element_size()
+        return tiles.decoded(1, 1, queries, parts, 1, width, itemsize, heads=batch * heads)[1]
+    batch, heads, queries, width = given["Q"].shape
+    return tiles.decoded(
+        given["ROWS"], given["COLUMNS"], queries, given["keys"], given["chunk"], width, given["Q"].element_size(),
+        heads=batch * heads // given["GROUP"], group=given["GROUP"],
+    )[0]  # fmt: skip
