@@ -1,6 +1,6 @@
 """Segment-recurrent transformer: every layer remembers some of its own outputs from segment to segment."""
 
-from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP
+from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -25,6 +25,14 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores, with a mask, segment after segment"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention; the same loop over segments"),
+        Impl(
+            "slabs",
+            run=f"{__name__}.slabs:attend",
+            devices=("cpu",),
+            dtypes=("bf16", "fp64"),
+            modes=("forward", "train", "stream"),
+            note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
+        ),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",
@@ -70,7 +78,7 @@ METHOD = Method(
             note="the source document's sketch, attention moved to the token axis",
         ),
     ),
-    picks=(BLOCKED, DIAGONAL, *LOOP),
+    picks=(*SLABS, BLOCKED, DIAGONAL, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -7,7 +7,7 @@ from sympy import Eq, Expr, Integer, Min, Piecewise, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, replayed
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, replayed, slab_pairs
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.implementations.segment_recurrent.peaks import peak
 from ctxbench.implementations.segment_recurrent.sizes import ADDED, REST, WHOLE, M, S, items_after, sum_of_items
@@ -21,8 +21,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: SegmentRecur
         return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
     diagonal = impl.startswith("diagonal")
     forward = _terms(mode, "visible")
-    kernels = "triton" if impl in ("triton", "diagonal_triton") else "reference" if impl == "reference" else "blocked"
-    how = {"reference": "reference", "triton": "visible"}.get(kernels) or _alignment(params)
+    kernels = {"diagonal_triton": "triton", "diagonal": "blocked"}.get(impl, impl)
+    how = _alignment(params) if kernels == "blocked" else "visible" if kernels == "triton" else kernels
     flops = _terms(mode, how)
     if mode == "train":
         core = core_backward(kernels)
@@ -53,7 +53,7 @@ def _depth(impl: str, mode: str) -> Expr:
 
 
 def _terms(mode: str, how: str) -> dict[str, Expr]:
-    """Forward FLOPs. ``how``: ``visible`` pairs, or what an impl multiplies: ``reference``, ``padded``, ``masked``."""
+    """Forward FLOPs. ``how``: ``visible`` pairs, or what an impl multiplies: see ``_pairs``."""
     if mode == "decode":
         items, begins = Min(M, WHOLE * ADDED), 1 - Min(REST, 1)
         tokens, looking, looked_at = Integer(1), Min(items, 1), begins * items
@@ -85,13 +85,17 @@ def _trained(forward: dict[str, Expr], fused: Expr, params: SegmentRecurrentPara
 
 
 def _pairs(how: str) -> Expr:
-    """Pairs of the first look over all segments, the last of which may be short."""
+    """Pairs of the first look over all segments, the last of which may be short.
+
+    ``how``: ``visible`` ones alone, squares of the ``reference``, or as ``padded``, ``masked`` or ``slabs`` execute.
+    """
     last = items_after(WHOLE)
     if how == "padded":  # m rows of zeros before the n of a segment: a triangle of m + n
         whole = triangle(S) * WHOLE + (S + sympify(1) / 2) * sum_of_items(WHOLE) + sum_of_items(WHOLE, power=2) / 2
         return whole + Piecewise((last + 1, Eq(REST, 1)), (Min(REST, 1) * triangle(last + REST), True))
-    if how == "visible":
-        return WHOLE * triangle(S) + S * sum_of_items(WHOLE) + triangle(REST) + REST * last
+    if how in ("visible", "slabs"):
+        own = slab_pairs if how == "slabs" else triangle
+        return WHOLE * own(S) + S * sum_of_items(WHOLE) + own(REST) + REST * last
     squares = WHOLE * S**2 + S * sum_of_items(WHOLE) + REST * (REST + last)
     if how == "reference":
         return squares

@@ -1,7 +1,8 @@
 """Allocator peaks of the segment-recurrent transformer: what is alive together at the worst moment.
 
-A row is ``B n d`` elements of n tokens or items. ``impl`` is ``reference``, or how ``blocked`` aligns its queries with
-the keys: ``padded`` with rows of zeros, ``masked``, or ``visible`` where a query comes alone; ``triton`` needs neither.
+A row is ``B n d`` elements of n tokens or items. ``impl`` is ``reference``, ``slabs``, or how ``blocked`` aligns its
+queries with the keys: ``padded`` with rows of zeros, ``masked``, or ``visible`` where a query comes alone; ``triton``
+needs neither.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from sympy import Expr, Min, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h
 from ctxbench.cost.terms import largest, tensor, when_ffn
+from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
 from ctxbench.implementations.segment_recurrent.sizes import ADDED, REST, WHOLE, S, items_after, sum_of_items
 
 
 def peak(impl: str, mode: str) -> Expr:
-    """Bytes in one mode of ``reference``, or of ``blocked`` as it aligns its queries: see ``cost``."""
+    """Bytes in one mode of ``reference``, ``slabs``, or ``blocked`` as it aligns its queries: see ``cost``."""
     if mode == "train":
         return _train(impl)
     return {"forward": _forward, "stream": _stream, "decode": _decode}[mode](impl)
@@ -36,6 +38,8 @@ def _mixing(impl: str, n: Expr | int, m: Expr) -> Expr:
         return row(n) + 4 * B * h * n
     if impl in ("masked", "visible"):
         return row(n) + 4 * B * h * n + some(n - 1) * some(m) * (e + 1) * n * (m + n)  # booleans, and in the dtype
+    if impl == "slabs":
+        return row(n) + scratch(n, m + n)
     if impl == "padded":
         return some(n - 1) * 2 * row(m + n) + (1 - some(n - 1)) * row(n) + 4 * B * h * (m + n)
     return 2 * tensor(B, h, n, m + n) + largest(row(n), n * (m + n))
@@ -48,6 +52,8 @@ def _piece(impl: str, n: Expr | int, m: Expr, items: Expr, begins: bool) -> Expr
     stages = [both + 3 * row(n), both + row(n) + _mixing(impl, n, m), both + when_ffn(row(n) + 2 * tensor(B, n, f))]
     if impl == "reference":  # strided heads of several rows cannot be one batch of matrices
         stages.append(both + 3 * row(n) + 2 * tensor(B, h, n, items) + some(B - 1) * row(items))
+    if impl == "slabs":  # the second look, in buffers of its own
+        stages.append(both + 3 * row(n) + some(items) * scratch(n, items, causal=False))
     return largest(*stages)
 
 
@@ -111,10 +117,11 @@ def _train(impl: str) -> Expr:
     if impl == "padded":
         saved = saved + some(B - 1) * row(T - Min(T, S))  # and so are results behind padded queries
     joined = L * saved + (L - 1) * row(T) + (1 + some(written)) * row(T)
-    if impl != "reference":
+    if impl not in ("reference", "slabs"):
         return joined
-    earlier = row(rest) - final + _softmax(S, items_after(written - 1)) + 8 * e * d * d
-    return largest(joined, L * saved + L * row(T) + largest(_softmax(rest, last), some(written) * earlier))
+    inside, maps = (_softmax, 0) if impl == "reference" else (_buffers, 3 * e * d * d)  # gradients of maps passed by
+    earlier = row(rest) - final + inside(S, items_after(written - 1)) + 8 * e * d * d
+    return largest(joined, L * saved + L * row(T) + largest(inside(rest, last) + maps, some(written) * earlier))
 
 
 def _softmax(n: Expr, m: Expr) -> Expr:
@@ -122,6 +129,14 @@ def _softmax(n: Expr, m: Expr) -> Expr:
     later = 2 * row(n + m) + tensor(B, h, n, m) + 3 * row(n) + 16 * B * n
     network = when_ffn(row(n) + 2 * tensor(B, n, f) + 8 * B * n - 2 * e * d * f)
     return 2 * tensor(B, h, n, m + n) + row(n) - later - network
+
+
+def _buffers(n: Expr, m: Expr) -> Expr:
+    """In place of two gradients of scores: buffers, and gradients of queries, keys, values and what was mixed."""
+    second = some(m) * (2 * row(n + m) + row(n))
+    network = when_ffn(2 * row(n) + 2 * tensor(B, n, f) + 8 * B * n - 2 * e * d * f)
+    made = backward_scratch(n, n + m) + 2 * row(n) + 2 * row(n + m) + 2 * row(m)
+    return made - second - 2 * row(n) - 16 * B * n - network
 
 
 def _saved(impl: str, n: Expr, m: Expr, pairs: Expr, second: Expr, first: Expr) -> Expr:
@@ -136,6 +151,8 @@ def _saved(impl: str, n: Expr, m: Expr, pairs: Expr, second: Expr, first: Expr) 
     elif impl != "reference":
         mask = e * (pairs - first**2) if impl == "masked" else 0
         looks = 2 * row(n + m) + 2 * row(n) + 4 * B * h * n + mask + second_look
+        if impl == "slabs":  # without their log-sums
+            looks = looks - 4 * B * h * (n + later)
     else:
         looks = 2 * row(n + m) + 2 * row(n) + tensor(B, h, pairs) + pairs + 2 * row(later + m) + tensor(B, h, second)
     norms = 2 * row(n) + row(later) + 16 * B * n

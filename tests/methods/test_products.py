@@ -17,7 +17,7 @@ from ctxbench.registry import discover
 from ctxbench.workload import as_output
 
 METHODS = {method.name: method for method in discover()}
-BY_SLABS = ("block_state", "compressive_memory", "melodi", "memory_bank", "rmt")
+BY_SLABS = ("block_state", "compressive_memory", "melodi", "memory_bank", "rmt", "segment_recurrent")
 SHAPES = {  # queries, keys, causal, with a bias
     "whole": (300, 300, True, False),
     "after a prefix": (300, 421, True, False),
