@@ -16,14 +16,18 @@ KEY = ("kernel", "form", "architecture", "itemsize", "width")
 HEADS = (*KEY, "tile", "warps", "stages", "registers", "shared", "products", "stack")
 HEAD = """# Kernels
 
-What ptxas makes of the kernels in `implementations/_shared/flash*.py`, by bytes of an element and padded head width, at
-the shipped launch parameters. Registers are those of a thread, shared memory is a block's in bytes, products are matrix
-instructions in the listing: HGMMA on sm_90 in 16 bits, HMMA elsewhere. A tile is queries x keys. Nothing spills: a test
-compiles a part of these rows and holds them against this page.
+What ptxas makes of the kernels in `implementations/_shared/flash*.py` and `cells.py`, by bytes of an element and padded
+head width, at the shipped launch parameters. Registers are those of a thread, shared memory is a block's in bytes,
+products are matrix instructions in the listing: HGMMA on sm_90 in 16 bits, HMMA elsewhere. A tile is queries x keys.
+Nothing spills: a test compiles a part of these rows and holds them against this page.
 
 Forms: `band` is one range with a bound on both sides; `steps` is three ranges between lines of any kind; `slopes` and
 `table` are a band with ALiBi or T5's bias (kernel `table`: its gradient); `hidden` is a band with keys hidden by
 position, `groups` one with four query heads a head of keys; `lists` are lists of blocks of 64.
+
+Kernels `gather` and `spread` pool keys and values into the cells of all levels, and add cells to their tokens; the form
+is the pool factor and the number of coarse levels, `ragged` where the last cell may hold fewer tokens. Their tile is
+places of tokens x channels, their width the channels of a token, and there is nothing to multiply.
 
 PyTorch's FlexAttention (impl `flex`) is not on this page: the compiler makes its kernels on the device. What is ours is
 its block lists, in closed form from the lines that the kernels here take (`implementations/_shared/flex.py`): dense,
@@ -31,7 +35,8 @@ Longformer, LongLoRA and the pyramid by tiles of 128 x 128, BigBird with its blo
 position term as a tensor that each score reads. Nor are the packages flash-attn-4 and flash-linear-attention, which are
 called as they are: of the latter `parallel_attn` alone is one of the methods here, dense causal attention.
 
-Made with triton {version} by `python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py`.
+Made with triton {version} by `python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py`, and likewise
+with `compile_cells.py`.
 """
 
 

@@ -42,7 +42,8 @@ METHOD = Method(
             modes=("forward", "train", "stream"),
             positions=("none", *ROPE),
             support=f"{__name__}.params:triton_support",
-            note="flash kernels of our own, one launch a scale; scales are merged by their log-sum-exps",
+            note="flash kernels of our own, one launch a scale; scales are merged by their log-sum-exps; one kernel "
+            "that reads each token once pools them all",
         ),
         Impl(
             "as_written",

@@ -23,11 +23,16 @@ from ctxbench.method import Dims, Output, load
 
 
 class Operators(NamedTuple):
-    """What the impls differ in: attention of the causal forms; attention and fusion of the seed form."""
+    """What the impls differ in: attention of the causal forms; attention and fusion of the seed form.
+
+    ``pooled(sources, pool, levels, ragged)``, where an impl has it, returns tensors ``[B, H, T, D]`` as they are and
+    the means of their cells at each coarse scale, ``[sources, B, H, n, D]``, all scales at once.
+    """
 
     attend: Callable[..., torch.Tensor]
     mix: Callable[..., torch.Tensor]
     fuse: Callable[..., torch.Tensor]
+    pooled: Callable[..., tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None
 
 
 class State(NamedTuple):
@@ -52,12 +57,17 @@ class MultiScaleAttention(nn.Module):
         self.num_heads, self.head_dim, self.position = dims.num_heads, dims.head_dim, position
         self.pool, self.scales = params.pool, params.scales
         self.q, self.k, self.v, self.o = (nn.Linear(dims.d_model, dims.d_model) for _ in range(4))
-        self.attend = operators.attend
+        self.attend, self.pooled = operators.attend, operators.pooled
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
         q = self.position.rotate(split_heads(self.q(x), self.num_heads), 0 if state is None else state.tokens)
-        kv = torch.stack([split_heads(project(x), self.num_heads) for project in (self.k, self.v)])
-        levels, rests = self._levels(kv, state)
+        kv: Any = [split_heads(project(x), self.num_heads) for project in (self.k, self.v)]
+        rests: list[Any] = []
+        if state is None and self.pooled is not None:
+            levels = self._levels_at_once(kv)
+        else:
+            kv = torch.stack(kv)
+            levels, rests = self._levels(kv, state)
         del kv
         start = 0 if state is None else state.tokens
         mixed = self.attend(q, levels, self.scales, start, self._line(start + x.shape[1], x))
@@ -65,6 +75,15 @@ class MultiScaleAttention(nn.Module):
             state = self._after(levels, rests, state.tokens + x.shape[1])
         del q, levels, rests  # else they would live through the output projection
         return Output(self.o(merge_heads(mixed)), state)
+
+    def _levels_at_once(self, kv: list[torch.Tensor]) -> list[Any]:
+        """Of each scale keys and values ``[B, H, n, D]`` of its complete cells, of a whole sequence."""
+        assert self.pooled is not None
+        pairs: list[Any] = [kv]
+        if len(self.scales) > 1:
+            fine, coarse = self.pooled(kv, self.pool, len(self.scales) - 1, False)
+            pairs = [fine, *coarse]
+        return [self._placed(tuple(cells), level, None) for level, cells in enumerate(pairs)]
 
     def _levels(self, kv: torch.Tensor, state: State | None) -> tuple[list[torch.Tensor], list[Any]]:
         """Of each scale the remembered cells and the new ones, and of each coarse scale the sum of its open cell."""
@@ -88,13 +107,17 @@ class MultiScaleAttention(nn.Module):
             return None
         return self.position.bias(-torch.arange(tokens, device=like.device), like.dtype)
 
-    def _placed(self, cells: torch.Tensor, level: int, state: State | None) -> torch.Tensor:
-        """Keys of new cells rotated by their last tokens; means of rotated keys would mix phases."""
+    def _placed(self, cells: Any, level: int, state: State | None) -> Any:
+        """Keys of new cells rotated by their last tokens; means of rotated keys would mix phases.
+
+        Keys and values in one tensor or as a pair; what comes in is what comes out.
+        """
         if not isinstance(self.position, Rotary):
             return cells
         span = self.scales[level].span
         first = 0 if state is None else state.tokens // span
-        return torch.stack((self.position.rotate(cells[0], (first + 1) * span - 1, span), cells[1]))
+        placed = self.position.rotate(cells[0], (first + 1) * span - 1, span), cells[1]
+        return placed if isinstance(cells, tuple) else torch.stack(placed)
 
     def _coarsen(
         self, cells: torch.Tensor, held: int, before: torch.Tensor | None
@@ -163,13 +186,18 @@ class BranchedAttention(nn.Module):
 
     def __init__(self, dims: Dims, params: HierarchicalParams, operators: Operators):
         super().__init__()
-        self.spans, self.fuse = params.spans, operators.fuse
+        self.spans, self.fuse, self.pooled = params.spans, operators.fuse, operators.pooled
         self.branches = nn.ModuleList(Branch(dims, operators) for _ in self.spans)
         self.up = nn.ModuleList(Upsampling(dims.d_model, span) for span in self.spans[1:])
         self.fusion = nn.Linear(dims.d_model * len(self.spans), dims.d_model)
 
     def forward(self, x: torch.Tensor, state: None = None) -> Output:
-        found = [branch(averaged(x, span)) for branch, span in zip(self.branches, self.spans, strict=True)]
+        if self.pooled is None or len(self.spans) == 1:
+            found = [branch(averaged(x, span)) for branch, span in zip(self.branches, self.spans, strict=True)]
+        else:
+            (fine,), coarse = self.pooled([x[:, None]], self.spans[1], len(self.spans) - 1, True)
+            cells = fine.squeeze(1), *(means.flatten(0, 2) for means in coarse)
+            found = [branch(own) for branch, own in zip(self.branches, cells, strict=True)]
         kernels, biases = [up.weight for up in self.up], [up.bias for up in self.up]
         return Output(self.fuse(found, kernels, biases, self.fusion.weight, self.fusion.bias))
 

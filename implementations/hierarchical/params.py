@@ -139,7 +139,7 @@ def _tokens(params: HierarchicalParams, i: int) -> set[int]:
 
 
 def triton_support(dims: Dims, params: HierarchicalParams, device: str, dtype: str) -> Support:
-    """What the flash kernels hold in registers; they take every form."""
+    """What the flash kernels hold in registers; they take every form, and the pooling kernel every cell."""
     return flash_table.support(dims, dtype)
 
 

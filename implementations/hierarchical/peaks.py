@@ -153,9 +153,8 @@ class Kernels(Slabs):
     """The causal forms by the Triton impl, which has results and log-sum-exps of all scales that have a cell."""
 
     def forward(self) -> Expr:
-        """Norm, queries, keys, values: twice while they are put together; then with the cells and the merge."""
-        mixing = 4 * self.row + self._cells(T) + self._merge(T, self._there(T))
-        return stack_peak(T, Max(6 * self.row, mixing))
+        """Norm, queries, keys and values, with the cells and the merge."""
+        return stack_peak(T, 4 * self.row + self._cells(T) + self._merge(T, self._there(T)))
 
     def train(self) -> Expr:
         """A layer keeps norm, q, the pairs, what scales found and what came of it, the residual; see ``_merge``."""

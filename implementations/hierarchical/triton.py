@@ -1,7 +1,7 @@
 """Every scale as a range of keys between two lines, by the flash kernels; scales are merged by their log-sum-exps.
 
 A cell's weight, the number of its tokens, is added to its scale's log-sum-exp instead of to every score, and gradients
-through the merge are exact.
+through the merge are exact. Cells of all scales come from one reading of the tokens' keys and values (``pooling``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ctxbench.implementations._shared.pooling import pooled
 from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations._shared.ranges import attend as attend_ranges
 from ctxbench.implementations.hierarchical.blocked import fuse
@@ -19,16 +20,17 @@ from ctxbench.implementations.hierarchical.params import Scale
 
 
 def attend(
-    q: torch.Tensor, levels: Sequence[torch.Tensor], scales: Sequence[Scale], start: int,
+    q: torch.Tensor, levels: Sequence[torch.Tensor | tuple[torch.Tensor, ...]], scales: Sequence[Scale], start: int,
     line: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """As in the reference; ``line`` must be None."""
+    """As in the reference; keys and values of a scale may be a pair; ``line`` must be None."""
     tokens = start + q.shape[2]
     outputs, weights = [], []
     for cells, scale in zip(levels, scales, strict=True):
-        if not cells.shape[3]:
+        held = cells[0].shape[2]
+        if not held:
             continue
-        low, high = bounds(scale, tokens // scale.span - cells.shape[3])
+        low, high = bounds(scale, tokens // scale.span - held)
         out, lse = attend_ranges(q, [Range(cells[0], cells[1], low, high)], offset=start)
         outputs.append(out)
         weights.append(lse + math.log(scale.span))
@@ -54,4 +56,4 @@ def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return attend_ranges(q, [Range(k, v)])[0]
 
 
-OPERATORS = Operators(attend, mix, fuse)
+OPERATORS = Operators(attend, mix, fuse, pooled)

@@ -41,7 +41,8 @@ METHOD = Method(
             modes=("forward", "train", "stream"),
             positions=("none", *ROPE),
             support=f"{__name__}.params:triton_support",
-            note="flash kernels of our own at every level; levels are projected before they are repeated",
+            note="flash kernels of our own at every level; levels are projected before they are repeated, pooled and "
+            "repeated by one kernel each",
         ),
         flex_impl(
             f"{__name__}.flex:OPERATORS",

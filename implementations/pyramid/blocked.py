@@ -7,7 +7,7 @@ Reading is nested: the cell of level l that token i reads is the one its cell of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,22 +91,23 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, pool: int) -> torch.Tensor:
 
 def fuse(
     fine: torch.Tensor, coarse: list[torch.Tensor], start: int, pool: int, causal: bool,
-    weight: torch.Tensor, bias: torch.Tensor,
+    weight: torch.Tensor, bias: torch.Tensor, raised: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """``y = x_0 + up(z_1)``; arguments as in the reference."""
+    """``y = x_0 + up(z_1)``; arguments as in the reference; ``raised(fine, rows, pool, offset)`` repeats and adds."""
+    raised = raised or _raised
     weights = weight.split([rows.shape[2] for rows in coarse], dim=1)
     merged = linear(coarse[-1], weights[-1], bias if len(coarse) == 1 else None)
     for level in range(len(coarse) - 1, 0, -1):
         rows, offset = coarse[level - 1], start // pool**level % pool if causal else 0
         projected = linear(rows, weights[level - 1], bias if level == 1 else None)
-        merged = projected + _repeat(merged, rows.shape[1], pool, offset)
+        merged = raised(projected, merged, pool, offset)
         del projected  # else it would live through the last, largest sum
-    return fine + _repeat(merged, fine.shape[1], pool, start % pool + 1 if causal else 0)
+    return raised(fine, merged, pool, start % pool + 1 if causal else 0)
 
 
-def _repeat(rows: torch.Tensor, length: int, pool: int, offset: int) -> torch.Tensor:
-    """Every row ``pool`` times, then ``length`` of them from ``offset`` on."""
-    return rows.unsqueeze(2).expand(-1, -1, pool, -1).flatten(1, 2)[:, offset : offset + length]
+def _raised(fine: torch.Tensor, rows: torch.Tensor, pool: int, offset: int) -> torch.Tensor:
+    """Every row ``pool`` times, from place ``offset`` on added to the finer ones."""
+    return fine + rows.unsqueeze(2).expand(-1, -1, pool, -1).flatten(1, 2)[:, offset : offset + fine.shape[1]]
 
 
 OPERATORS = Operators(attend, attend_below, fuse)

@@ -39,13 +39,13 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         if params.pooled_queries and causal:
             for terms in (algorithmic, flops):
                 terms["projections"] -= 2 * _unread(params.levels)
-    unknown = position != "none" or params.pooled_queries or impl == "flex" or (impl, mode) == ("triton", "stream")
+    unknown = position != "none" or params.pooled_queries or impl == "flex"
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(levels, sketch=impl == "as_written") + _tables(levels, position),
         state_bytes=_state(levels, params.pooled_queries) if causal and impl != "as_written" else Integer(0),
-        peak_bytes=None if unknown else peak_bytes("blocked" if impl == "triton" else impl, mode, causal, levels),
+        peak_bytes=None if unknown else peak_bytes(impl, mode, causal, levels),
         depth=L,
     )
 

@@ -26,11 +26,16 @@ from ctxbench.method import Dims, Output, load
 
 
 class Operators(NamedTuple):
-    """What the impls differ in: attention within a level, from one to the level below, and the sum over levels."""
+    """What the impls differ in: attention within a level, from one to the level below, and the sum over levels.
+
+    ``pooled(sources, pool, levels, ragged)``, where an impl has it, returns tensors ``[B, H, N, d_l]`` as they are and
+    the means of their cells, ``[sources, B, H, n, d_l]``, in one pass each way.
+    """
 
     attend: Callable[..., torch.Tensor]
     attend_below: Callable[..., torch.Tensor]
     fuse: Callable[..., torch.Tensor]
+    pooled: Callable[..., tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None
 
 
 class Cache(NamedTuple):
@@ -137,28 +142,29 @@ class Pyramid(nn.Module):
         after: list[LevelState] = []
         for level, layers in enumerate(self._layers_by_level()):
             before = None if state is None else state[level]
-            new = cells if below is None else below
-            if before is not None and before.last is not None and new.shape[1] == 0:  # nothing new from here on up
+            new = (cells if below is None else below).shape[1]
+            if before is not None and before.last is not None and new == 0:  # nothing new from here on up
                 coarse.append(before.last)
                 after.append(before)
                 continue
-            cells, caches = _run(layers, cells, before, below)
-            if level == 0:
-                fine = cells
-            else:
-                coarse.append(self._readable(cells, before))
+            found, caches = _run(layers, cells, before, below)
             pending = None
             if level < len(self.down):
                 held = start // self.pool**level % self.pool
                 if self.pooled_queries:
-                    below = self.down[level](cells)
-                    cells, pending = self._coarsen(below, before, held)
+                    below, cells, pending = self._coarsen(self.down[level](found), before, held)
                 else:
-                    cells, pending = self._coarsen(cells, before, held)
+                    found, cells, pending = self._coarsen(found, before, held)
                     cells = self.down[level](cells)
+            if level == 0:
+                fine = found
+            else:
+                coarse.append(self._readable(found, before))
+            del found
             if before is not None:
                 last = coarse[-1][:, -1:].clone() if level else None  # a view would keep the whole level alive
                 after.append(LevelState(caches, last, pending))
+        del cells, below  # else they would live through the sum
         if self.fusion is not None:
             weight, bias = self.fusion.weight, self.fusion.bias
             fine = self.operators.fuse(fine, coarse, start, self.pool, self.causal, weight, bias)
@@ -185,12 +191,18 @@ class Pyramid(nn.Module):
             return pad(cells, (0, 0, 1, 0))
         return torch.cat((before.last, cells), dim=1)
 
-    def _coarsen(self, cells: torch.Tensor, before: LevelState | None, held: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means of ``pool`` neighbours, and the sum of the cells left over, ``[B, 1, d_l]``.
+    def _coarsen(
+        self, cells: torch.Tensor, before: LevelState | None, held: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The cells, means of ``pool`` neighbours, and the sum of the cells left over, ``[B, 1, d_l]``.
 
         ``held`` cells of earlier calls are open; their sum stands for the first of them. The bidirectional form
         averages the left-over cells too, over as many as there are.
         """
+        if before is None and self.operators.pooled is not None:
+            (own,), (means,) = self.operators.pooled([cells.unsqueeze(1)], self.pool, 1, not self.causal)
+            return own.squeeze(1), means.flatten(0, 2), None
+        new = cells
         if held and before is not None and before.pending is not None:
             cells = torch.cat((pad(before.pending, (0, 0, 0, held - 1)), cells), dim=1)
         whole, left_over = divmod(cells.shape[1], self.pool)
@@ -198,7 +210,7 @@ class Pyramid(nn.Module):
         pooled = complete.unflatten(1, (whole, self.pool)).mean(dim=2)
         if left_over and not self.causal:
             pooled = torch.cat((pooled, rest.mean(dim=1, keepdim=True)), dim=1)
-        return pooled, rest.sum(dim=1, keepdim=True)
+        return new, pooled, rest.sum(dim=1, keepdim=True)
 
     def _state(self, batch_size: int, context: int, fill: Callable[..., torch.Tensor]) -> tuple[LevelState, ...]:
         weight = self.layers[0].mixer.k.weight

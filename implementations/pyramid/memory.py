@@ -8,6 +8,7 @@ from ctxbench.cost.symbols import B, C, L, T, d, e, f, h, param
 from ctxbench.cost.terms import linear_parameters, tensor, when_ffn
 
 pool = param("pool")
+FUSED = ("blocked", "triton")  # impls that keep no scores, but a number a query
 
 
 def width(level: int) -> Expr:
@@ -53,10 +54,9 @@ def peak_bytes(impl: str, mode: str, causal: bool, levels: int) -> Expr:
         return _continue(impl, T, T + 1, levels)
     if mode == "stream":  # the last call, or the one before it, which may be longer
         last = C * (ceiling(T / C) - 1)
-        carried = _caches(last, levels) + tensor(B, C, d), _caches(last - C, levels) + tensor(B, C, d)
-        return _largest(
-            carried[0] + _continue(impl, last, T, levels), carried[1] + _continue(impl, last - C, last, levels)
-        )
+        before = Max(0, last - C)
+        calls = (last, T), (before, last)
+        return _largest(*(_carried(begin, levels) + _continue(impl, begin, end, levels) for begin, end in calls))
     return _any(layers_at(0, levels) - 1) * _row(0, T) + _largest(_mixing(impl, causal), _feed(0, T))
 
 
@@ -75,7 +75,7 @@ def _feed(level: int, cells: Expr) -> Expr:
 
 def _mixing(impl: str, causal: bool) -> Expr:
     """Norm, q, k, v of the finest level; heads' output and its projection, or two score tensors with masks."""
-    if impl == "blocked":
+    if impl in FUSED:
         return 6 * _row(0, T)
     return (4 if causal else 5) * _row(0, T) + 2 * tensor(B, h, T, T) + (2 * T * T if causal else 0)
 
@@ -85,22 +85,43 @@ def _caches(tokens: Expr, levels: int) -> Expr:
     return Add(*(2 * layers_at(level, levels) * _row(level, cells_at(level, tokens, True)) for level in range(levels)))
 
 
+def _single(level: int, levels: int) -> Expr:
+    """Rows of a level's state: the last cell where it is read, the open sum where it is pooled."""
+    return (int(level > 0) + int(level < levels - 1)) * _row(level, Integer(1))
+
+
+def _carried(tokens: Expr, levels: int) -> Expr:
+    """What a call of a stream finds there: the state after ``tokens`` tokens, and the output of the call before."""
+    single = Add(*(_single(level, levels) for level in range(levels)))
+    return _caches(tokens, levels) + single + tensor(B, Min(tokens, C), d)
+
+
 def _continue(impl: str, before: Expr, after: Expr, levels: int) -> Expr:
-    """A call that takes the context from ``before`` to ``after`` tokens: caches are written anew level by level."""
+    """A call that takes the context from ``before`` to ``after`` tokens: the state is written anew level by level.
+
+    At work are a level's last layer, beside what entered it and what the levels below have found, or the last sum.
+    """
     written: Expr = Integer(0)
+    found: Expr = Integer(0)
     moments = []
     for level in range(levels):
         cells = cells_at(level, after, True)
         new = cells - cells_at(level, before, True)
+        row, pairs = _row(level, new), new * cells
         written += 2 * _any(new) * layers_at(level, levels) * _row(level, cells)
-        pairs = new * cells
         if impl == "reference":
-            inner = 2 * _row(level, new) + 2 * e * B * heads(level) * pairs + 2 * pairs
+            inner = 2 * row + 2 * e * B * heads(level) * pairs + 2 * pairs
+        elif impl == "triton":  # no mask, but a number a query
+            inner = 3 * row + 4 * B * heads(level) * new
         else:  # one query needs no mask; else it is kept as booleans and as numbers
-            inner = 3 * _row(level, new) + _any(new - 1) * (1 + e) * pairs
-        moments.append(
-            written + _any(layers_at(level, levels) - 1) * _row(level, new) + _largest(inner, _feed(level, new))
-        )
+            inner = 3 * row + _any(new - 1) * (1 + e) * pairs
+        entered = (_any(layers_at(level, levels) - 1) + int(level > 0)) * row
+        moments.append(written + found + entered + _largest(inner, 4 * row, _feed(level, new)))
+        found += row if level == 0 else _any(new) * _row(level, new + 1)
+        found += _any(new) * _single(level, levels)
+    if levels > 1:
+        rows = cells_at(1, after, True) - cells_at(1, before, True) + 1
+        moments.append(written + found + tensor(B, rows, d) + _row(0, after - before))
     return _largest(*moments)
 
 
@@ -108,14 +129,14 @@ def _saved(impl: str, causal: bool, level: int, levels: int) -> Expr:
     """What the backward pass of a level needs: per layer norms, q, k, v, output, sums, hidden layers, probabilities."""
     cells = cells_at(level, T, causal)
     row, statistics = _row(level, cells), 2 * e * B * cells
-    if impl == "blocked":
+    if impl in FUSED:
         core = 4 * B * heads(level) * cells
     else:
         core = tensor(B, heads(level), cells, cells) + (cells**2 if causal else 0)
     layer = 6 * row + statistics + core + when_ffn(2 * row + 2 * _hidden(level, cells) + statistics)
-    entry = 3 * row if level else 0  # the pooled cells, twice as wide, and their projection
-    if level and causal and level == levels - 1:
-        entry += row  # the coarsest output, beside its copy with zeros in front
+    entry: Expr = Integer(0)
+    if level:  # the pooled cells, twice as wide, and their projection; what is read has zeros in front
+        entry = 3 * row + (_row(level, Integer(1)) if causal else 0)
     return layers_at(level, levels) * layer + entry
 
 
@@ -124,13 +145,15 @@ def _train(impl: str, causal: bool, levels: int) -> Expr:
     row, hidden = _row(0, T), _hidden(0, T)
     saved = [_saved(impl, causal, level, levels) for level in range(levels)]
     gradients = e * Add(*(layers_at(level, levels) * layer_parameters(level) for level in range(1, levels)))
+    gradients += e * Add(*(linear_parameters(width(level - 1), width(level)) for level in range(1, levels)))
     fused = Add(*(width(level) for level in range(1, levels)))
-    gradients += e * fused * d
-    if impl == "blocked":
-        inner = _largest(when_ffn(hidden + e * d * f), 4 * row - when_ffn(2 * row + 2 * hidden))
+    gradients += e * (fused * d + (d if levels > 1 else 0))
+    if impl in FUSED:
+        outer = e * (d * d + d) + when_ffn(e * (2 * d * f + f + 3 * d))  # gradients of what is above the attention
+        inner = _largest(when_ffn(hidden + e * (d * f + d)), 4 * row + outer - when_ffn(2 * row + 2 * hidden))
         inner += row if levels > 1 else 0
         merged = tensor(B, cells_at(1, T, causal) + (1 if causal else 0), d)
-        fusion = (1 + pool) * merged + row
+        fusion = (1 if impl == "triton" else 1 + pool) * merged + row  # copies of rows, unless they are added at once
     else:
         inner = 2 * tensor(B, h, T, T) - when_ffn(2 * row + 2 * hidden)
         fusion = 2 * tensor(B, T, fused) + 2 * row

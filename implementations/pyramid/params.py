@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.implementations._shared import flash_table, flex_table
+from ctxbench.implementations._shared import cells_table, flash_table, flex_table
 from ctxbench.method import ROPE, YES, Dims, Params, Support, no, param
 
 
@@ -74,12 +74,12 @@ def reach(dims: Dims, params: PyramidParams, i: int) -> range:
 
 
 def triton_support(dims: Dims, params: PyramidParams, device: str, dtype: str) -> Support:
-    """What the flash kernels hold in registers, at every level: heads widen where their number does not halve."""
+    """What the kernels hold in registers, at every level: heads widen where their number does not halve."""
     for level in level_dims(dims, params):
         answer = flash_table.support(level, dtype)
         if not answer:
             return answer
-    return YES
+    return cells_table.support(params.pool, 1) if params.levels > 1 else YES
 
 
 def flex_support(dims: Dims, params: PyramidParams, device: str, dtype: str) -> Support:

@@ -1,9 +1,16 @@
-"""The flash kernels at every level: causal cells over cells, pooled queries over the finer cells they are made of."""
+"""The flash kernels at every level: causal cells over cells, pooled queries over the finer cells they are made of.
+
+Between levels, one kernel averages a level's cells, and adds the gradient it brings them to the one they have; in the
+sum over levels it adds projected rows to the finer ones that read them, and no repeated copy is ever written.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
+from ctxbench.implementations._shared.pooling import pooled, raised
 from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations._shared.ranges import attend as attend_ranges
@@ -27,4 +34,4 @@ def attend_below(
     return attend_ranges(q, [Range(k, v, high=complete)], offset=start)[0]
 
 
-OPERATORS = Operators(attend, attend_below, fuse)
+OPERATORS = Operators(attend, attend_below, partial(fuse, raised=raised), pooled)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ctxbench.implementations._shared import lines, relative_tiles, tiles
+from ctxbench.implementations._shared import cells_table, lines, relative_tiles, tiles
 from ctxbench.implementations._shared.flash_table import Config
 from ctxbench.implementations._shared.relative_table import Stair
 
@@ -102,6 +102,8 @@ def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None
         return of_decode(name, given)
     if module in ("relative_kernels", "relative_backward"):
         return of_relative(name.removesuffix("_kernel").removeprefix("relative_"), given)
+    if module == "cells":
+        return pooled(name, given)
     if module not in ("flash", "flash_bias", "flash_lists"):
         return None
     q, chosen = given["Q"], Config(given["ROWS"], given["COLUMNS"], 0, 0)
@@ -154,3 +156,12 @@ def of_decode(name: str, given: dict[str, Any]) -> tiles.Work:
         given["ROWS"], given["COLUMNS"], queries, given["keys"], given["chunk"], width, given["Q"].element_size(),
         heads=batch * heads // given["GROUP"], group=given["GROUP"],
     )[0]  # fmt: skip
+
+
+def pooled(name: str, given: dict[str, Any]) -> tiles.Work:
+    """The closed form of one launch of the pooling kernels: cells of each level, and the tokens that they hold."""
+    sources, counts = given["sources"], tuple(count for _, count in given["levels"])
+    B, H, _, D = sources[0][0].shape
+    return cells_table.moved(
+        name.removesuffix("_kernel"), given["T"], counts, len(sources) * B * H * D, sources[0][0].element_size()
+    )  # fmt: skip

@@ -44,6 +44,7 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # method, position, param
     "hierarchical disjoint": ("hierarchical", "rope", {"window": 12, "cells": 5, "pool": 3, "disjoint": True}),
     "hierarchical full": ("hierarchical", "none", {"form": "causal_full", "window": 20}),
     "pyramid": ("pyramid", "rope", {"levels": 2}),
+    "pyramid alone": ("pyramid", "none", {"levels": 2, "pool": 3}),
     "pyramid pooled": ("pyramid", "none", {"levels": 2, "pool": 3, "pooled_queries": True}),
     "dense relative": ("dense", "transformer_xl", {}),
     "melodi": (
@@ -122,11 +123,11 @@ def test_peaks_are_near_the_tracers(form: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "train", "stream"])
-@pytest.mark.parametrize("form", ["hierarchical", "hierarchical full"])
+@pytest.mark.parametrize("form", ["hierarchical", "hierarchical full", "pyramid alone"])
 def test_peaks_are_the_tracers(form: str, mode: str) -> None:
     pytest.importorskip("triton")
-    for length in (203, 1301):
-        traced, cost, values = counted_and_formula(form, "triton", mode, length, d_model=64)
+    for length in (77, 203, 1301):
+        traced, cost, values = counted_and_formula(form, "triton", mode, length, d_model=64, num_layers=3)
         assert evaluate(cost.peak_bytes, values) == traced.peak_bytes, length
 
 

@@ -200,7 +200,7 @@ def test_bidirectional_token_reads_its_own_cell(operators: Any) -> None:
 def test_ragged_tail_is_the_mean_of_what_it_has() -> None:
     module = made("reference", TINY.replace(causal=False), PyramidParams(2, 4))
     cells = torch.arange(6.0).double().reshape(1, 6, 1)
-    pooled, _ = module._coarsen(cells, None, 0)
+    _, pooled, _ = module._coarsen(cells, None, 0)
     assert pooled.flatten().tolist() == [1.5, 4.5]
 
 
@@ -301,7 +301,7 @@ def test_formulas_equal_the_trace_at_128k(impl: str, mode: str, causal: bool) ->
 
 @CELLS
 def test_peak_is_within_three_percent_of_the_trace(impl: str, mode: str, causal: bool) -> None:
-    if (impl, mode) == ("triton", "stream") or impl == "flex":  # declare none, as the README says
+    if impl == "flex":  # declares none, as the README says
         assert METHOD.cost_of(impl, mode, causal, "none", PyramidParams()).peak_bytes is None
         return
     for levels, length, batch, hidden in ((3, 4096, 1, 512), (2, 5003, 2, 0), (1, 4097, 1, 512)):
