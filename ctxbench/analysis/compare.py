@@ -13,6 +13,10 @@ same      the 95 % interval of the ratio lies inside +-``SAME``: evidence of equ
 unclear   everything else
 ========= =============================================================================================================
 
+On one machine the test is of medians from which a regression has taken what the reference product timed between the
+samples explains (``ranks.adjusted``): on a shared host most of the spread of identical processes is the machine's speed
+of that second. Ratio, interval and noise floor are then those of the adjusted medians; seconds stay as measured.
+
 Where the machines differ, or one machine ran its reference kernels at another speed (``SPEED``), a verdict must also
 hold in units of either kernel, the arithmetic-bound and the memory-bound one: a real cell lies between the two.
 """
@@ -42,6 +46,7 @@ SAME = 0.02  # a difference nobody needs to know
 SPEED = 0.05  # change of a reference kernel beyond which a difference may be the machine's
 SPEED_ALPHA = 0.05  # chance of suspecting a machine that did not change: a copy varies by more than SPEED by itself
 CONFIDENCE = 0.95
+LEAST_ADJUSTED = 4  # processes a side; fewer know no coefficient
 
 
 class Verdict(StrEnum):
@@ -58,9 +63,11 @@ class Compared(msgspec.Struct, kw_only=True):
     """One cell on both sides. Ratios are B over A: above 1 B is slower.
 
     ``low`` and ``high`` hold ``ratio`` with ``confidence``. ``p_holm`` is ``p`` adjusted for all cells; None where
-    the processes are too few for any verdict. ``speed`` is what the reference kernels took in B over A; ``normalised``
-    says that the verdict, and between machines the ratio, are in units of them. ``disturbed`` names the sides that
-    other work ran beside; two impls of one run are measured side by side, so it hit both and nothing is named.
+    the processes are too few for any verdict. ``adjusted`` is the coefficient of the reference beside the samples that
+    the ratio is adjusted with: 0 where it explains nothing, 1 where the call follows it, None without one. ``speed`` is
+    what the reference kernels took in B over A; ``normalised`` says that the verdict, and between machines the ratio,
+    are in units of them. ``disturbed`` names the sides that other work ran beside; two impls of one run are measured
+    side by side, so it hit both and nothing is named.
     """
 
     method: str
@@ -87,6 +94,7 @@ class Compared(msgspec.Struct, kw_only=True):
     p: float | None = None
     p_holm: float | None = None
     floor: float | None = None
+    adjusted: float | None = None
     speed: dict[str, float] = {}
     normalised: bool = False
     disturbed: str = ""
@@ -161,8 +169,8 @@ def compare(a: Side, b: Side, normalise: bool = False) -> Comparison:
             "dtypes, device and --threads, or RUN:IMPL RUN:IMPL for two impls\n  `ctxbench show RUN` lists the cells"
         )
     foreign, notes = _machines(a, b, {row.device for row, _ in pairs}, normalise)
-    floors, more = _floors(a, b, pairs)
     found = [_readings(one, other, foreign) for one, other in pairs]
+    floors, more = _floors(a, b, found)
     if a.run.folder.resolve() == b.run.folder.resolve():
         for reading in found:
             reading.cell.disturbed = ""
@@ -179,9 +187,13 @@ def compare(a: Side, b: Side, normalise: bool = False) -> Comparison:
 
 @dataclass
 class _Reading:
-    """One pair and every way to read it: in seconds, or in units of a reference kernel. All must agree."""
+    """One pair and every way to read it: in seconds, or in units of a reference kernel. All must agree.
+
+    ``groups`` are the process medians of both sides, adjusted where the test is.
+    """
 
     cell: Compared
+    groups: list[np.ndarray]
     tests: list[tuple[float, ranks.Shift]]  # p and ratio, one a way
 
 
@@ -203,9 +215,10 @@ def _readings(a: Row, b: Row, foreign: set[str]) -> _Reading:
     left, right = processes(a), processes(b)
     cell.n_a, cell.n_b = len(left.medians), len(right.medians)
     cell.disturbed = " and ".join(name for name, side in (("A", left), ("B", right)) if side.disturbed)
+    groups = [side.medians for row, side in ((a, left), (b, right)) if row.measured]
     if objection:
         cell.reason = objection
-        return _Reading(cell, [])
+        return _Reading(cell, groups, [])
     cell.a_s, cell.b_s = float(np.median(left.medians)), float(np.median(right.medians))
     related = bool(left.references and right.references)
     if related:
@@ -216,12 +229,15 @@ def _readings(a: Row, b: Row, foreign: set[str]) -> _Reading:
     other = a.device in foreign
     if other and not related:
         cell.reason = "the machines differ and the rows have no times of the reference kernels"
-        return _Reading(cell, [])
+        return _Reading(cell, groups, [])
     cell.normalised = other or (related and _speed_changed(left, right, cell.speed))
     ways = [] if other else [(left.medians, right.medians)]
     if cell.normalised:
         ways += [(_in_units(left, kernel), _in_units(right, kernel)) for kernel in KERNELS]
     tests = [(ranks.rank_test(x, y), ranks.hodges_lehmann(x, y, CONFIDENCE)) for x, y in ways]
+    if not cell.normalised and min(len(left.paces), len(right.paces)) >= LEAST_ADJUSTED:
+        found = ranks.adjusted(left.medians, right.medians, left.paces, right.paces, CONFIDENCE)
+        cell.adjusted, groups, tests = found.coefficient, [found.a, found.b], [(found.p, found.shift)]
     shifts = [shift for _, shift in tests]
     cell.p = max(p for p, _ in tests)
     # Between machines neither kernel is the truth: the middle of both, and what covers both intervals.
@@ -229,9 +245,9 @@ def _readings(a: Row, b: Row, foreign: set[str]) -> _Reading:
     hull = shifts if other else shifts[:1]
     cell.low, cell.high = min(shift.low for shift in hull), max(shift.high for shift in hull)
     cell.confidence = shifts[0].confidence
-    if cell.confidence == 0.0:
+    if cell.confidence == 0.0 or not (cell.low > 0 and math.isfinite(cell.high)):
         cell.low = cell.high = cell.confidence = None
-    return _Reading(cell, tests)
+    return _Reading(cell, groups, tests)
 
 
 def _speed_changed(a: Processes, b: Processes, speed: Mapping[str, float]) -> bool:
@@ -337,14 +353,15 @@ def _machines(a: Side, b: Side, devices: set[str], normalise: bool) -> tuple[set
 
 
 def _floors(
-    a: Side, b: Side, pairs: Iterable[tuple[Row, Row]]
+    a: Side, b: Side, found: Iterable[_Reading]
 ) -> tuple[dict[str, noise.Floor], list[str]]:  # fmt: skip
     """The noise floor of every device: the larger of what the runs show inside themselves and what is stored."""
     floors, notes = {}, []
     cells: dict[str, list[tuple[float, list[float]]]] = {}
-    for row in (row for pair in pairs for row in pair if row.measured):
-        medians = processes(row).medians
-        cells.setdefault(row.device, []).append((float(np.median(medians)), noise.split_differences(medians)))
+    for reading in found:
+        for medians in filter(len, reading.groups):
+            known = (float(np.median(medians)), noise.split_differences(medians))
+            cells.setdefault(reading.cell.device, []).append(known)
     for device, known in cells.items():
         stored = noise.load(noise.identity(a.run.info, device)) or noise.load(noise.identity(b.run.info, device))
         candidates = [floor for floor in (noise.build_floor(known), stored.floor if stored else None) if floor]

@@ -18,12 +18,14 @@ class Processes:
     """The processes of one row that count: those that ran beside other work are left out where two quiet ones remain.
 
     medians: seconds a call, one a process. references: seconds of each reference kernel, one a process; empty where
-    the row has none. disturbed: other work ran beside some of them.
+    the row has none. paces: logarithm of the seconds that the product between the samples took while the typical sample
+    ran, one a process; empty where the row has none. disturbed: other work ran beside some of them.
     """
 
     medians: np.ndarray
     references: dict[str, np.ndarray] = field(default_factory=dict)
     disturbed: bool = False
+    paces: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 def processes(row: Row) -> Processes:
@@ -38,12 +40,29 @@ def processes(row: Row) -> Processes:
         chosen = quiet
     disturbed = not set(chosen) <= set(quiet)
     medians = np.array([np.median(samples[index]) for index in chosen])
+    beats = [sensors[index].get("reference_beside_s") if index < len(sensors) else None for index in chosen]
+    paces = np.array([pace(samples[i], seen) for i, seen in zip(chosen, beats, strict=True) if seen])
+    paces = paces if len(paces) == len(chosen) else np.empty(0)
     names = {kernel: f"reference_{kernel}_s" for kernel in KERNELS}
     complete = all(index < len(sensors) and all(sensors[index].get(n) for n in names.values()) for index in chosen)
     if not chosen or not complete:
-        return Processes(medians, disturbed=disturbed)
+        return Processes(medians, disturbed=disturbed, paces=paces)
     seen = {kernel: np.array([np.mean(sensors[i][name]) for i in chosen]) for kernel, name in names.items()}
-    return Processes(medians, seen, disturbed)
+    return Processes(medians, seen, disturbed, paces)
+
+
+def pace(samples: Sequence[float], beats: Sequence[Sequence[float]]) -> float:
+    """How slow the machine was for one process: log of the reference's seconds while its typical sample ran.
+
+    Args:
+        samples: seconds of each call.
+        beats: (samples taken before, seconds of the reference) in order; the first is before all samples, the last
+            after them. A sample is held against the mean of the two beside it.
+    """
+    taken, seconds = np.asarray(beats, float).T
+    before = np.searchsorted(taken, np.arange(len(samples)), side="right") - 1
+    beside = (seconds[before] + seconds[np.minimum(before + 1, len(seconds) - 1)]) / 2
+    return float(np.log(np.median(samples)) - np.log(np.median(np.asarray(samples) / beside)))
 
 
 def moderated_variances(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -166,6 +166,8 @@ def _print(left: Side, right: Side, found: Comparison, again: list[str], ctx: Co
     for note in found.notes:
         click.echo(f"note: {note}")
     click.echo(table(HEADERS, [_line(cell, ctx.verbose) for cell in found.cells]))
+    if any(cell.adjusted is not None for cell in found.cells) and not ctx.quiet:
+        click.echo("~ less what the reference beside the samples says of the machine; A and B are as measured")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in found.counts().items())
     click.echo(f"{len(found.cells)} cells: {counts}")
     for name, cells in (("A", found.only_a), ("B", found.only_b)):
@@ -196,7 +198,7 @@ def _line(cell: Compared, verbose: bool) -> list[str]:
         cell.mode,
         format_seconds(cell.a_s),
         format_seconds(cell.b_s),
-        ratio + (" *" if cell.normalised else ""),
+        ratio + (" *" if cell.normalised else " ~" if cell.adjusted is not None else ""),
         interval,
         f"{cell.n_a}, {cell.n_b}",
         "-" if cell.p_holm is None else f"{cell.p_holm:.2g}",

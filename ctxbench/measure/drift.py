@@ -2,10 +2,14 @@
 
 Where clocks and counters cannot be read, as on most virtual machines, this is the only witness of a change of speed.
 The times stand in the row, so that results of two days or two machines can also be read in units of the reference.
+On a CPU the product is also timed between the samples: on a shared host the speed changes within a second, and what
+the samples share with the products beside them is not the program's.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +43,22 @@ def reference_pair(device: str) -> Pair:
         min(times_s(lambda: a @ a, device, MATMUL_SLICE_S)),
         min(times_s(lambda: target.copy_(source), device, COPY_SLICE_S)),
     )
+
+
+def beat(device: str) -> Callable[[], float] | None:
+    """One product of the reference kernel, timed; None for a GPU, whose clock can be read and whose launches queue."""
+    if device != "cpu":
+        return None
+    a = torch.ones(SIDE["cpu"], SIDE["cpu"])
+    product = torch.empty_like(a)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        torch.mm(a, a, out=product)
+        return time.perf_counter() - start
+
+    seconds()
+    return seconds
 
 
 def between(before: Pair, after: Pair) -> dict[str, Any]:

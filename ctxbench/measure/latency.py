@@ -32,12 +32,16 @@ WARM_UP_AGREES = 0.05  # two successive medians of three warm-up calls
 SETTLED = 0.05  # spread of the noise estimates, relative to their mean
 NOISE_RING, NOISE_LEAST, NOISE_EVERY = 512, 64, 16
 PAUSE_S, PAUSE_GROWS_AFTER, PAUSE_GROWTH, PAUSE_STEP_S = 0.05, 3, 1.5, 0.5  # for a device whose clock fell
+BEAT_EVERY_S, BEAT_SHARE, BEAT_MOST_S = 0.025, 0.1, 0.03  # the reference between samples: a tenth of their time
 STEADY = 0.02  # both halves of the samples agree within this, or within what their own spread explains
 
 
 @dataclass
 class Timing:
-    """What one process measured; durations in seconds, ``faults_per_call`` in page faults."""
+    """What one process measured; durations in seconds, ``faults_per_call`` in page faults.
+
+    ``beats`` are the reference between the samples: how many of them preceded it, and its mean seconds there and then.
+    """
 
     samples: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -47,6 +51,7 @@ class Timing:
     faults_per_call: float = 0.0
     discarded: int = 0  # samples taken while the clock of the device was low
     throttled: bool = False  # such samples are among those that were kept
+    beats: list[tuple[int, float]] = field(default_factory=list)
 
 
 def cpu_stopwatch(call: Call) -> tuple[float, float, Any]:
@@ -108,6 +113,7 @@ def measure(
     stopwatch: Stopwatch = cpu_stopwatch,
     consume: Callable[[Any], None] = _ignore,
     slow: Callable[[], bool] = _never,
+    reference: Callable[[], float] | None = None,
 ) -> Timing:
     """Warm up, then sample until the median is known well enough or the time is spent.
 
@@ -118,6 +124,8 @@ def measure(
         consume: is given every result outside the timed interval; the result is dropped after it returns.
         slow: asked after every sample whether the clock of the device has fallen. Such a sample is discarded and the
             device given a pause, unless as many were discarded as kept: then it stays and the timing is marked.
+        reference: does a fixed piece of work and returns its seconds. It is called before the first sample, after the
+            last and now and then between them: where nothing else tells how fast the machine is, this does.
     """
     timing = Timing()
 
@@ -137,7 +145,7 @@ def measure(
         if first > NO_WARM_UP_S:
             return Timing([first], [cpu], [], "n=1", faults_per_call=faults)
         _warm_up(once, timing.warmup)
-        _sample(once, protocol, timing, slow)
+        _sample(once, protocol, timing, slow, _Beat(reference, timing))
         timing.steady = _is_steady(timing.samples)
     finally:
         if collecting:
@@ -161,9 +169,12 @@ def _warm_up(once: Callable[[], Sample], times: list[float]) -> None:
         times.append(once()[0])
 
 
-def _sample(once: Callable[[], Sample], protocol: Protocol, timing: Timing, slow: Callable[[], bool]) -> None:
+def _sample(
+    once: Callable[[], Sample], protocol: Protocol, timing: Timing, slow: Callable[[], bool], beat: _Beat
+) -> None:  # fmt: skip
     spent, faults, check_at, in_a_row, pause = 0.0, 0, 1, 0, PAUSE_S
     noise = _Noise()
+    beat(0.0)
     while not timing.stop:
         wall, cpu, faulted = once()
         in_a_row = in_a_row + 1 if slow() else 0
@@ -192,6 +203,7 @@ def _sample(once: Callable[[], Sample], protocol: Protocol, timing: Timing, slow
                 timing.stop = "noise settled"
             if not timing.stop and spent >= protocol.sample_budget_s:
                 timing.stop = "n=1" if count == 1 else "budget"
+        beat(wall, last=bool(timing.stop))
     timing.faults_per_call = faults / len(timing.samples)
 
 
@@ -201,6 +213,24 @@ def _least(call_s: float, protocol: Protocol) -> int:
         if call_s < length:
             return min(count, protocol.min_samples)
     return 1
+
+
+class _Beat:
+    """Times the reference between samples, about once in ``BEAT_EVERY_S`` and for ``BEAT_SHARE`` of their time."""
+
+    def __init__(self, reference: Callable[[], float] | None, timing: Timing):
+        self.reference, self.timing, self.since = reference, timing, 0.0
+
+    def __call__(self, wall: float, last: bool = False) -> None:
+        samples, beats = self.timing.samples, self.timing.beats
+        self.since += wall
+        if self.reference is None or (samples and self.since < BEAT_EVERY_S and not last):
+            return
+        wanted, times = min(BEAT_SHARE * self.since, BEAT_MOST_S), [self.reference()]
+        while sum(times) + times[-1] / 2 < wanted:
+            times.append(self.reference())
+        beats.append((len(samples), sum(times) / len(times)))
+        self.since = 0.0
 
 
 class _Noise:

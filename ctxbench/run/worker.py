@@ -54,16 +54,18 @@ def time_cell(task: Task) -> Outcome:
     work = _prepare(method, cell, task)
     built = time.perf_counter() - started
     sums = _Checksums(work)
-    reference = drift.reference_pair(cell.device)
+    reference, beat = drift.reference_pair(cell.device), drift.beat(cell.device)
     sensors = contention.read()
     stopwatch = latency.stopwatch_for(cell.device)
     with telemetry.clock_watch(cell.device) as slow:
-        timing = latency.measure(work.call, task.protocol, stopwatch, sums.add, slow)
+        timing = latency.measure(work.call, task.protocol, stopwatch, sums.add, slow, beat)
     seen, contended = contention.between(sensors, contention.read())
     seen |= telemetry.snapshot(cell.device)
     if timing.discarded:
         seen["discarded_samples"] = timing.discarded
     seen |= drift.between(reference, drift.reference_pair(cell.device))
+    if timing.beats:
+        seen["reference_beside_s"] = [[taken, float(f"{seconds:.5g}")] for taken, seconds in timing.beats]
     median = sorted(timing.samples)[len(timing.samples) // 2]
     complaint = sums.complaint() or (
         _recompute(work, "state" not in method.impl(cell.impl).defects) if task.gate and median <= RECHECK_S else ""

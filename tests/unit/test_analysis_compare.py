@@ -14,7 +14,7 @@ from scipy.stats import mannwhitneyu
 
 from ctxbench.analysis import noise, ranks
 from ctxbench.analysis.compare import ALPHA, Comparison, Side, Verdict, compare, least_processes
-from ctxbench.analysis.processes import moderated_variances, processes
+from ctxbench.analysis.processes import moderated_variances, pace, processes
 from ctxbench.analysis.runs import Run
 from ctxbench.cell import Cell
 from ctxbench.errors import UserError
@@ -34,19 +34,22 @@ class Bench:
 
     def row(
         self, cell: Cell = FIRST, count: int = 8, sigma: float = 0.01, seconds: float = 0.01, speed: float = 1.0,
-        status: str = "ok", **changes: Any,
+        status: str = "ok", restless: float = 0.0, **changes: Any,
     ) -> Row:  # fmt: skip
         spread = lambda width: math.exp(self.random.normal(0, width))  # noqa: E731
-        samples = []
+        samples, sensors = [], []
         for _ in range(count):
-            median = seconds * speed * spread(sigma)
-            samples.append([median * spread(0.02) for _ in range(9)])
+            median, pace = seconds * speed * spread(sigma), spread(restless)
+            samples.append([median * pace * spread(0.02) for _ in range(9)])
+            beats = [[taken, 1e-3 * speed * pace * spread(0.01)] for taken in range(10)]
+            sensors.append({"reference_beside_s": beats} if restless else {})
         sensors = [
-            {
+            process
+            | {
                 "reference_matmul_s": [1e-4 * speed * spread(0.02)] * 2,
                 "reference_copy_s": [3e-4 * speed * spread(0.02)] * 2,
             }
-            for _ in range(count)
+            for process in sensors
         ]
         medians = [float(np.median(values)) for values in samples]
         latency = Latency(
@@ -81,6 +84,61 @@ def test_8_processes_find_a_slowdown_of_5_percent_in_9_of_10_cases(bench):
     for _ in range(100):
         found.update(bench.pair(slower=1.05, sigma=0.015).counts())
     assert found["slower"] >= 90
+
+
+def test_a_restless_machine_hides_no_slowdown_whose_reference_was_timed_beside_the_samples(bench):
+    settings = {"sigma": 0.012, "restless": 0.08}
+    same, slower = Counter(), Counter()
+    for _ in range(100):
+        same.update(bench.pair(**settings).counts())
+        (cell,) = bench.pair(slower=1.05, **settings).cells
+        slower[cell.verdict] += 1
+        assert 0.3 < cell.adjusted < 1.7
+    assert same["faster"] + same["slower"] <= 1
+    assert slower["slower"] >= 90
+    assert sum(bench.pair(slower=1.05, sigma=0.08).cells[0].verdict == "slower" for _ in range(100)) < 30
+
+
+def test_the_adjusted_test_keeps_its_level_and_its_interval_the_truth_whatever_the_covariate_explains():
+    random, trials = np.random.default_rng(3), 2000
+    for truth in (0.0, 0.8):
+        false = inside = 0
+        for _ in range(trials):
+            x = 0.1 * random.standard_t(3, 16)  # heavy tails: bursts of other guests
+            y = np.exp(truth * x + random.normal(0, 0.02, 16))
+            false += ranks.adjusted(y[:8], y[8:], x[:8], x[8:]).p <= ALPHA
+            shift = ranks.adjusted(y[:8], 1.2 * y[8:], x[:8], x[8:]).shift
+            inside += shift.low <= 1.2 <= shift.high
+            assert shift.low <= shift.ratio <= shift.high
+        assert false / trials <= ALPHA + 2.6 * math.sqrt(ALPHA / trials)
+        assert 0.935 <= inside / trials <= 0.985
+
+
+def test_an_adjusted_interval_is_where_its_own_test_turns():
+    random = np.random.default_rng(4)
+    x = random.normal(0, 0.1, 16)
+    y = np.exp(x + random.normal(0, 0.02, 16))
+    shift = ranks.adjusted(y[:8], y[8:], x[:8], x[8:]).shift
+    p = {ratio: ranks.adjusted(y[:8], y[8:] / ratio, x[:8], x[8:]).p for ratio in (shift.low, shift.high)}
+    for ratio, outwards in ((shift.low, 1 - 1e-9), (shift.high, 1 + 1e-9)):
+        assert p[ratio] > 1 - shift.confidence
+        assert ranks.adjusted(y[:8], y[8:] / (ratio * outwards), x[:8], x[8:]).p <= 1 - shift.confidence + 1e-12
+
+
+def test_a_covariate_that_parts_the_groups_invents_nothing_and_one_that_stands_still_changes_nothing():
+    a, b = np.linspace(1, 1.02, 8), np.linspace(1.2, 1.22, 8)
+    slow = ranks.adjusted(a, b, np.log(a), np.log(b))
+    assert slow.p > 0.5
+    assert (slow.shift.low, slow.shift.high) == (0.0, math.inf)
+    still = ranks.adjusted(a, b, np.zeros(8), np.zeros(8))
+    assert (still.coefficient, still.p) == (0, ranks.rank_test(a, b))
+    assert still.shift == pytest.approx(ranks.hodges_lehmann(a, b))
+
+
+def test_a_sample_is_held_against_the_references_on_both_its_sides():
+    beats = [[0, 1.0], [2, 3.0], [3, 5.0]]
+    assert pace([2.0, 2.0, 4.0], beats) == pytest.approx(math.log(2.0))  # ratios 1, 1, 1 of a median of 2
+    assert pace([6.0, 6.0, 6.0], [[0, 2.0], [3, 2.0]]) == pytest.approx(math.log(2.0))
 
 
 def test_one_report_over_many_identical_cells_accuses_none(bench):

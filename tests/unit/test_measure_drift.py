@@ -26,6 +26,13 @@ def test_changes_beyond_the_limits_are_named_with_their_sign(after: Pair, expect
     assert seen["reference_copy_s"] == [2.0, after.copy_s]
 
 
+def test_a_beat_takes_time_on_a_cpu_and_there_is_none_on_a_gpu() -> None:
+    beat = drift.beat("cpu")
+    assert beat is not None
+    assert min(beat(), beat()) > 0
+    assert drift.beat("cuda:0") is None
+
+
 def test_both_kernels_take_time() -> None:
     pair = drift.reference_pair("cpu")
     assert pair.matmul_s > 0

@@ -117,6 +117,29 @@ def test_every_result_is_consumed_once_and_in_order():
     assert consumed == list(range(len(timing.warmup) + len(timing.samples)))
 
 
+@pytest.mark.parametrize(("seconds", "every"), [(0.001, 25), (0.02, 2), (0.06, 1)], ids=str)
+def test_the_reference_runs_between_samples_for_a_tenth_of_their_time(seconds: float, every: int):
+    asked: list[float] = []
+    timing = latency.measure(
+        lambda: None, PROTOCOL, clock(alternating(seconds, 0.3)), reference=lambda: asked.append(0.002) or 0.002
+    )
+    taken = [count for count, _ in timing.beats]
+    assert (taken[0], taken[-1]) == (0, len(timing.samples))
+    assert set(itertools.pairwise(taken[:-1])) <= {(n, n + k) for n in taken for k in (every - 1, every, every + 1)}
+    assert all(beat == pytest.approx(0.002) for _, beat in timing.beats)
+    assert 0.05 <= sum(asked) / sum(timing.samples) <= 0.15
+    assert measured(constant(0.001)).beats == []
+
+
+def test_the_reference_costs_no_more_than_its_most_beside_long_calls():
+    asked: list[float] = []
+    timing = latency.measure(
+        lambda: None, PROTOCOL, clock(constant(3.0)), reference=lambda: asked.append(0.002) or 0.002
+    )
+    assert len(timing.beats) == len(timing.samples) + 1
+    assert sum(asked) <= 0.002 + len(timing.samples) * (latency.BEAT_MOST_S + 0.002)
+
+
 def test_the_clock_costs_less_than_a_microsecond_a_call():
     durations = sorted(latency.cpu_stopwatch(lambda: None)[0] for _ in range(2000))
     assert durations[len(durations) // 2] < 1e-6

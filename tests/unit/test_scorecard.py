@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from ctxbench.suites.scorecard import fits, flops, gates, memory, timing
@@ -29,11 +30,23 @@ def test_our_own_slope_is_that_of_a_planted_power() -> None:
 def test_gates_judge_identical_and_slower_code() -> None:
     quiet = [[1.0 + 0.001 * index, 1.0, 1.0] for index in range(8)]
     slower = [[1.2 * value for value in samples] for samples in quiet]
-    assert not gates._ours(quiet, quiet)
-    assert gates._ours(quiet, slower)
-    assert not gates._ours(slower, quiet)
+    beats = [[[0, 1e-3], [3, 1e-3]]] * 8
+    assert not gates._ours(quiet, quiet, beats, beats)
+    assert gates._ours(quiet, slower, beats, beats)
+    assert not gates._ours(slower, quiet, beats, beats)
     assert not gates._median_5_percent(quiet, quiet)
     assert gates._median_5_percent(quiet, slower)
+
+
+def test_a_gate_finds_below_a_restless_machine_what_medians_alone_do_not() -> None:
+    random = np.random.default_rng(1)
+    restless = np.exp(random.normal(0, 0.07, (32, 6)).cumsum(axis=1) / 2)  # of 32 processes, before and after 5 samples
+    samples = (restless[:, 1:] + restless[:, :-1]) / 2 * np.exp(random.normal(0, 0.01, (32, 1)))
+    beats = [[[taken, 1e-3 * speed] for taken, speed in enumerate(process)] for process in restless]
+    found = {tool: gates._alarms(tool, samples.tolist(), beats, 1.05) for tool in gates.GATES if "ctxbench" in tool}
+    assert found["ctxbench"] >= 90
+    assert found["ctxbench, medians alone"] <= 50
+    assert gates._alarms("ctxbench", samples.tolist(), beats, 1.0) <= 1
 
 
 def test_the_page_keeps_every_tool_and_says_what_is_missing() -> None:

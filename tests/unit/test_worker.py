@@ -211,7 +211,7 @@ def test_what_the_samples_show_becomes_warnings(run, monkeypatch):
     shown.throttled, shown.discarded = True, 3
     pairs = iter([drift.Pair(1.0, 1.0), drift.Pair(1.1, 0.9)])
 
-    def measure(call: Any, protocol: Any, stopwatch: Any, consume: Any, slow: Any) -> latency.Timing:
+    def measure(call: Any, protocol: Any, stopwatch: Any, consume: Any, slow: Any, reference: Any) -> latency.Timing:
         for _ in range(3):
             consume(call())
         return shown
@@ -223,6 +223,15 @@ def test_what_the_samples_show_becomes_warnings(run, monkeypatch):
     assert codes == {"unsteady", "few_samples", "short_calls", "bimodal", "throttled", "drift"}
     assert samples.sensors["discarded_samples"] == 3
     assert samples.sensors["reference_copy_s"] == [1.0, 0.9]
+    assert "reference_beside_s" not in samples.sensors
+
+
+def test_a_process_tells_how_fast_the_machine_was_beside_its_samples(run):
+    samples = run().samples
+    taken, seconds = zip(*samples.sensors["reference_beside_s"], strict=True)
+    assert (taken[0], taken[-1]) == (0, len(samples.samples))
+    assert list(taken) == sorted(set(taken))
+    assert min(seconds) > 0
 
 
 def test_a_sketch_that_declares_its_state_a_defect_may_drift():
