@@ -4,6 +4,9 @@ A curve is fitted in logarithms, each length weighted by how well its processes 
 a hierarchical bootstrap: the processes of each length are resampled, then everything is fitted again. A line whose
 slope changes on the way is not averaged: straight pieces are fitted, and each is a regime with its own exponent.
 
+The exponent of the last lengths is that of a line through them, unless the curve bends and a sum of powers explains all
+of it: then the exponent of that sum at the longest length, where a line would tell the middle of its lengths.
+
 Every slope stands beside that of the formula, taken by the very same fit through the formula's values. Between two
 lengths that is the mean of ``T f'(T) / f(T)`` over log T.
 """
@@ -30,10 +33,12 @@ LEAST_CHANGE = 0.2  # of the exponent; every real curve bends by less
 MOST_CHANGES = 2
 LEAST_LENGTHS = 4  # below, no change of regime can be told from noise
 TAIL = 4
+POWERS = (0.0, 1.0, 1.5, 2.0)  # of the length, in a sum with weights that are not negative
+BENT, FITTING = 0.05, 0.02  # chance that a line is taken for bent, and that a sum of powers is refused its own data
 
 
 class Slope(msgspec.Struct, frozen=True, kw_only=True):
-    """An exponent from ``first`` to ``last`` tokens; ends are None where no length has two processes.
+    """An exponent from ``first`` to ``last`` tokens, or at one length; ends are None where no length has two processes.
 
     ``formula`` is the exponent that the FLOPs by formula have there.
     """
@@ -165,10 +170,67 @@ class Curve:
         return [self._line(np.arange(index, index + 2)) for index in range(len(self.lengths) - 1)]
 
     def tail(self, breaks: Sequence[float] = ()) -> Slope:
-        """The exponent over the last lengths: four of six and more, else three, and only beyond the last change."""
-        count = TAIL if len(self.lengths) >= 6 else TAIL - 1
+        """The exponent over the last lengths: four of six and more, else three, and only beyond the last change.
+
+        A line through four lengths tells the exponent of their middle. Where they are bent, or a change was found, and
+        a sum of powers fits all lengths as well as their scatter allows, it is the sum's exponent at the longest one.
+        """
+        size = len(self.lengths)
+        count = TAIL if size >= 6 else TAIL - 1
         beyond = int((self.x >= max(breaks) - 1e-9).sum()) if breaks else count
-        return self._line(np.arange(len(self.lengths) - max(2, min(count, beyond)), len(self.lengths)))
+        chosen = np.arange(size - max(2, min(count, beyond)), size)
+        if size > len(POWERS) + 1 and (breaks or self._bent(chosen)):
+            weights = self._powers(self.y)
+            fitted = np.log(self._basis() @ weights)
+            if self._misfit(fitted, np.arange(size), int((weights > 0).sum()), breaks) >= FITTING:
+                return self._end(weights)
+        return self._line(chosen)
+
+    def _basis(self) -> np.ndarray:
+        """Powers of the length over the longest one, [lengths, powers]."""
+        return np.asarray(np.exp(self.x - self.x[-1])[:, None] ** np.array(POWERS))
+
+    def _powers(self, y: np.ndarray) -> np.ndarray:
+        """Weights of the powers that fit ``exp(y)`` with least relative error; none is negative."""
+        from scipy.optimize import nnls
+
+        root = np.sqrt(self._weights())
+        weights, _ = nnls(self._basis() * (root / np.exp(y))[:, None], root)
+        return np.asarray(weights)
+
+    def _end(self, weights: np.ndarray) -> Slope:
+        """The exponent of a sum of powers at the longest length.
+
+        Its interval is that of all powers, also of those that the data left at 0: they might have had a weight.
+        """
+        basis, powers = self._basis(), np.array(POWERS)
+        value = float(powers @ weights / weights.sum())
+        root = np.sqrt(self._weights())
+        moves = np.linalg.pinv(basis * (root / (basis @ weights))[:, None]) * root  # of the weights, by log seconds
+        row = (powers - value) / weights.sum() @ moves
+        known = None
+        if self.formula is not None:
+            own = self._powers(self.formula)
+            known = float(powers @ own / own.sum())
+        every = np.arange(len(self.x))
+        return self._slope(row, every, self.lengths[-1], self.lengths[-1], value, known)
+
+    def _bent(self, chosen: np.ndarray) -> bool:
+        """Whether these lengths do not lie on a line, where no change was found."""
+        fitted = self._design([], chosen) @ (self._solver([], chosen) @ self.y[chosen])
+        return self._misfit(fitted, chosen, 2, []) < BENT
+
+    def _misfit(self, fitted: np.ndarray, chosen: np.ndarray, parameters: int, breaks: Sequence[float]) -> float:
+        """Chance of residuals this large if the fit were true, against the scatter about the pieces (F test)."""
+        from scipy.special import fdtrc
+
+        freedom = (int(self.counts.sum()) if self.replicated else len(self.x)) - 2 - 2 * len(breaks)
+        spare = len(chosen) - parameters
+        if freedom < 1 or spare < 1:
+            return 1.0
+        squares = float((self._weights()[chosen] * (self.y[chosen] - fitted) ** 2).sum())
+        noise = max(self._residual(breaks) / freedom, 1e-300)
+        return float(fdtrc(spare, freedom, squares / spare / noise))
 
     def pieces(self, breaks: Sequence[float]) -> list[Slope]:
         """Exponents of the straight pieces that meet at ``breaks`` (log tokens), fitted together."""
@@ -243,11 +305,15 @@ class Curve:
         row = self._solver([], chosen)[1]
         return self._slope(row, chosen, self.lengths[chosen[0]], self.lengths[chosen[-1]])
 
-    def _slope(self, row: np.ndarray, chosen: np.ndarray, first: float, last: float) -> Slope:
-        """A slope as the linear function ``row`` of the values, with its interval."""
+    def _slope(
+        self, row: np.ndarray, chosen: np.ndarray, first: float, last: float,
+        value: float | None = None, formula: float | None = None,
+    ) -> Slope:  # fmt: skip
+        """A slope as the linear function ``row`` of the values, or with the gradient ``row`` about ``value``."""
         from scipy.special import ndtri, stdtrit
 
-        value = float(row @ self.y[chosen])
+        linear = float(row @ self.y[chosen])
+        value = linear if value is None else value
         low = high = None
         every = int((self.counts - 1).sum())
         freedom = min(int((self.counts[chosen] - 1).sum()) + PRIOR_DOF, every)
@@ -255,8 +321,9 @@ class Curve:
             # A few processes know their own spread badly: wider by the quantile of t over that of the normal.
             wider = float(stdtrit(freedom, 0.975) / ndtri(0.975))
             ends = np.quantile(self._bootstrap()[:, chosen] @ row, (0.025, 0.975))
-            low, high = (float(value + wider * (end - value)) for end in ends)
-        formula = None if self.formula is None else float(row @ self.formula[chosen])
+            low, high = (float(value + wider * (end - linear)) for end in ends)
+        if formula is None and self.formula is not None:
+            formula = float(row @ self.formula[chosen])
         return Slope(first=round(first), last=round(last), value=value, low=low, high=high, formula=formula)
 
     def _bootstrap(self) -> np.ndarray:

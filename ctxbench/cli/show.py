@@ -128,7 +128,7 @@ def _print_growth(growth: list[Scaling], ctx: Common) -> None:
                 f"{format_tokens(scaling.lengths[0])} to {format_tokens(scaling.lengths[-1])}",
                 scaling.text,
                 scaling.formula_text or "-",
-                f"{power(tail)} from {format_tokens(tail.first)}",
+                f"{power(tail)} {'from' if tail.first < tail.last else 'at'} {format_tokens(tail.first)}",
             ]
         )
         for step in scaling.steps if ctx.verbose else []:

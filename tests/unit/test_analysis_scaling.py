@@ -61,6 +61,34 @@ def test_a_window_ramp_is_a_change_of_regime_and_never_one_exponent(sigma):
         assert curve.tail(breaks).value == pytest.approx(1, abs=0.25)
 
 
+BENDS = {  # a sum of powers, and its exponent at the longest length
+    "constant": (lambda length: 1e-3 + 1e-7 * length, 0.1 * 131.072 / (1 + 0.1 * 131.072)),
+    "square": (lambda length: 1e-7 * (length + length**2 / 16384), 17 / 9),
+    "root": (lambda length: 2e-3 + 1e-9 * length**1.5, 1.5 * 47.453 / (2 + 47.453)),
+}
+
+
+@pytest.mark.parametrize(("sigma", "count"), [(0.02, 3), (0.05, 5)], ids=str)
+@pytest.mark.parametrize("bend", BENDS)
+def test_where_a_curve_bends_the_tail_is_the_exponent_at_its_end(bend, sigma, count):
+    (law, truth), draw, trials = BENDS[bend], Draw(8), 100
+    tails = [curve.tail(curve.breaks()) for curve in (draw.curve(law, sigma, count) for _ in range(trials))]
+    assert sum(abs(tail.value - truth) <= 0.1 for tail in tails) >= 0.9 * trials
+    assert sum(tail.low <= truth <= tail.high for tail in tails) >= 0.9 * trials
+    assert sum((tail.first, tail.last) == (LENGTHS[-1], LENGTHS[-1]) for tail in tails) >= 0.8 * trials
+    exact = draw.curve(law, 0.0, count)
+    assert exact.tail(exact.breaks()).value == pytest.approx(truth, abs=2e-3)
+
+
+def test_a_sum_of_powers_is_no_excuse_for_a_corner():
+    draw = Draw(9)
+    for _ in range(50):
+        curve = draw.curve(lambda length: 1e-9 * length * min(length, 32768), 0.05)
+        tail = curve.tail(curve.breaks())
+        assert (tail.first, tail.last) == (32768, 131072)
+        assert tail.value == pytest.approx(1, abs=0.25)
+
+
 def test_a_zigzag_has_no_regimes():
     factors = dict(zip(LENGTHS, (1, 1.3) * 4, strict=True))
     assert Draw(4).curve(lambda length: 1e-9 * length * factors[length], 0.01, 8).breaks() == []
