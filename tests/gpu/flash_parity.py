@@ -250,7 +250,7 @@ def main() -> None:
     for name, check in (("tiles out of sight", skipping), ("dense", module)) if INTERPRETED else (("dense", module),):
         print(json.dumps([name, "fp32", check()]))
     if INTERPRETED:
-        counted.all_of("forward", "dq", "dkv", "table")
+        counted.all_of("flash.forward", "flash.dq", "flash.dkv", "flash_bias.table")
 
 
 if __name__ == "__main__":

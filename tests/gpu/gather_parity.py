@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from flash_parity import TILES, relative
-from interpreted import INTERPRETED, check_integers, spare
+from interpreted import INTERPRETED, Counted, check_integers, spare
 
 from ctxbench.implementations._shared import ranges
 from ctxbench.implementations.compressive_memory import METHOD as COMPRESSIVE_MEMORY
@@ -267,6 +267,7 @@ def runs() -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     spare()
+    counted = Counted()
     if INTERPRETED:
         ranges.config = gathered.config = lambda kernel, *_: TILES[kernel]
         choosing.SELECT, choosing.TOKENS, choosing.CENTROIDS, choosing.ADDED = 64, 32, 16, 16
@@ -280,6 +281,8 @@ def main() -> None:
         torch.manual_seed(0)
         check_integers(dtype == "fp16")
         print(json.dumps([name, dtype, CHECKS[name](DTYPES[dtype])]), flush=True)
+    if INTERPRETED and not sys.argv[1:]:
+        counted.all_of(*(f"gathered.{name}" for name in ("forward", "dq", "dkv")), "gate.gate", "gate.gradient")
 
 
 if __name__ == "__main__":

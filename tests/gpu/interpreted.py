@@ -11,6 +11,8 @@ from typing import Any
 from ctxbench.implementations._shared import cells_table, lines, relative_tiles, tiles
 from ctxbench.implementations._shared.flash_table import Config
 from ctxbench.implementations._shared.relative_table import Stair
+from ctxbench.implementations.memory_bank import gate_tiles
+from ctxbench.implementations.routing import gathered_tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -55,8 +57,8 @@ class Counted:
             self._watch()
 
     def all_of(self, *kernels: str) -> None:
-        """Fail unless each of them was launched, over ranges or over lists."""
-        launched = {name.removesuffix("_kernel").rpartition("_")[2] for name in self.launches}
+        """Fail unless each of them was launched: ``dq`` of whatever module, or ``gathered.dq``."""
+        launched = set(self.launches) | {name.rpartition(".")[2] for name in self.launches}
         assert launched >= set(kernels), launched
 
     def _watch(self) -> None:
@@ -87,17 +89,26 @@ class Counted:
             self.products = self.loaded = self.stored = 0
             run(function, *arguments, **options)
             given = dict(zip(function.arg_names, arguments, strict=False)) | options
-            work = expected(function.fn.__module__.rpartition(".")[2], function.__name__, given)
+            module = function.fn.__module__.rpartition(".")[2]
+            work = expected(module, function.__name__, given)
             if work is not None:
                 received = self.products, self.loaded, self.stored
                 assert received == work[2:], (function.__name__, received, work)
-                self.launches.append(function.__name__)
+                self.launches.append(f"{module}.{function.__name__.removesuffix('_kernel').rpartition('_')[2]}")
 
         InterpretedFunction.run = counting_run
 
 
 def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None:
     """The closed form of one launch from its arguments; None for kernels that have none."""
+    if module == "gathered":
+        return of_gathered(name.removesuffix("_kernel"), given)
+    if module == "gate":
+        batch, tokens, width = given["READ"].shape
+        return gate_tiles.gated(
+            name.removesuffix("_kernel"), given["ROWS"], given["COLUMNS"], given["DEPTH"], tokens, width,
+            given["READ"].element_size(), batch=batch, keep=bool(given.get("KEEP")),
+        )  # fmt: skip
     if module == "decode":
         return of_decode(name, given)
     if module in ("relative_kernels", "relative_backward"):
@@ -165,3 +176,16 @@ def pooled(name: str, given: dict[str, Any]) -> tiles.Work:
     return cells_table.moved(
         name.removesuffix("_kernel"), given["T"], counts, len(sources) * B * H * D, sources[0][0].element_size()
     )  # fmt: skip
+
+
+def of_gathered(kernel: str, given: dict[str, Any]) -> tiles.Work:
+    """The same for attention inside clusters, head by head from where their runs begin."""
+    chosen = Config(given["ROWS"], given["COLUMNS"], 0, 0)
+    lengths = (given[name].diff(dim=1).tolist() for name in ("QUERY_BEGINS", "KEY_BEGINS"))
+    work = tiles.Work()
+    for queries, keys in zip(*lengths, strict=True):
+        work += gathered_tiles.gathered(
+            kernel, chosen, list(zip(queries, keys, strict=True)), given["K"].shape[3], given["K"].element_size(),
+            earlier=given["EARLIER"], without_self=given["WITHOUT_SELF"], by_slot=given["BY_SLOT"],
+        )  # fmt: skip
+    return work

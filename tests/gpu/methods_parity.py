@@ -109,7 +109,7 @@ def main() -> None:
             errors = parity(method, method.params(**params), SMALL.replace(**dims), DTYPES[dtype])
             print(json.dumps([name, dtype, errors]))
     if INTERPRETED:
-        counted.all_of("forward", "dq", "dkv")
+        counted.all_of("flash.forward", "flash.dq", "flash.dkv")
 
 
 if __name__ == "__main__":

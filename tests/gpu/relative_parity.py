@@ -139,7 +139,7 @@ def main() -> None:
         for width in widths:
             print(json.dumps([f"{name}, {width}", dtype, parity(*CASES[name], width, DTYPES[dtype])]), flush=True)
     if INTERPRETED:
-        counted.all_of("forward", "dq", "dkv", "dr")
+        counted.all_of("relative_kernels.forward", *(f"relative_backward.{name}" for name in ("dq", "dkv", "dr")))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What launches load, store and multiply, counted by walking their tiles in plain Python, at the shipped tile sizes.
 
-The closed forms of ``tiles`` and ``relative_tiles`` must be exactly that. Triton's interpreter holds them against the
-kernels themselves, at small tiles; see ``tests/gpu/interpreted.py``.
+The closed forms of ``tiles``, ``relative_tiles`` and their like must be exactly that. Triton's interpreter holds them
+against the kernels themselves, at small tiles; see ``tests/gpu/interpreted.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from ctxbench.implementations._shared.lines import PLAIN, SLOPES, TABLE, Line, p
 from ctxbench.implementations._shared.relative_table import Stair, row_parts, tile
 from ctxbench.implementations._shared.relative_tiles import Launch
 from ctxbench.implementations._shared.tiles import Keys, Work
+from ctxbench.implementations.memory_bank import gate_tiles
+from ctxbench.implementations.routing import gathered_tiles, launch
 
 NUMBER, WIDTH = 4, 64
 OWN = Line(base=1)
@@ -180,6 +182,83 @@ def test_launches_that_decode_move_what_a_walk_along_their_parts_counts(
         chosen.rows, chosen.columns, queries, keys, part, width, itemsize, heads=heads, group=group
     )  # fmt: skip
     assert found == (partial * heads, merged * heads)
+
+
+@pytest.mark.parametrize("by_slot", [False, True], ids=["by token", "by slot"])
+@pytest.mark.parametrize(("earlier", "without_self"), [(False, False), (True, False), (True, True)])
+def test_launches_over_clusters_move_what_a_walk_along_their_runs_counts(
+    earlier: bool, without_self: bool, by_slot: bool
+) -> None:
+    runs = [(0, 0), (1, 1), (63, 63), (201, 201), (0, 40), (65, 130), *(() if earlier else ((7, 0), (130, 65)))]
+    for kernel, itemsize in ((kernel, itemsize) for kernel in ("forward", "dq", "dkv") for itemsize in (2, 4)):
+        chosen = launch.config(kernel, WIDTH, itemsize, 90)
+        found = gathered_tiles.gathered(
+            kernel, chosen, runs, WIDTH, itemsize, earlier=earlier, without_self=without_self, by_slot=by_slot
+        )  # fmt: skip
+        own = 1 if kernel == "dkv" else 0
+        side = chosen.columns if own else chosen.rows
+        programs = sum(run[own] for run in runs) // side + len(runs)
+        work = Work(loaded=programs * (2 * len(runs) + 4) * NUMBER)
+        for queries, keys in runs:
+            work += along_run(kernel, chosen, queries, keys, itemsize, earlier, without_self, by_slot)
+        assert found == work, (kernel, itemsize)
+
+
+def along_run(
+    kernel: str, chosen: Config, queries: int, keys: int, itemsize: int, earlier: bool, without_self: bool,
+    by_slot: bool,
+) -> Work:  # fmt: skip
+    """The tiles of one run of a head, by which of its (query, key) pairs are seen."""
+    row, work = WIDTH * itemsize, Work()
+    aligned = np.arange(queries)[:, None] + keys - queries
+    seen = np.ones((queries, keys), bool)
+    if earlier:
+        seen = np.arange(keys) <= np.maximum(aligned - without_self, 0)
+    wide = WIDTH * NUMBER if by_slot else row
+    if kernel == "dkv":
+        for own in cut(keys, chosen.columns):
+            work += Work(loaded=len(own) * (2 * row + NUMBER), stored=2 * len(own) * wide)
+            tiles_ = cut(queries, chosen.rows)
+            # Without a token itself, those that stand where a tile of keys begins may see none of it, and are visited.
+            first = max(0, own.start - (keys - queries)) // chosen.rows if earlier else 0
+            assert not any(seen[other.start : other.stop, own.start : own.stop].any() for other in tiles_[:first])
+            for other in tiles_[first:]:
+                numbers = 3 + by_slot
+                work += Work(1, 0, 4, len(other) * (2 * row + numbers * NUMBER))
+        return work
+    for own in cut(queries, chosen.rows):
+        back = kernel == "dq"
+        once = 3 * row + (2 + by_slot) * NUMBER if back else row + NUMBER
+        work += Work(loaded=len(own) * once, stored=len(own) * ((wide if back else row) + NUMBER))
+        end = min(own.start + chosen.rows + keys - queries, keys) if earlier else keys
+        for other in cut(keys, chosen.columns):
+            pairs = seen[own.start : own.stop, other.start : other.stop]
+            if other.start >= end:
+                assert not pairs.any()
+                continue
+            full = len(other) == chosen.columns
+            # What decides is the first query of the tile, which sees least.
+            whole = full and other.stop <= aligned[own.start, 0] + 1 - without_self if earlier else full
+            assert not whole or pairs.all()
+            work += Work(1, int(whole), 3 if back else 2, len(other) * (2 * row + NUMBER))
+    return work
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (130, 256), (77, 200)])
+def test_launches_of_the_gate_move_what_a_walk_along_its_tiles_counts(tokens: int, width: int) -> None:
+    rows, columns, depth, batch = 64, 32, 32, 3
+    for kernel, keep in (("gate", False), ("gate", True), ("gradient", False)):
+        back, work = kernel == "gradient", Work()
+        for down in cut(tokens, rows):
+            for number, across in enumerate(cut(width, columns)):
+                for part in cut(width, depth):
+                    left = len(down) * len(part)
+                    work += Work(1, 0, 1, 2 * ((3 if back else 1) * left + len(across) * len(part)))
+                    work += Work(stored=2 * left * (back and number == 0))
+                result = len(down) * len(across)
+                work += Work(loaded=2 * (2 if back else 3) * result, stored=2 * (1 + keep) * result)
+        found = gate_tiles.gated(kernel, rows, columns, depth, tokens, width, 2, batch=batch, keep=keep)
+        assert found == work * batch, (kernel, keep)
 
 
 STAIRS = {  # rows, entries
