@@ -210,7 +210,10 @@ def _ranked(candidate: Candidate, index: int, first: Candidate, high: float | No
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One held-out question: who is fastest at this length, asked of the shorter ones. Times were measured."""
+    """One held-out question: who is fastest at this length, asked of the shorter ones. Times were measured.
+
+    ``advised_low_s`` and ``best_high_s`` are the ends of their rows' intervals that speak for the advice.
+    """
 
     seq_len: int
     setting: str
@@ -219,11 +222,18 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     best: str
     best_s: float
     candidates: int
+    advised_low_s: float
+    best_high_s: float
 
     @property
     def regret(self) -> float:
         """How much slower the advised method is than the best."""
         return self.advised_s / self.best_s - 1
+
+    @property
+    def shown_regret(self) -> float:
+        """How much slower it is at least, by the intervals of both measurements; 0 where they overlap."""
+        return max(0.0, self.advised_low_s / self.best_high_s - 1) if self.regret > 0 else 0.0
 
 
 def trials(rows: Sequence[Row], registry: Registry, ceilings: Ceilings, pairs: bool = False) -> list[Trial]:
@@ -259,6 +269,7 @@ def trials(rows: Sequence[Row], registry: Registry, ceilings: Ceilings, pairs: b
                     Trial(
                         seq_len=length, setting=setting, advised=cell_of(advised).label(), advised_s=latency(advised),
                         best=cell_of(best).label(), best_s=latency(best), candidates=len(of),
+                        advised_low_s=_interval(advised)[0], best_high_s=_interval(best)[1],
                     )
                 )  # fmt: skip
     if not found:
@@ -271,9 +282,19 @@ def trials(rows: Sequence[Row], registry: Registry, ceilings: Ceilings, pairs: b
     return found
 
 
+def _interval(row: Row) -> tuple[float, float]:
+    assert row.latency_s is not None
+    return row.latency_s.low, row.latency_s.high
+
+
 def hit_rate(found: Sequence[Trial]) -> float:
     """Share of trials whose advised method is within 10 % of the best."""
     return float(np.mean([trial.regret <= GOOD for trial in found]))
+
+
+def unrefuted(found: Sequence[Trial]) -> float:
+    """Share of trials whose advised method is not shown to be slower than the best by more than 10 %."""
+    return float(np.mean([trial.shown_regret <= GOOD for trial in found]))
 
 
 def describe_request(cells: Sequence[Planned]) -> str:

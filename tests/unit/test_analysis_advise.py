@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sympy import Integer, Min
 
-from ctxbench.analysis.advise import GOOD, advise, headline, hit_rate, trials
+from ctxbench.analysis.advise import GOOD, Trial, advise, headline, hit_rate, trials, unrefuted
 from ctxbench.analysis.forecast import Forecaster
 from ctxbench.analysis.use_cases import HOLDS, NOT_MEASURED, RULES, UNDECIDED, VIOLATED, judge
 from ctxbench.cell import Cell
@@ -120,8 +120,22 @@ def test_a_run_checks_its_own_advice() -> None:
     assert {trial.candidates for trial in between} == {2}
     assert hit_rate(between) >= 0.9
     assert any(trial.regret > 0 for trial in between)
+    assert all(trial.shown_regret <= trial.regret for trial in between)
     with pytest.raises(UserError, match="at least four lengths"):
         trials([each for each in world(1)[0] if each.method == "dense"], REGISTRY, CEILINGS)
+
+
+def test_advice_is_refuted_by_what_both_intervals_show() -> None:
+    best = {"seq_len": 16384, "setting": "", "best": "b", "best_s": 1.0, "candidates": 2}
+    trial = lambda time, low, high: Trial(  # noqa: E731
+        advised="a", advised_s=time, advised_low_s=low, best_high_s=high, **best
+    )
+    near, far, overlapping = trial(1.12, 1.1, 1.02), trial(1.4, 1.3, 1.02), trial(1.2, 0.9, 1.1)
+    assert [each.regret for each in (near, far, overlapping)] == pytest.approx([0.12, 0.4, 0.2])
+    assert [each.shown_regret for each in (near, far, overlapping)] == pytest.approx(
+        [1.1 / 1.02 - 1, 1.3 / 1.02 - 1, 0]
+    )
+    assert (hit_rate([near, far, overlapping]), unrefuted([near, far, overlapping])) == (0, pytest.approx(2 / 3))
 
 
 def test_measured_cells_answer_and_forecasts_are_marked() -> None:
