@@ -74,8 +74,7 @@ def _forward(selects: bool) -> Expr:
 
 def _blocked_forward(params: MemorizingParams) -> Expr:
     """Rows, the local part's band, or the lookup of the worst segment, whose slab matters for short sequences alone."""
-    n = Min(BLOCK, T)
-    band = 5 * row(T) + 2 * tensor(B, h, n, n + W - 1)
+    band, with_memory = _band(), Min(Max(L - FROM_TOP, 0), 1) * row(T)
     memory: list[Expr] = []
     full = -(-params.memory_len // params.segment_len)  # segments after which the memory stays as it is
     for filled in range(1, full + 1):
@@ -88,7 +87,21 @@ def _blocked_forward(params: MemorizingParams) -> Expr:
         ragged = Min(REST, 1) * Min(Max(WHOLE - filled + 1, 0), 1)
         ragged *= 1 if filled == full else Min(Max(filled + 1 - WHOLE, 0), 1)
         memory.append(ragged * (known + row(WHOLE * S) + _slabs(largest(REST, 1), m, params.top_k)))
-    return largest(stack_peak(T, largest(band, 8 * row(T))), Min(Max(L - FROM_TOP, 0), 1) * row(T) + largest(*memory))
+    memory.append(band + 2 * tensor(h))  # beside the gate and what it leaves
+    above = Min(L - 1, 1) * (band + row(T))
+    return largest(stack_peak(T, 8 * row(T)), above, with_memory + largest(*memory))
+
+
+def _band() -> Expr:
+    """Rows, the bias of a block, and the scores and weights of the worst: the last whole one or what follows it.
+
+    Heads of several batch rows are copied to stand in one line.
+    """
+    n = Min(BLOCK, T)
+    whole = floor(T / n)
+    rest = T - whole * n
+    pairs = largest(n * (Min(whole * n - n, W - 1) + n), rest * (Min(whole * n, W - 1) + rest))
+    return (5 + 3 * Min(B - 1, 1)) * row(T) + tensor(h, W) + tensor(h, n, W + n) + 2 * tensor(B, h) * pairs
 
 
 def _slabs(n: Expr, m: int, top_k: int) -> Expr:

@@ -304,13 +304,14 @@ def test_forward_peak_of_the_reference_is_exact_at_every_length(length, layers):
 @pytest.mark.parametrize(
     ("length", "changes"),
     [
-        (1024, {}), (1100, {}), (2048, {}), (4096, {}), (5000, {}),
+        (127, {}), (300, {}), (450, {}), (600, {}), (300, {"batch_size": 2, "d_ff": 0}), (511, {"num_layers": 4}),
+        (600, {"num_layers": 6}), (1024, {}), (1100, {}), (2048, {}), (4096, {}), (5000, {}),
         (1024, {"batch_size": 3}), (3000, {"batch_size": 3}),
         (3000, {"num_layers": 3}), (1024, {"num_heads": 16}), (3000, {"segment_len": 256}), (1024, {"top_k": 16}),
         (3000, {"memory_len": 2048}),
     ],
 )  # fmt: skip
-def test_forward_peak_of_blocked_counts_the_slab_of_the_worst_segment(length, changes):
+def test_forward_peak_of_blocked_counts_the_band_and_the_slab_of_the_worst_segment(length, changes):
     own = {name: value for name, value in changes.items() if hasattr(MemorizingParams(), name)}
     params = MemorizingParams(**own)
     others = {name: value for name, value in changes.items() if name not in own}
