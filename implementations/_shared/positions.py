@@ -22,10 +22,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from ctxbench.method import ROPE, Dims
 
@@ -83,7 +84,36 @@ class Bias(Position, ABC):
         """Evaluated once a diagonal, not once a pair."""
         steps = torch.arange(1 - queries - offset, keys - offset, device=like.device)
         line = self.bias(steps * step, like.dtype)
-        return line.unfold(1, keys, 1).flip(1)
+        return from_diagonals(line, keys)
+
+
+class _Diagonals(torch.autograd.Function):
+    """See :func:`from_diagonals`; a head at a time, because what is turned round has no rows in one piece."""
+
+    @staticmethod
+    def forward(ctx: Any, line: torch.Tensor, keys: int) -> torch.Tensor:
+        ctx.form = line.shape, keys
+        out = line.new_empty(len(line), line.shape[1] - keys + 1, keys)
+        for head, numbers in zip(out, line, strict=True):
+            head.copy_(numbers.unfold(0, keys, 1).flip(0))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        shape, keys = ctx.form
+        return torch.ops.aten.unfold_backward(grad.flip(1), shape, 1, keys, 1), None
+
+
+def from_diagonals(line: torch.Tensor, keys: int) -> torch.Tensor:
+    """``[H, queries + keys - 1]``, a number a diagonal, as ``[H, queries, keys]``: the last row begins the line.
+
+    Contiguous: of any other bias, fused attention on the CPU makes a copy that is, at every call.
+    """
+    if line.shape[1] == keys:
+        return line.unsqueeze(1).contiguous()
+    out: torch.Tensor = _Diagonals.apply(line, keys)
+    return out
 
 
 class Tables(NamedTuple):

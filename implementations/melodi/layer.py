@@ -14,7 +14,7 @@ from torch.nn.functional import relu
 
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
-from ctxbench.implementations._shared.positions import positions_for
+from ctxbench.implementations._shared.positions import from_diagonals, positions_for
 from ctxbench.implementations.melodi.norm import Norm, scaled
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
 from ctxbench.method import Dims, Output, load
@@ -159,7 +159,7 @@ class MelodiLayer(nn.Module):
             seen = self.scale.new_zeros(self.num_heads, keys)
         seen = seen * self.scale.abs()[:, None]
         hidden = seen.new_full((self.num_heads, rows - 1), float("-inf"))
-        return torch.cat((seen, hidden), dim=1).unfold(1, keys, 1).flip(1)
+        return from_diagonals(torch.cat((seen, hidden), dim=1), keys)
 
     def _table(self, keys: int) -> torch.Tensor | None:
         """The scaled bias of distances -F .. F, ``[H, 2 F + 1]``; slopes times a scale that learns are a table too."""

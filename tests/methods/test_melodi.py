@@ -17,9 +17,10 @@ from ctxbench.cost.trace import trace
 from ctxbench.implementations.melodi import METHOD, blocked, reference
 from ctxbench.implementations.melodi.norm import EPSILON
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
+from ctxbench.measure.allocator import measure
 from ctxbench.method import DTYPE_BYTES, Dims
 from ctxbench.testing import HELD, LAWS, Case, streamed
-from ctxbench.workload import state_bytes
+from ctxbench.workload import prepare, state_bytes
 
 DOUBLE = torch.float64
 GOLDEN = Path(__file__).parents[1] / "golden" / "melodi.npz"
@@ -348,6 +349,15 @@ def test_peaks_hold_with_several_layers_rows_and_an_open_window(impl, mode):
     values = bindings(dims, params, 4, 128)
     assert evaluate(total(cost.flops), values) == seen.flops
     assert seen.peak_bytes == pytest.approx(evaluate(cost.peak_bytes, values), rel=0.03)
+
+
+@pytest.mark.parametrize("mode", ["forward", "stream"])
+def test_the_allocator_sees_the_peak_that_the_tracer_sees(mode):
+    """Nothing is copied inside a kernel, not even a bias."""
+    dims, params = Dims(seq_len=1300, d_model=64, num_heads=8, num_layers=1, d_ff=64, position="t5"), MelodiParams()
+    work = prepare(METHOD, dims, params, "blocked", mode, "fp32", "cpu", rotate=1)
+    work.call()
+    assert measure(work.call)[0] == pytest.approx(trace(METHOD, dims, params, "blocked", mode).peak_bytes, rel=0.02)
 
 
 def test_cost_is_linear_and_a_stream_needs_bounded_memory():

@@ -139,6 +139,7 @@ def test_rectangle_equals_the_bias_of_every_pair(name, causal, queries, keys, of
     found = position.rectangle(queries, keys, offset, torch.zeros((), dtype=torch.float64))
     assert torch.equal(found, position.bias(distance, torch.float64))
     assert found.shape == (3, queries, keys)
+    assert found.is_contiguous()  # else attention would copy it at every call
 
 
 def test_alibi_falls_with_the_distance_to_either_side() -> None:
