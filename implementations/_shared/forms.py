@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from sympy import Expr, Integer, Min, Piecewise, Rational, floor, sympify
+from sympy import Expr, Integer, Max, Min, Piecewise, Rational, floor, sympify
 
 from ctxbench.cost import Cost
-from ctxbench.cost.symbols import B, L, d, f, h
+from ctxbench.cost.symbols import B, L, d, e, f, h
 from ctxbench.cost.terms import (
     FUSED_BACKWARD,
     attention,
@@ -75,6 +75,16 @@ def trained(forward: Mapping[str, Expr], impl: str = "reference", position: str 
 def block_ffn(tokens: Expr | int) -> Expr:
     """Forward FLOPs of the feed-forward networks of the whole stack."""
     return L * ffn(tokens)
+
+
+def rotation_tables(tokens: Expr | int) -> Expr:
+    """Bytes of the cosines and sines of one call of ``Rotary.rotate``, at least float32; training keeps them."""
+    return Max(e, 4) * sympify(tokens) * d / h
+
+
+def rotating(tokens: Expr | int) -> Expr:
+    """Bytes alive while keys are rotated after queries: the norm, q, k, v, new queries, and two rows of products."""
+    return 5 * tensor(B, tokens, d) + 2 * Max(e, 4) * B * sympify(tokens) * d + rotation_tables(tokens)
 
 
 def stack_peak(tokens: Expr | int, mixing: Expr) -> Expr:

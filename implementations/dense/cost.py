@@ -22,11 +22,13 @@ from ctxbench.implementations._shared.forms import (
     block_terms,
     core_backward,
     position_parameters,
+    rotating,
+    rotation_tables,
     slab_pairs,
     stack_peak,
 )
 from ctxbench.implementations._shared.staircase import BLOCK
-from ctxbench.method import Params
+from ctxbench.method import ROPE, Params
 
 FUSED = ("blocked", "triton", "flex", *NAMES)
 
@@ -68,12 +70,13 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
             factor["attention"] = factor["positions"] = 1 + Rational(relative_table.BACKWARD, relative_table.FORWARD)
         algorithmic = {term: (2 if term == "distances" else 3) * forward for term, forward in algorithmic.items()}
         flops = {term: factor.get(term, 3) * forward for term, forward in flops.items()}
+    known = position in ("none", *ROPE) and impl not in ("slabs", "flex", *NAMES)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
         state_bytes=2 * L * tensor(B, T, d),
-        peak_bytes=_peak(impl, mode, causal) if position == "none" and impl not in ("slabs", "flex", *NAMES) else None,
+        peak_bytes=_peak(impl, mode, causal, position in ROPE) if known else None,
         depth=L,
     )
 
@@ -113,23 +116,25 @@ def _first_chunk_saving() -> Expr:
     return first * (first - 1) / 2
 
 
-def _peak(impl: str, mode: str, causal: bool) -> Expr:
+def _peak(impl: str, mode: str, causal: bool, rotates: bool) -> Expr:
     if mode == "forward":
-        return stack_peak(T, _mixing(impl, T, T, causal, fresh_keys=True))
+        mixing = _mixing(impl, T, T, causal, fresh_keys=True)
+        return stack_peak(T, largest(mixing, rotating(T)) if rotates else mixing)
     if mode == "train":
-        return _train_peak(impl, causal)
+        return _train_peak(impl, causal, rotates)
     if mode == "decode":
-        return _call_peak(impl, Integer(1), T + 1, caches=2 * L * tensor(B, T + 1, d), earlier=Integer(0))
+        return _call_peak(impl, Integer(1), T + 1, rotates, Integer(0), Integer(0))
     whole, rest = floor(T / C) * C, T - floor(T / C) * C
     return largest(
-        _present(whole) * _streamed_call_peak(impl, C, whole), _present(rest) * _streamed_call_peak(impl, rest, T)
+        _present(whole) * _streamed_call_peak(impl, C, whole, rotates),
+        _present(rest) * _streamed_call_peak(impl, rest, T, rotates),
     )
 
 
-def _streamed_call_peak(impl: str, tokens: Expr, keys: Expr) -> Expr:
+def _streamed_call_peak(impl: str, tokens: Expr, keys: Expr, rotates: bool) -> Expr:
     """The caches before and after the call are alive together, and so is the output of the call before it."""
-    caches = 2 * L * (tensor(B, keys, d) + tensor(B, keys - tokens, d))
-    return _call_peak(impl, tokens, keys, caches, _present(keys - tokens) * tensor(B, C, d))
+    before = 2 * tensor(B, keys - tokens, d)
+    return _call_peak(impl, tokens, keys, rotates, L * before, _present(keys - tokens) * tensor(B, C, d))
 
 
 def _present(count: Expr) -> Expr:
@@ -137,11 +142,12 @@ def _present(count: Expr) -> Expr:
     return Min(count, 1)
 
 
-def _call_peak(impl: str, tokens: Expr, keys: Expr, caches: Expr, earlier: Expr) -> Expr:
-    row = tensor(B, tokens, d)
+def _call_peak(impl: str, tokens: Expr, keys: Expr, rotates: bool, before: Expr, earlier: Expr) -> Expr:
+    row, after = tensor(B, tokens, d), 2 * tensor(B, keys, d)
     mixing = _mixing(impl, tokens, keys, causal=True, fresh_keys=False)
     feed = when_ffn(2 * row + 2 * tensor(B, tokens, f))
-    return caches + earlier + largest(mixing, feed) + Min(L - 1, 1) * row
+    worst = largest(after + mixing, after + feed, *[rotating(tokens)] * rotates)  # rotated before they are cached
+    return before + earlier + (L - 1) * after + worst + Min(L - 1, 1) * row
 
 
 def _mixing(impl: str, tokens: Expr, keys: Expr, causal: bool, fresh_keys: bool) -> Expr:
@@ -159,7 +165,7 @@ def _mixing(impl: str, tokens: Expr, keys: Expr, causal: bool, fresh_keys: bool)
     return own + 2 * scores + mask + largest(mask, row + copied)
 
 
-def _train_peak(impl: str, causal: bool) -> Expr:
+def _train_peak(impl: str, causal: bool, rotates: bool) -> Expr:
     """The top layer's backward pass, in its FFN or in its attention.
 
     Holds while a layer's activations outweigh its weights, about T > d: then lower layers free more than their
@@ -168,12 +174,17 @@ def _train_peak(impl: str, causal: bool) -> Expr:
     row, hidden, statistics = tensor(B, T, d), tensor(B, T, f), 2 * e * B * T
     scores, mask = tensor(B, h, T, T), T * T if causal else Integer(0)
     core = 4 * B * h * T if impl in FUSED else scores + mask  # log-sum-exp; probabilities and mask
-    kept = core + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)  # norm q k v o, output; FFN's
+    tables = 2 * rotation_tables(T) if rotates else Integer(0)
+    # Of rotated queries the fused kernels' output has heads apart, which merging copies.
+    merged = row if rotates and impl in FUSED else Integer(0)
+    kept = (
+        core + tables + merged + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)
+    )  # norm q k v o, output; FFN's
     in_ffn = when_ffn(kept + hidden + e * (d * f + d))
     # Attention: the FFN's part is freed but for its gradients, and the gradient of the residual is alive.
     gradients = e * (d * d + d) + when_ffn(row + e * (2 * d * f + f + 3 * d))
     if impl in FUSED:  # norm q k v o, output; gradients of o, q, k and v
-        in_attention = core + 10 * row + statistics + gradients
+        in_attention = core + tables + 10 * row + statistics + gradients
     else:  # norm q k, output, gradient of v; gradients of the probabilities and of the scores
-        in_attention = core + 5 * row + 2 * scores + statistics + gradients
+        in_attention = core + tables + 5 * row + 2 * scores + statistics + gradients
     return (L - 1) * kept + largest(in_ffn, in_attention)

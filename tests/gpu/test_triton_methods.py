@@ -34,6 +34,7 @@ def test_layers_agree_with_their_references_on_the_device(program, wrong) -> Non
 FORMS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [  # method, parameters, dims
     (dense.METHOD, {}, {"position": "t5"}),
     (dense.METHOD, {}, {"position": "alibi", "causal": False}),
+    (dense.METHOD, {}, {"position": "rope"}),
     (longlora.METHOD, {}, {}),
     (longlora.METHOD, {"group": 64, "wrap": True}, {"causal": False, "seq_len": 301}),
     (longlora.METHOD, {"group": 2048}, {"num_heads": 1, "d_model": 32}),

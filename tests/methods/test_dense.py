@@ -19,7 +19,7 @@ from ctxbench.implementations._shared.positions import Position, Rotary, positio
 from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.implementations.dense import METHOD, blocked, reference, slabs
 from ctxbench.implementations.dense.layer import Attention
-from ctxbench.method import Dims
+from ctxbench.method import DTYPE_BYTES, Dims
 from ctxbench.workload import as_output
 
 DIMS = Dims(seq_len=13, batch_size=2, d_model=16, num_heads=2, num_layers=2, d_ff=40)
@@ -129,6 +129,23 @@ def test_peak_formula_is_exact_at_other_shapes(mode: str, impl: str, changes: di
     formula = evaluate(cost.peak_bytes, bindings(dims, METHOD.params(), 4, 512))
     seen = trace(METHOD, dims, METHOD.params(), impl, mode).peak_bytes
     assert seen == pytest.approx(formula, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", METHOD.modes)
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize(
+    ("length", "dtype", "changes"),
+    [
+        (733, "fp32", {"num_layers": 3, "batch_size": 2, "d_ff": 0}),
+        (1111, "bf16", {"num_layers": 2}),
+        (1601, "fp32", {"position": "rope_yarn"}),
+    ],
+)
+def test_peak_formula_is_exact_with_rotations(mode: str, impl: str, length: int, dtype: str, changes: dict) -> None:
+    dims = Dims(seq_len=length, d_model=64, num_heads=2, num_layers=1, d_ff=256, position="rope").replace(**changes)
+    cost = METHOD.cost_of(impl, mode, True, dims.position, METHOD.params())
+    values = bindings(dims, METHOD.params(), DTYPE_BYTES[dtype], 512)
+    assert evaluate(cost.peak_bytes, values) == trace(METHOD, dims, METHOD.params(), impl, mode, dtype).peak_bytes
 
 
 def golden(name: str, scaled: bool = True) -> dict[str, torch.Tensor]:
