@@ -19,7 +19,8 @@ def best(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     Rows of other than a padded width are copied first.
     """
     missing = padded(values.shape[1], count) - values.shape[1]
-    return _best(pad(values, (0, missing), value=float("-inf")) if missing else values, count)
+    least = float("-inf") if values.is_floating_point() else torch.iinfo(values.dtype).min
+    return _best(pad(values, (0, missing), value=least) if missing else values, count)
 
 
 def _best(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ GROUP = 4
 
 
 def padded(width: int, count: int) -> int:
-    """Columns, at least ``width``, that every round splits into whole groups; what is added must hold -inf."""
+    """Columns, at least ``width``, that every round splits into whole groups; what is added is the least value."""
     size = 1
     while width > GROUP * count * size:
         size *= GROUP

@@ -55,15 +55,22 @@ def taken(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
 
 
 def taken_in_rounds(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
-    """The same without sorting whole rows, where hardly any two tokens are equally near: not in 16 bits.
+    """The same without sorting whole rows of similarities.
 
-    Which of equally near ones at the limit are taken is left open.
+    Which of equally near ones at the limit are taken is left open where hardly any two are: in more than 16 bits.
     """
-    if vectors.element_size() == 2:
-        return taken(vectors, means, w)
-    similarity = means @ vectors.detach().transpose(2, 3)
-    _, nearest = best(similarity.flatten(0, 2), w)
-    return nearest.sort(dim=1).values.view(*similarity.shape[:3], w)
+    similarity = (means @ vectors.detach().transpose(2, 3)).flatten(0, 2)
+    _, nearest = best(_ranks(similarity) if similarity.element_size() == 2 else similarity, w)
+    return nearest.sort(dim=1).values.view(*vectors.shape[:2], -1, w)
+
+
+def _ranks(similarity: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of similarities ``[n, T]`` of 16 bits, and of equal ones the first is the largest."""
+    T = similarity.shape[1]
+    bits = (similarity + 0).view(torch.int16)  # no negative zero
+    ordered = bits ^ ((bits >> 15) & 0x7FFF)  # below zero, larger bits are smaller numbers
+    wide = torch.int32 if T <= 1 << 16 else torch.int64
+    return ordered.to(wide).mul_(T).add_(torch.arange(T - 1, -1, -1, dtype=wide, device=similarity.device))
 
 
 def cluster_sizes(ids: torch.Tensor, num_clusters: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from ctxbench.implementations.routing.routing import (
     cluster_sizes,
     commitment_loss,
     taken,
+    taken_in_rounds,
     updated,
     visited_pairs,
 )
@@ -104,6 +105,16 @@ def test_strict_equals_the_package_where_clusters_are_balanced(impl: str) -> Non
     assert cluster_sizes(ids, 4).eq(4).all()
     y = OPERATORS[impl].strict(leaves["q"], k, leaves["v"], ids, ids, Rules(4, True, True))
     compare(y / (1 + 1e-5), tensors, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("length", "w"), [(5, 5), (40, 9), (301, 7), (70_000, 50)], ids=str)
+def test_rounds_take_the_first_of_equally_near_tokens_in_16_bits(length: int, w: int, dtype: torch.dtype) -> None:
+    vectors = torch.randint(-2, 3, (2, 1, length, 2)).to(dtype)
+    means = torch.tensor([[[1.0, 2.0], [-1.0, 0.5], [0.0, -0.0], [-3.0, -1.0]]], dtype=dtype)
+    similarity = means @ vectors.transpose(2, 3)
+    assert similarity.unique().numel() < similarity[..., 0].numel() * length, "many are equally near"
+    torch.testing.assert_close(taken_in_rounds(vectors, means, w), taken(vectors, means, w), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["shared", "separate"])
