@@ -106,7 +106,7 @@ class _Scratch:
     def by_block(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, T, D]`` as ``[B * H * num_blocks, size * D]``; what the last block lacks is never read."""
         plan = self.plan
-        blocks = x.new_zeros(self.B, self.H, plan.num_blocks * plan.size, self.D)
+        blocks = x.new_empty(self.B, self.H, plan.num_blocks * plan.size, self.D)
         blocks[:, :, : self.T] = x
         return blocks.view(-1, plan.size * self.D)
 
