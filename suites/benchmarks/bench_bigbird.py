@@ -114,9 +114,13 @@ def comparisons() -> list[Comparison]:
         others: dict[str, Callable[[], Any]] = {
             "transformers, block sparse": functools.partial(theirs, q, k, v),
             "bigbird/blocked": functools.partial(blocked.attend, q, k, v, plan(8192)),
-            # A bound: the same FLOPs, without softmax or gathering. Of 50 ms two threads spent 23 on the slabs'
-            # products, 5 on their softmax, 13 on the global rows, 6 on gathering: 4 times the package's speed, which
-            # took 148, would leave nothing for the last.
+            # A bound: the same FLOPs, without softmax or gathering. Of 48 ms two threads spend 24 on the slabs' products
+            # and 5 on their softmax, 10 on the global rows, 6 on keys and values by block and gathering those a slab
+            # sees, 3 on the rest; 4 times the package's speed, which takes 165, leaves 2 ms beside the first three.
+            # No gain: global rows by the fused kernel (9.7 ms) or by runs of keys merged afterwards (9.5); slabs as
+            # fused attention (33 to 40 for 30); one head at a time (none with 4 heads in fp32, in bf16 with 8 an
+            # eighth slower); values of window and global blocks read where they lie, as products of their own (5 %
+            # slower). Scores have to be one piece for a batched product, so keys cannot be read in place.
             "visible pairs as one product": products(4 * WIDTH * HEADS * visible_pairs(8192), torch.float32),
         }
         floor, aim = {"bigbird/blocked": 4.0}, {"bigbird/blocked": 8.0}
