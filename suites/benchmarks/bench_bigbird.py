@@ -114,12 +114,12 @@ def comparisons() -> list[Comparison]:
         others: dict[str, Callable[[], Any]] = {
             "transformers, block sparse": functools.partial(theirs, q, k, v),
             "bigbird/blocked": functools.partial(blocked.attend, q, k, v, plan(8192)),
-            # A bound: the same FLOPs, without softmax or gathering. Of 48 ms two threads spend 24 on the slabs' products
-            # and 5 on their softmax, 10 on the global rows, 6 on keys and values by block and gathering those a slab
-            # sees, 3 on the rest; 4 times the package's speed, which takes 165, leaves 2 ms beside the first three.
+            # A bound: the same FLOPs, without softmax or gathering. Of 48 ms two threads spend 24 on products of the
+            # slabs and 5 on their softmax, 10 on the global rows, 6 on keys and values by block and gathering those a
+            # slab sees, 3 on the rest; 4 times the speed of the package (165) would leave 2 ms beside the first three.
             # No gain: global rows by the fused kernel (9.7 ms) or by runs of keys merged afterwards (9.5); slabs as
-            # fused attention (33 to 40 for 30); one head at a time (none with 4 heads in fp32, in bf16 with 8 an
-            # eighth slower); values of window and global blocks read where they lie, as products of their own (5 %
+            # fused attention (33 to 40 for 30); one head at a time (nothing with 4 heads, 6 % with 8 in fp32, in bf16
+            # an eighth slower); values of window and global blocks read where they lie, as products of their own (5 %
             # slower). Scores have to be one piece for a batched product, so keys cannot be read in place.
             "visible pairs as one product": products(4 * WIDTH * HEADS * visible_pairs(8192), torch.float32),
         }

@@ -11,7 +11,7 @@ all. Products of 64 queries with 64 to 512 keys reach 60 to 90 % of that speed (
 choosing tokens take 5 ms, gathering rows and taking means 5 ms, and starting some 300 operators 2 ms, which one
 operator each for these steps would save in part and PyTorch does not have. At 12,288 tokens and 48 clusters products
 and softmax take 17 of 37 ms, choosing tokens 8, gathering 3, means and normalising 3; aim 6 leaves 21. The rows that
-are gathered and written no longer fit a cache of 32 MB together, and runs differ: 2.6 to 3.4. Fewer or more clusters
+are gathered and written no longer fit a cache of 32 MB together, and runs differ: 2.7 to 3.4. Fewer or more clusters
 at a time gain nothing, nor does fused attention (24 to 28 ms for 17).
 """
 
