@@ -23,7 +23,8 @@ Nothing spills: a test compiles a part of these rows and holds them against this
 
 Forms: `band` is one range with a bound on both sides; `steps` is three ranges between lines of any kind; `slopes` and
 `table` are a band with ALiBi or T5's bias (kernel `table`: its gradient); `hidden` is a band with keys hidden by
-position, `groups` one with four query heads a head of keys; `lists` are lists of blocks of 64.
+position, `groups` one with four query heads a head of keys; `lists` are lists of blocks of 64, `lists-table` those with
+T5's bias.
 
 Kernels `gather` and `spread` pool keys and values into the cells of all levels, and add cells to their tokens; the form
 is the pool factor and the number of coarse levels, `ragged` where the last cell may hold fewer tokens. Their tile is

@@ -16,6 +16,25 @@ from ctxbench.implementations._shared.flash import _tiles_of_rows as tiles_of_ro
 
 
 @triton.jit
+def _diagonals(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of every diagonal of a tile, keys minus rows from its first pair, and for each of its rows the column there."""
+    diagonal = tl.arange(0, ROWS + COLUMNS) - (ROWS - 1)
+    column = diagonal[None, :] + tl.arange(0, ROWS)[:, None]
+    return diagonal, tl.minimum(tl.maximum(column, 0), COLUMNS - 1), (column >= 0) & (column < COLUMNS)
+
+
+@triton.jit
+def _add_diagonals(SUMS, ds, diagonal, column, there, place, farthest):
+    """Add a tile whose first pair is ``place`` apart: the sums of its diagonals that are nearer than the farthest."""
+    sums = tl.sum(tl.where(there, tl.gather(ds, column, 1), 0.0), 0)
+    distance = diagonal + place
+    nearer = (distance > -farthest) & (distance < farthest)
+    at = SUMS + farthest + distance
+    tl.debug_barrier()  # the tile before wrote there from other threads
+    tl.store(at, tl.load(at, mask=nearer, other=0.0) + sums, mask=nearer)
+
+
+@triton.jit
 def _table_range(
     left, right, q, grad, lse, delta, SUMS, keys, biases, farthest, batch, head, start, T, to_base_2,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
@@ -26,11 +45,7 @@ def _table_range(
     K += batch * k_batch + head // group * k_head
     V += batch * v_batch + head // group * v_head
     row = start + tl.arange(0, ROWS)
-    # Diagonal d holds the keys d - (ROWS - 1) after the first row of the tile, counted from its first key.
-    diagonal = tl.arange(0, ROWS + COLUMNS) - (ROWS - 1)
-    source = diagonal[None, :] + tl.arange(0, ROWS)[:, None]
-    there = (source >= 0) & (source < COLUMNS)
-    source = tl.minimum(tl.maximum(source, 0), COLUMNS - 1)
+    diagonal, source, there = _diagonals(ROWS, COLUMNS)
     first, inner, near, past, outer, last = tiles_of_rows(
         start, T, S, low, high, ahead, farthest, ROWS, COLUMNS, LOW, HIGH, TABLE
     )
@@ -56,12 +71,8 @@ def _table_range(
                 distance = column[None, :] + ahead - row[:, None]
                 left += tl.sum(tl.where(distance <= -farthest, ds, 0.0), 1)
                 right += tl.sum(tl.where(distance >= farthest, ds, 0.0), 1)
-                sums = tl.sum(tl.where(there, tl.gather(ds, source, 1), 0.0), 0)
-                distance = diagonal + (tile * COLUMNS + ahead - start)
-                nearer = (distance > -farthest) & (distance < farthest)
-                at = SUMS + farthest + distance
-                tl.debug_barrier()  # the tile before wrote there from other threads
-                tl.store(at, tl.load(at, mask=nearer, other=0.0) + sums, mask=nearer)
+                place = tile * COLUMNS + ahead - start
+                _add_diagonals(SUMS, ds, diagonal, source, there, place, farthest)
     return left, right
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ctxbench.implementations._shared.flash import LOG2_E, PLAIN, _biased, _dot, _load, _store
+from ctxbench.implementations._shared.flash import LOG2_E, PLAIN, TABLE, _biased, _dot, _load, _store
+from ctxbench.implementations._shared.flash_bias import _add_diagonals, _diagonals
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def _piece(entry, LISTED, size, count, pieces, BLOCK: tl.constexpr):
 @triton.jit
 def listed_forward_kernel(
     Q, K, V, OUT, LSE, BIASES, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    o_batch, o_head, o_row, heads, T, S, size, ahead, scale,
+    o_batch, o_head, o_row, heads, T, S, size, ahead, farthest, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of a block of queries. Grid: tiles of all blocks, batch x heads."""
@@ -44,13 +45,14 @@ def listed_forward_kernel(
     factor = scale * LOG2_E
     if BIAS != PLAIN:
         factor = 1.0
+    biases = BIASES + head * (2 * farthest + 1)
     at = OFFSETS + head * (tl.cdiv(T, size) + 1) + block
     for entry in range(tl.load(at) * of_keys, tl.load(at + 1) * of_keys):
         first, last = _piece(entry, LISTED, size, S, of_keys, COLUMNS)
         column = first + tl.arange(0, COLUMNS)
         k = _load(K, first, k_row, last, COLUMNS, D, WIDTH)
         scores = _biased(
-            _dot(q, tl.trans(k)), BIASES + head, 0, row[:, None], column[None, :], start, first, 1, ahead,
+            _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, first, 1, ahead,
             scale * LOG2_E, True, BIAS,
         )  # fmt: skip
         scores = tl.where((column < last)[None, :], scores, float("-inf"))
@@ -73,7 +75,7 @@ def listed_forward_kernel(
 def listed_dq_kernel(
     Q, K, V, OUT, GRAD, LSE, DELTA, BIASES, DQ, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, o_batch, o_head, o_row, g_batch, g_head, g_row, dq_batch, dq_head, dq_row,
-    heads, T, S, size, ahead, scale,
+    heads, T, S, size, ahead, farthest, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradient dQ of one tile, and the row sums of ``grad * output``. Grid as forward."""
@@ -96,6 +98,7 @@ def listed_dq_kernel(
     factor = scale * LOG2_E
     if BIAS != PLAIN:
         factor = 1.0
+    biases = BIASES + head * (2 * farthest + 1)
     at = OFFSETS + head * (tl.cdiv(T, size) + 1) + block
     for entry in range(tl.load(at) * of_keys, tl.load(at + 1) * of_keys):
         first, last = _piece(entry, LISTED, size, S, of_keys, COLUMNS)
@@ -103,7 +106,7 @@ def listed_dq_kernel(
         k = _load(K, first, k_row, last, COLUMNS, D, WIDTH)
         v = _load(V, first, v_row, last, COLUMNS, D, WIDTH)
         scores = _biased(
-            _dot(q, tl.trans(k)), BIASES + head, 0, row[:, None], column[None, :], start, first, 1, ahead,
+            _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, first, 1, ahead,
             scale * LOG2_E, True, BIAS,
         )  # fmt: skip
         scores = tl.where((column < last)[None, :], scores, float("-inf"))
@@ -117,7 +120,7 @@ def listed_dq_kernel(
 def listed_dkv_kernel(
     Q, K, V, GRAD, LSE, DELTA, BIASES, DK, DV, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, g_batch, g_head, g_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    heads, T, S, size, ahead, scale,
+    heads, T, S, size, ahead, farthest, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of a block of keys, from the rows that list it. Grid: tiles of keys, batch x heads."""
@@ -137,6 +140,7 @@ def listed_dkv_kernel(
     factor = scale * LOG2_E
     if BIAS != PLAIN:
         factor = 1.0
+    biases = BIASES + head * (2 * farthest + 1)
     at = OFFSETS + head * (tl.cdiv(S, size) + 1) + block
     for entry in range(tl.load(at) * of_rows, tl.load(at + 1) * of_rows):
         first, last = _piece(entry, LISTED, size, T, of_rows, ROWS)
@@ -147,7 +151,7 @@ def listed_dkv_kernel(
         lse = tl.where(lse == float("-inf"), 0.0, lse)
         delta = tl.load(DELTA + row, mask=row < last, other=0.0)
         scores = _biased(
-            _dot(k, tl.trans(q)), BIASES + head, 0, row[None, :], column[:, None], first, start, 1, ahead,
+            _dot(k, tl.trans(q)), biases, farthest, row[None, :], column[:, None], first, start, 1, ahead,
             scale * LOG2_E, True, BIAS,
         )  # fmt: skip
         scores = tl.where((row < last)[None, :], scores, float("-inf"))
@@ -157,3 +161,52 @@ def listed_dkv_kernel(
         dk += _dot(ds.to(q.dtype), q)
     _store(DK + batch * dk_batch + head * dk_head, start, dk_row, end, dk * scale, COLUMNS, D, WIDTH)
     _store(DV + batch * dv_batch + head * dv_head, start, dv_row, end, dv, COLUMNS, D, WIDTH)
+
+
+@triton.jit
+def listed_table_kernel(
+    Q, K, V, GRAD, LSE, DELTA, BIASES, SUMS, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row,
+    v_batch, v_head, v_row, g_batch, g_head, g_row, heads, T, S, size, ahead, farthest, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Adds the gradient of a table to SUMS ``[tiles, batch x heads, 2 farthest + 1]``, zeros before. Grid as forward.
+
+    See ``flash_bias``. Tiles that are wholly too far add to the ends alone.
+    """
+    pieces, of_keys = tl.cdiv(size, ROWS), tl.cdiv(size, COLUMNS)
+    block = tl.program_id(0) // pieces
+    start, end = block * size + tl.program_id(0) % pieces * ROWS, tl.minimum(block * size + size, T)
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    of_rows = tl.program_id(1).to(tl.int64) * T
+    row = start + tl.arange(0, ROWS)
+    q = _load(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH)
+    grad = _load(GRAD + batch * g_batch + head * g_head, start, g_row, end, ROWS, D, WIDTH)
+    delta = tl.load(DELTA + of_rows + row, mask=row < end, other=0.0)
+    lse = tl.load(LSE + of_rows + row, mask=row < end, other=0.0) * LOG2_E
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    left, right = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    diagonal, source, there = _diagonals(ROWS, COLUMNS)
+    width = 2 * farthest + 1
+    biases = BIASES + head * width
+    SUMS += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * width
+    at = OFFSETS + head * (tl.cdiv(T, size) + 1) + block
+    for entry in range(tl.load(at) * of_keys, tl.load(at + 1) * of_keys):
+        first, last = _piece(entry, LISTED, size, S, of_keys, COLUMNS)
+        column = first + tl.arange(0, COLUMNS)
+        k = _load(K, first, k_row, last, COLUMNS, D, WIDTH)
+        v = _load(V, first, v_row, last, COLUMNS, D, WIDTH)
+        scores = _biased(
+            _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, first, 1, ahead,
+            scale * LOG2_E, True, TABLE,
+        )  # fmt: skip
+        scores = tl.where((column < last)[None, :], scores, float("-inf"))
+        ds = tl.exp2(scores - lse[:, None]) * (_dot(grad, tl.trans(v)) - delta[:, None])
+        distance, place = column[None, :] + ahead - row[:, None], first + ahead - start
+        left += tl.sum(tl.where(distance <= -farthest, ds, 0.0), 1)
+        right += tl.sum(tl.where(distance >= farthest, ds, 0.0), 1)
+        if (place + COLUMNS > -farthest) & (place - ROWS < farthest):
+            _add_diagonals(SUMS, ds, diagonal, source, there, place, farthest)
+    tl.store(SUMS, tl.sum(left, 0))
+    tl.store(SUMS + 2 * farthest, tl.sum(right, 0))

@@ -51,6 +51,8 @@ GROUPED = {
     (80, 2, 128): Config(32, 32, 8, 2),
     (90, 4, 64): Config(32, 32, 8, 2),
 }
+# Where forward over lists would spill with four warps: by architecture, bytes, width and whether a table is added.
+LISTED = {(90, 2, 128, True): Config(64, 64, 8, 2)}
 # Of the gradient of a table of biases, by bytes of an element: its diagonals cost more than its products.
 OF_TABLE = {2: Config(32, 32, 4, 1), 4: Config(16, 16, 4, 1)}
 MOST_HEADS = 65535  # blocks along the second axis of a grid
@@ -78,9 +80,16 @@ def config(
     return HEAVY.get((architecture, kernel, itemsize, padded(width)), usual) if heavy else usual
 
 
-def listed_config(kernel: str, width: int, itemsize: int, architecture: int, size: int) -> Config:
-    """The same for the kernels over lists of blocks of ``size`` tokens: no tile larger than a block has to be."""
+def listed_config(
+    kernel: str, width: int, itemsize: int, architecture: int, size: int, table: bool = False
+) -> Config:  # fmt: skip
+    """The same for the kernels over lists of blocks of ``size`` tokens: no tile larger than a block has to be.
+
+    ``table``: a table of biases is added.
+    """
     chosen, block = config(kernel, width, itemsize, architecture, heavy=True), padded(size)
+    if kernel == "forward":
+        chosen = LISTED.get((architecture, itemsize, padded(width), table), chosen)
     rows, columns = min(chosen.rows, 64, block), min(chosen.columns, block)
     return Config(rows, columns, chosen.warps if rows == chosen.rows else 4, chosen.stages)
 

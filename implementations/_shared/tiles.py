@@ -7,7 +7,7 @@ multiplications. Bytes are those of elements that a mask lets through, without w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ctxbench.implementations._shared.flash_table import Config, padded
@@ -108,12 +108,13 @@ def attended(
 
 def listed(
     kernel: str, chosen: Config, queries: int, keys: int, size: int, entries: int, last: int, width: int,
-    itemsize: int, *, heads: int = 1, batch: int = 1, slopes: bool = False,
+    itemsize: int, *, heads: int = 1, batch: int = 1, bias: int = PLAIN, farthest: int = 0,
+    apart: Mapping[int, int] | None = None,
 ) -> Work:  # fmt: skip
     """One launch over lists of blocks of ``size`` tokens with ``entries`` in the lists of all heads.
 
     ``last`` of the entries are the last block of keys, for ``dkv`` in the list of the last block of queries: it may be
-    shorter.
+    shorter. For ``table``: how many entries begin each number of tokens after the block of queries that lists them.
     """
     row, heads = width * itemsize, batch * heads
     own, other = (keys, queries) if kernel == "dkv" else (queries, keys)
@@ -123,7 +124,17 @@ def listed(
     blocks = -(-other // size)
     seen = batch * pieces * (size * entries - (blocks * size - other) * last)
     programs = -(-own // size) * pieces * heads
-    loaded = programs * 2 * NUMBER + steps * (NUMBER + NUMBER * slopes)
+    biases = {SLOPES: 1, TABLE: chosen.rows * chosen.columns}.get(bias, 0)
+    loaded, stored = programs * 2 * NUMBER + steps * (NUMBER + NUMBER * biases), 0
+    if kernel == "table":
+        diagonals = sum(
+            count * _diagonals(place + at - row, chosen, farthest)
+            for place, count in (apart or {}).items()
+            for row in range(0, size, chosen.rows)
+            for at in range(0, size, chosen.columns)
+        )
+        loaded += NUMBER * batch * diagonals
+        stored = NUMBER * (batch * diagonals + 2 * programs)
     loaded += seen * (2 * row + 2 * NUMBER * (kernel == "dkv"))
     if kernel == "dkv":
         once = Work(loaded=2 * own * row, stored=2 * own * row)
@@ -132,7 +143,7 @@ def listed(
         once = Work(
             loaded=own * (rows * row + numbers * NUMBER), stored=own * (rows_stored * row + numbers_stored * NUMBER)
         )
-    return once * heads + Work(steps, 0, steps * PRODUCTS[kernel], loaded)
+    return once * heads + Work(steps, 0, steps * PRODUCTS[kernel], loaded, stored)
 
 
 def decoded(

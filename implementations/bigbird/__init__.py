@@ -38,7 +38,7 @@ METHOD = Method(
             run=f"{__name__}.triton:attend",
             needs=("triton",),
             devices=("cuda",),
-            positions=("none", *ROPE, "alibi"),
+            positions=("none", *ROPE, "t5", "alibi"),
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own over lists of blocks; nothing is gathered",
         ),

@@ -38,7 +38,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
     visible = visible_pairs()
     algorithmic, flops = block_terms(T, visible), block_terms(T, visible if impl != "reference" else T * T)
     if mode == "train":
-        algorithmic, flops = trained(algorithmic), trained(flops, impl)
+        algorithmic, flops = trained(algorithmic), trained(flops, impl, position)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,

@@ -2,7 +2,8 @@
 
 ``python compile_flash.py [ARCHITECTURE:ITEMSIZE:WIDTH[/FORM] ...]``; without arguments the whole shipped table. A band
 is bounded on both sides, which holds every path of its other forms; ``steps`` is the most that one softmax spans, the
-others are a band with a bias, with keys hidden by their positions, with four heads a head of keys, and lists of blocks.
+others are a band with a bias, with keys hidden by their positions, with four heads a head of keys, and lists of blocks,
+without a bias and with a table of them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ FORMS = {  # kinds of the lines of each range
     "hidden": ((lines.SLOPE, lines.SLOPE, lines.PLAIN, 0),),
     "groups": ((lines.SLOPE, lines.SLOPE, lines.PLAIN, 1),),
     "lists": ((lines.OPEN, lines.OPEN, lines.PLAIN, 1),),
+    "lists-table": ((lines.OPEN, lines.OPEN, lines.TABLE, 1),),
 }
 # All other pointers have the dtype of the cell, all other integers are strides.
 POINTERS = dict.fromkeys(("LSE", "GRAD_LSE", "DELTA", "BIASES", "SUMS"), "*fp32") | dict.fromkeys(
@@ -53,7 +55,7 @@ def compile_kernel(
     """
     kinds = FORMS[form]
     function = getattr(flash_bias if kernel == "table" else flash, f"{kernel}_kernel")
-    if form == "lists":
+    if form.startswith("lists"):
         function = getattr(flash_lists, f"listed_{kernel}_kernel")
     constants = {
         "D": width, "WIDTH": flash_table.padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
@@ -163,11 +165,12 @@ def asked(wanted: list[str]) -> Iterator[tuple[dict[str, Any], Any]]:
         target, _, form = item.partition("/")
         form = form or "band"
         architecture, itemsize, width = map(int, target.split(":"))
-        for kernel in (*flash_table.KERNELS, "table") if form == "table" else flash_table.KERNELS:
-            heavy = form not in ("band", "groups", "lists")
+        for kernel in (*flash_table.KERNELS, "table") if form.endswith("table") else flash_table.KERNELS:
+            heavy = form not in ("band", "groups")
             chosen = flash_table.config(kernel, width, itemsize, architecture, heavy, grouped=form == "groups")
-            if form == "lists":
-                chosen = flash_table.listed_config(kernel, width, itemsize, architecture, LISTED_BLOCK)
+            if form.startswith("lists"):
+                table = form == "lists-table"
+                chosen = flash_table.listed_config(kernel, width, itemsize, architecture, LISTED_BLOCK, table)
             dtype = {2: "bf16", 4: "fp32"}[itemsize]
             compiled = compile_kernel(kernel, width, dtype, architecture, chosen, form)
             row = {"kernel": kernel, "architecture": architecture, "itemsize": itemsize, "width": width, "form": form}

@@ -6,7 +6,10 @@ Where TRITON_INTERPRET is 1, which must be set before kernels are imported; else
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
+
+import torch
 
 from ctxbench.implementations._shared import cells_table, lines, relative_tiles, tiles
 from ctxbench.implementations._shared.flash_table import Config
@@ -123,9 +126,12 @@ def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None
     if module == "flash_lists":
         keys, size, blocks = given["S"], given["size"], given["LISTED"]
         last = -(-(queries if kernel == "dkv" else keys) // size) - 1
+        rows = (given["OFFSETS"].diff(dim=1).flatten().cumsum(0)[None] <= torch.arange(blocks.numel())[:, None]).sum(1)
+        rows %= given["OFFSETS"].shape[1] - 1  # of each entry: the row that lists it
+        apart = Counter((blocks * size + given["ahead"] - rows * size).tolist())
         return tiles.listed(
             kernel, chosen, queries, keys, size, blocks.numel(), int((blocks == last).sum()), width, q.element_size(),
-            heads=heads, batch=batch, slopes=given["BIAS"] != lines.PLAIN,
+            heads=heads, batch=batch, bias=given.get("BIAS", lines.TABLE), farthest=given["farthest"], apart=apart,
         )  # fmt: skip
     kinds = [(given["LOW"], given["HIGH"], given["BIAS"], given["KNOWN"])] if kernel == "dkv" else given["KINDS"]
     ranges = []

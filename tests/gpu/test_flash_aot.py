@@ -13,7 +13,14 @@ from ctxbench.implementations._shared import flash_table
 SHARED = {90: 232448, 80: 101376}  # bytes a block may have; the second is what devices of capability 8.6 and 8.9 have
 # architecture:bytes of an element:width[/form]. The widest heads, where the limits bind, and a width that is padded.
 BINDING = ["90:2:64", "90:2:128", "80:2:128", "90:4:64", "80:4:64", "90:2:96"]
-FORMS = ["90:2:128/steps", "90:2:128/table", "90:4:64/slopes", "90:2:128/lists", "80:4:64/lists"]
+FORMS = [
+    "90:2:128/steps",
+    "90:2:128/table",
+    "90:4:64/slopes",
+    "90:2:128/lists",
+    "80:4:64/lists",
+    "80:2:128/lists-table",
+]
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -25,7 +32,7 @@ def page() -> Any:
 @pytest.mark.parametrize("wanted", [BINDING, FORMS], ids=["binding", "forms"])
 def test_machine_code_has_matrix_instructions_and_no_spills(wanted: list[str], program: Any, page: Any) -> None:
     rows = program("compile_flash.py", *wanted, interpret=False)
-    assert len(rows) == sum(4 if item.endswith("/table") else 3 for item in wanted)
+    assert len(rows) == sum(4 if item.endswith("table") else 3 for item in wanted)
     for row in rows:
         assert row["stack"] == 0, row
         assert row["spills"] == 0, row

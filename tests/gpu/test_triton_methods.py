@@ -13,7 +13,7 @@ from ctxbench.cost.trace import trace
 from ctxbench.implementations import bigbird, dense, longformer, longlora
 from ctxbench.method import Dims
 
-CASES = {"longlora": 5, "longformer": 8, "bigbird": 5}
+CASES = {"longlora": 5, "longformer": 8, "bigbird": 6}
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -46,6 +46,7 @@ FORMS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [  # method, parameter
     (longformer.METHOD, {"window": 50, "num_global": 0, "dilation": 2}, {"position": "t5"}),
     (bigbird.METHOD, {}, {"causal": False}),
     (bigbird.METHOD, {"block_size": 500}, {"causal": False, "position": "alibi"}),
+    (bigbird.METHOD, {"block_size": 50}, {"causal": False, "position": "t5"}),
     (bigbird.METHOD, {"plan": "official"}, {"causal": False, "seq_len": 2048}),
     (bigbird.METHOD, {"form": "etc"}, {"causal": False}),
 ]

@@ -6,7 +6,9 @@ against the kernels themselves, at small tiles; see ``tests/gpu/interpreted.py``
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,12 +107,12 @@ def cut(length: int, side: int) -> list[range]:
     return [range(start, min(start + side, length)) for start in range(0, length, side)]
 
 
-@pytest.mark.parametrize("slopes", [False, True], ids=["plain", "slopes"])
+@pytest.mark.parametrize("bias", [PLAIN, SLOPES, TABLE], ids=["plain", "slopes", "table"])
 @pytest.mark.parametrize(
     ("size", "queries", "keys"), [(64, 601, 601), (16, 203, 203), (48, 330, 250), (128, 1000, 1000)]
 )
 def test_launches_over_lists_move_what_a_walk_along_the_lists_counts(
-    size: int, queries: int, keys: int, slopes: bool
+    size: int, queries: int, keys: int, bias: int
 ) -> None:
     pytest.importorskip("triton")
     import torch
@@ -121,23 +123,30 @@ def test_launches_over_lists_move_what_a_walk_along_the_lists_counts(
     heads, batch, rows, blocks = 2, 3, -(-queries // size), -(-keys // size)
     some = [torch.randint(0, blocks, (heads, rows - 1, 3)), torch.arange(blocks).expand(heads, 1, blocks)]
     made = lists.from_tables(size, keys, some, int((some[0] == blocks - 1).sum()))
-    for kernel in ("forward", "dq", "dkv"):
-        chosen = flash_table.listed_config(kernel, WIDTH, 2, 90, size)
+    farthest, ahead = 70 * (bias == TABLE), -2 * size
+    for kernel in ("forward", "dq", "dkv", "table")[: 4 if bias == TABLE else 3]:
+        chosen = flash_table.listed_config(kernel, WIDTH, 2, 90, size, bias == TABLE)
         offsets, listed = made.offsets, made.listed
         if kernel == "dkv":
             offsets, listed = lists.turned(offsets, listed, blocks)
         own, other = (keys, queries) if kernel == "dkv" else (queries, keys)
         last = int((listed == -(-other // size) - 1).sum())
-        found = tiles.listed(
-            kernel, chosen, queries, keys, size, listed.numel(), last, WIDTH, 2, heads=heads, batch=batch, slopes=slopes
+        ends, entries = offsets.tolist(), listed.tolist()
+        apart = Counter(
+            size * (at - row) + ahead
+            for head in ends for row, (begin, end) in enumerate(pairwise(head)) for at in entries[begin:end]
         )  # fmt: skip
-        counted = along_lists(kernel, chosen, own, other, size, offsets.tolist(), listed.tolist(), slopes)
+        found = tiles.listed(
+            kernel, chosen, queries, keys, size, listed.numel(), last, WIDTH, 2, heads=heads, batch=batch, bias=bias,
+            farthest=farthest, apart=apart,
+        )  # fmt: skip
+        counted = along_lists(kernel, chosen, own, other, size, ends, entries, bias, farthest, ahead)
         assert found == counted * batch, kernel
 
 
 def along_lists(
     kernel: str, chosen: Config, own: int, other: int, size: int, offsets: list[list[int]], listed: list[int],
-    slopes: bool,
+    bias: int, farthest: int, ahead: int,
 ) -> Work:  # fmt: skip
     """All heads of one sequence, entry by entry of the lists that the kernel gets; bf16."""
     row, work, by_keys = 2 * WIDTH, Work(), kernel == "dkv"
@@ -147,16 +156,25 @@ def along_lists(
             for piece in range(0, size, mine):  # a piece beyond the end of a short block has steps too
                 there = max(0, min(block * size + size, own) - block * size - piece)
                 there = min(there, mine, size - piece)
-                rows = {"forward": 1, "dq": 3, "dkv": 2}[kernel]
-                loaded = 2 * NUMBER + there * (rows * row + NUMBER * (kernel == "dq"))
+                rows, numbers = {"forward": (1, 0), "dq": (3, 1), "dkv": (2, 0), "table": (2, 2)}[kernel]
+                loaded = 2 * NUMBER + there * (rows * row + NUMBER * numbers)
                 stored = there * (2 * row if by_keys else row + NUMBER)
+                if kernel == "table":
+                    stored = 2 * NUMBER
                 work += Work(loaded=loaded, stored=stored)
                 for at in listed[ends[block] : ends[block + 1]]:
                     for begin in range(at * size, at * size + size, theirs):
                         read = max(0, min(begin + theirs, at * size + size, other) - begin)
-                        numbers = NUMBER * (1 + slopes)
-                        products = {"forward": 2, "dq": 3, "dkv": 4}[kernel]
-                        work += Work(1, 0, products, numbers + read * (2 * row + 2 * NUMBER * by_keys))
+                        numbers = NUMBER * (1 + {PLAIN: 0, SLOPES: 1, TABLE: mine * theirs}[bias])
+                        products = {"forward": 2, "dq": 3, "dkv": 4, "table": 2}[kernel]
+                        added = 0
+                        if kernel == "table":  # one number a diagonal of the tile, its empty one included
+                            place = begin + ahead - block * size - piece
+                            added = NUMBER * sum(
+                                abs(place + one) < farthest for one in range(1 - chosen.rows, chosen.columns + 1)
+                            )
+                        loaded = numbers + added + read * (2 * row + 2 * NUMBER * by_keys)
+                        work += Work(1, 0, products, loaded, added)
     return work
 
 
