@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from sympy import Expr, Integer, Max, Min, Piecewise, Rational, floor, sympify
 
 from ctxbench.cost import Cost
-from ctxbench.cost.symbols import B, L, d, e, f, h
+from ctxbench.cost.symbols import B, L, T, d, e, f, h
 from ctxbench.cost.terms import (
     FUSED_BACKWARD,
     attention,
@@ -85,6 +85,16 @@ def rotation_tables(tokens: Expr | int) -> Expr:
 def rotating(tokens: Expr | int) -> Expr:
     """Bytes alive while keys are rotated after queries: the norm, q, k, v, new queries, and two rows of products."""
     return 5 * tensor(B, tokens, d) + 2 * Max(e, 4) * B * sympify(tokens) * d + rotation_tables(tokens)
+
+
+def rotated(peak: Expr, mode: str, beside: Expr | int = 0) -> Expr:
+    """A stack's ``forward`` or ``train`` peak where every layer first rotates queries and keys of all tokens.
+
+    ``beside``: what else a layer holds meanwhile.
+    """
+    if mode == "train":
+        return peak + 2 * L * rotation_tables(T)
+    return largest(peak, rotating(T) + beside + Min(L - 1, 1) * tensor(B, T, d))
 
 
 def stack_peak(tokens: Expr | int, mixing: Expr) -> Expr:

@@ -11,11 +11,13 @@ from ctxbench.implementations._shared.forms import (
     block_parameters,
     block_terms,
     position_parameters,
+    rotated,
     stack_peak,
     trained,
 )
 from ctxbench.implementations.bigbird.etc_cost import etc_cost
 from ctxbench.implementations.bigbird.params import BigBirdParams
+from ctxbench.method import ROPE
 
 SLAB, END = Integer(256), Integer(64)  # queries of the blocked impl whose scores are alive together
 b, r = param("block_size"), param("num_random")
@@ -43,13 +45,15 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
-        peak_bytes=_peak(impl, mode) if position == "none" and impl != "flex" else None,
+        peak_bytes=_peak(impl, mode, position) if position in ("none", *ROPE) and impl != "flex" else None,
         depth=L,
     )
 
 
-def _peak(impl: str, mode: str) -> Expr:
-    return _forward_peak(impl) if mode == "forward" else _train_peak(impl)
+def _peak(impl: str, mode: str, position: str) -> Expr:
+    rotates = position in ROPE
+    most = _forward_peak(impl) if mode == "forward" else _train_peak(impl, rotates)
+    return rotated(most, mode) if rotates else most
 
 
 row, piece = tensor(B, T, d), tensor(B, Min(b, END), d)  # bytes of a sequence, and of some queries of a global row
@@ -83,7 +87,7 @@ def _forward_peak(impl: str) -> Expr:
     return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (slab, True)))
 
 
-def _train_peak(impl: str) -> Expr:
+def _train_peak(impl: str, rotates: bool) -> Expr:
     """The top layer's backward pass, in its FFN or in its attention, with all layers below it still saved."""
     scores, statistics, hidden = tensor(B, h, T, T), 2 * e * B * T, tensor(B, T, f)
     if impl == "reference":
@@ -104,7 +108,11 @@ def _train_peak(impl: str) -> Expr:
         # Norm q k v, output, gradients of the mixed rows and of q; what all keys get from a few queries, or a slab's.
         summed = by_block + Max(row + 2 * piece, _buffers(1, 0, 1) + converted)
         attending = core + Piecewise((10 * row, few), (7 * row + summed, True))
-    kept = core + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)  # norm q k v, mixed, output; FFN's
+    # Of rotated queries a fused call of all rows gives an output that merging heads copies.
+    merged = Piecewise((row, few), (0, True)) if rotates and impl != "reference" else Integer(0)
+    kept = (
+        core + merged + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)
+    )  # norm q k v, mixed, output; FFN's
     in_ffn = when_ffn(kept + hidden + e * (d * f + d))
     gradients = e * (d * d + d) + when_ffn(row + e * (2 * d * f + f + 3 * d))
     return (L - 1) * kept + Max(in_ffn, attending + statistics + gradients)

@@ -27,6 +27,7 @@ from ctxbench.implementations._shared.forms import (
 from ctxbench.implementations._shared.window_pairs import run_pairs
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.implementations.longformer.peaks import peak
+from ctxbench.method import ROPE
 
 w = param("window")
 
@@ -50,7 +51,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl, position)
     kept = 2 * tensor(B, over_heads(lambda f: f.kept(T), causal, params), d)
-    known = position == "none" and not dilates_some(params) and impl != "flex"
+    rotates = position in ROPE
+    turned = rotates and not params.positions and mode != "stream"
+    known = (position == "none" or turned) and not dilates_some(params) and impl != "flex"
     if impl == "triton":
         known = known and params.dilation == 1 and not params.positions
     elif params.positions:
@@ -61,7 +64,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
         num_parameters=block_parameters((7 if form.separate else 4) * linear_parameters(d, d))
         + position_parameters(position),
         state_bytes=L * (kept + form.beside_the_band()) if causal else Integer(0),
-        peak_bytes=peak(impl, mode, causal, params) if known else None,
+        peak_bytes=peak(impl, mode, causal, params, rotates) if known else None,
         depth=L,
     )
 

@@ -10,21 +10,21 @@ from sympy import Add, Expr, Integer, Max, Min, Piecewise, ceiling, floor
 
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
-from ctxbench.implementations._shared.forms import stack_peak
+from ctxbench.implementations._shared.forms import rotated, rotation_tables, stack_peak
 from ctxbench.implementations.longformer.params import LongformerParams
 
 BLOCK, SPAN = 64, 1024  # queries whose scores are alive together, queries copied together
 w, g, step = param("window"), param("num_global"), param("dilation")
 
 
-def peak(impl: str, mode: str, causal: bool, params: LongformerParams) -> Expr:
+def peak(impl: str, mode: str, causal: bool, params: LongformerParams, rotates: bool = False) -> Expr:
     """Bytes above parameters, inputs and incoming state."""
     sizes = Kernels(impl, causal, params) if impl == "triton" else Sizes(impl, causal, params)
     if mode == "forward":
-        return sizes.forward()
+        return rotated(sizes.forward(), mode, sizes.beside) if rotates else sizes.forward()
     if mode == "train":
-        return sizes.train()
-    return sizes.stream() if mode == "stream" else sizes.decode()
+        return rotated(sizes.train(), mode) + L * rotation_tables(sizes.turned) if rotates else sizes.train()
+    return sizes.stream() if mode == "stream" else sizes.decode()  # one token: memory decides
 
 
 class Sizes:
@@ -39,11 +39,15 @@ class Sizes:
         self.scattered = Add(*(Min(1, Max(0, T - position)) for position in params.positions))  # those there are
         self.copied = self.row if params.positions else Integer(0)  # of the gradient, without the rows of those
         self.sliced: Expr = Integer(0)
+        self.turned: Expr = Integer(0)  # global rows, and keys for them, that are rotated apart
+        self.beside: Expr = Integer(0)  # what is alive besides, where these are all keys
         self.own: Expr = Integer(0)  # global rows: queries and outputs, and the keys and values they see
         if params.separate_global and (params.num_global > 0 or params.positions) and impl != "as_written":
             end = Integer(params.positions[-1] + 1) if params.positions else g
             seen = tensor(B, Min(end, T), d) if causal else self.row
+            self.turned = Min(g, T) + self.scattered + (Min(end, T) if causal else T)
             self.own = 2 * tensor(B, Min(g, T) + self.scattered, d) + 2 * seen
+            self.beside = Integer(0) if causal else self.row + tensor(B, Min(g, T) + self.scattered, d)
             if causal and params.positions:  # what a linear map saves of a part of several sequences is a copy
                 self.sliced = 2 * Min(B - 1, 1) * Min(1, Max(0, T - end)) * seen
 

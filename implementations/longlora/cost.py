@@ -9,9 +9,16 @@ from sympy import Expr, Min, Rational, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
 from ctxbench.cost.terms import largest, linear_parameters, projections, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, slab_pairs
+from ctxbench.implementations._shared.forms import (
+    block_ffn,
+    block_parameters,
+    core_backward,
+    rotated,
+    slab_pairs,
+)
 from ctxbench.implementations.longlora.params import LongLoRAParams, exact_fraction
 from ctxbench.implementations.longlora.peaks import peak
+from ctxbench.method import ROPE
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: LongLoRAParams) -> Cost:
@@ -33,12 +40,14 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongLoRAPara
         core = core_backward(impl)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
-    known = position == "none" and impl != "flex"
+    most = None if impl == "flex" else peak(impl, mode, group)
+    if most is not None and position in ROPE:
+        most = rotated(most, mode)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)),
-        peak_bytes=peak(impl, mode, group) if known else None,
+        peak_bytes=most,
         depth=L,
     )
 

@@ -16,7 +16,7 @@ PLAIN, SHIFTED = ceiling(h / 2), floor(h / 2)  # heads
 
 
 def peak(impl: str, mode: str, group: Expr) -> Expr:
-    """Bytes of one impl in one mode, without positions."""
+    """Bytes of one impl in one mode, without what rotations add."""
     if impl == "blocked":
         return _blocked_train(group) if mode == "train" else stack_peak(T, _blocked_mixing(group))
     if impl == "triton":

@@ -88,7 +88,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         num_parameters=_parameters(position, params),
         state_bytes=L * (2 * tensor(B, S, d) + 3 * tensor(B, T - W * floor(T / W), d))
         + has_long * 2 * tensor(B, Min(M, P * floor(T / W)), d),
-        peak_bytes=None if position in ROPE or kernels == "triton" else peak(impl, mode, params),
+        peak_bytes=None if (position in ROPE and mode == "train") or kernels == "triton" else peak(impl, mode, params),
         depth=L if mode == "decode" else ceiling(T / W) + L - 1,
     )
 

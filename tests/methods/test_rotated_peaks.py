@@ -1,0 +1,41 @@
+"""Formulas of peaks where queries and keys are rotated, against the tracer, at lengths that no block divides."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctxbench.cost import evaluate
+from ctxbench.cost.symbols import bindings
+from ctxbench.cost.trace import trace
+from ctxbench.implementations import bigbird, longformer, longlora, melodi
+from ctxbench.method import DTYPE_BYTES, Dims
+
+CASES = [
+    (method, impl, mode, causal)
+    for method, modes in (
+        (bigbird.METHOD, ("forward", "train")),
+        (longlora.METHOD, ("forward", "train")),
+        (longformer.METHOD, ("forward", "train", "decode")),
+        (melodi.METHOD, ("forward", "stream", "decode")),
+    )
+    for impl in ("reference", "blocked")
+    for mode in modes
+    for causal in method.causal
+    if causal or mode in ("forward", "train")
+]
+SIZES = [
+    (1101, "fp32", {}),
+    (1999, "fp32", {"num_layers": 3, "batch_size": 1}),
+    (2333, "fp32", {"d_ff": 0, "position": "rope_yarn"}),
+    (4133, "bf16", {"batch_size": 1, "d_ff": 512}),
+]
+
+
+@pytest.mark.parametrize(("length", "dtype", "changes"), SIZES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("method", "impl", "mode", "causal"), CASES, ids=lambda value: getattr(value, "name", value))
+def test_peak_is_within_three_percent_of_the_trace(method, impl, mode, causal, length, dtype, changes) -> None:
+    params = method.params()
+    dims = Dims(length, 2, 128, 4, 2, 256, causal=causal, position="rope").replace(**changes)
+    values = bindings(dims, params, DTYPE_BYTES[dtype], method.segment_len(params))
+    formula = evaluate(method.cost_of(impl, mode, causal, dims.position, params).peak_bytes, values)
+    assert trace(method, dims, params, impl, mode, dtype).peak_bytes == pytest.approx(formula, rel=0.03)
