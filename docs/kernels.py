@@ -32,9 +32,9 @@ places of tokens x channels, their width the channels of a token, and there is n
 
 PyTorch's FlexAttention (impl `flex`) is not on this page: the compiler makes its kernels on the device. What is ours is
 its block lists, in closed form from the lines that the kernels here take (`implementations/_shared/flex.py`): dense,
-Longformer, LongLoRA and the pyramid by tiles of 128 x 128, BigBird with its blocks as tiles, Transformer-XL with the
-position term as a tensor that each score reads. Nor are the packages flash-attn-4 and flash-linear-attention, which are
-called as they are: of the latter `parallel_attn` alone is one of the methods here, dense causal attention.
+Longformer, LongLoRA, hierarchical and pyramid by tiles of 128 x 128, BigBird with its blocks as tiles, Transformer-XL
+with the position term as a tensor that each score reads. Nor are the packages flash-attn-4 and flash-linear-attention,
+which are called as they are: of the latter `parallel_attn` alone is one of the methods here, dense causal attention.
 
 Made with triton {version} by `python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py`, and likewise
 with `compile_cells.py`.

@@ -30,10 +30,24 @@ BACKEND = "inductor"  # of torch.compile: the one that makes kernels
 
 
 class Between(NamedTuple):
-    """Keys that a query at position p sees: from ``low`` at p to before ``high``; None is no bound."""
+    """Keys that a query at position p sees: from ``low`` at p to before ``high``; None is no bound.
+
+    Lines count the ``keys`` keys from ``begin`` on, a multiple of TILE; None: all that come after it.
+    """
 
     low: Line | None = None
     high: Line | None = None
+    begin: int = 0
+    keys: int | None = None
+
+
+class Seen(NamedTuple):
+    """The same for the rows of a query tensor."""
+
+    low: Placed
+    high: Placed
+    begin: int
+    keys: int
 
 
 CAUSAL = (Between(high=Line(base=1)),)
@@ -61,11 +75,16 @@ def attend(
     T, S = q.shape[2], k.shape[2]
     if not T:
         return q @ k.mT @ v  # no product at all, but what it is made of still has gradients, all zero
-    lines = tuple((place(one.low, offset, T, S), place(one.high, offset, T, S)) for one in seen)
+    ranges = tuple(_placed(one, offset, T, S) for one in seen)
     mask = None
-    if not any(low.kind == high.kind == OPEN for low, high in lines):
-        mask = block_mask(T, S, lines, q.device)
+    if not any(one.low.kind == one.high.kind == OPEN and one.keys == S for one in ranges):
+        mask = block_mask(T, S, ranges, q.device)
     return run(q, k, v, mask, score, scale)
+
+
+def _placed(one: Between, offset: int, T: int, S: int) -> Seen:
+    keys = S - one.begin if one.keys is None else one.keys
+    return Seen(place(one.low, offset, T, keys), place(one.high, offset, T, keys), one.begin, keys)
 
 
 def run(
@@ -100,20 +119,21 @@ def _call(q: Any, k: Any, v: Any, score: Any, mask: Any, scale: Any, options: An
 
 
 @functools.lru_cache(maxsize=64)
-def block_mask(T: int, S: int, lines: tuple[tuple[Placed, Placed], ...], device: torch.device) -> BlockMask:
+def block_mask(T: int, S: int, ranges: tuple[Seen, ...], device: torch.device) -> BlockMask:
     """Which tiles of S keys each tile of T queries meets, and which of those no query needs a mask for."""
     rows, columns = -(-T // TILE), -(-S // TILE)
     with _disable_current_modes():  # tables of the call, not tensors of the method
         tile = torch.arange(columns)
         kept, full = (torch.zeros(rows, columns, dtype=torch.bool) for _ in range(2))
-        for low, high in lines:
-            met = torch.tensor([seen_by_rows(row * TILE, TILE, T, Keys(S, low, high)) for row in range(rows)])
-            begin, inner, outer, end = met.T[:, :, None]
+        for one in ranges:
+            keys = Keys(one.keys, one.low, one.high)
+            met = torch.tensor([seen_by_rows(row * TILE, TILE, T, keys) for row in range(rows)])
+            begin, inner, outer, end = met.T[:, :, None] + one.begin // TILE
             kept |= (begin <= tile) & (tile < end)
             full |= (inner <= tile) & (tile < outer)
         masked, unmasked = _lists(kept & ~full, device), _lists(full, device)
         return BlockMask.from_kv_blocks(
-            masked[0], masked[1], unmasked[0], unmasked[1], BLOCK_SIZE=TILE, mask_mod=_visible(lines, S),
+            masked[0], masked[1], unmasked[0], unmasked[1], BLOCK_SIZE=TILE, mask_mod=_visible(ranges),
             seq_lengths=(T, S),
         )  # fmt: skip
 
@@ -125,15 +145,18 @@ def _lists(kept: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torc
     return counts.to(device)[None, None], listed.to(device)[None, None]
 
 
-def _visible(lines: tuple[tuple[Placed, Placed], ...], keys: int) -> Score:
+def _visible(ranges: tuple[Seen, ...]) -> Score:
     """FlexAttention's ``mask_mod``: within the bounds of any range."""
 
     def within(b: Any, h: Any, row: Any, key: Any) -> Any:
         shown = None
-        for low, high in lines:
-            one = key < (keys if high.kind == OPEN else _at(high, row))
+        for low, high, begin, keys in ranges:
+            own = key - begin if begin else key
+            one = own < (keys if high.kind == OPEN else _at(high, row))
             if low.kind != OPEN:
-                one = one & (key >= _at(low, row))
+                one = one & (own >= _at(low, row))
+            if begin:
+                one = one & (own >= 0)
             shown = one if shown is None else shown | one
         return shown
 

@@ -1,5 +1,6 @@
 """Hierarchical attention: a window of tokens and, further back, the means of ever larger cells."""
 
+from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, TRITON
 from ctxbench.implementations.hierarchical.params import HierarchicalParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
@@ -44,6 +45,11 @@ METHOD = Method(
             support=f"{__name__}.params:triton_support",
             note="flash kernels of our own, one launch a scale; scales are merged by their log-sum-exps; one kernel "
             "that reads each token once pools them all",
+        ),
+        flex_impl(
+            f"{__name__}.flex:OPERATORS",
+            f"{__name__}.params:flex_support",
+            "PyTorch's FlexAttention, compiled, over tokens and cells in one tensor, block lists in closed form",
         ),
         Impl(
             "as_written",

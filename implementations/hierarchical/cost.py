@@ -12,6 +12,7 @@ from sympy import Expr, Integer, Max, Min, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor
+from ctxbench.implementations._shared.flex_table import TILE
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters, trained
 from ctxbench.implementations.hierarchical.params import HierarchicalParams, Scale, slab_rows
 from ctxbench.implementations.hierarchical.peaks import peak
@@ -38,6 +39,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
     known = (
         position == "none"
         and not (impl == "triton" and params.form == "seed")
+        and impl != "flex"
         and not params.disjoint
         and not (branched and mode in ("stream", "decode"))
     )
@@ -64,6 +66,8 @@ def _executed(impl: str, mode: str, params: HierarchicalParams) -> dict[str, Exp
     for scale in params.scales:
         if impl == "triton":
             pairs += _visible(scale, mode)
+        elif impl == "flex":
+            pairs += _tiles(scale)
         elif mode == "decode":
             pairs += _visible(scale, mode) if impl == "blocked" else keeps(scale, T) + _new(scale, T, T + 1)
         elif mode == "stream":
@@ -140,6 +144,22 @@ def _slabs(scale: Scale, step: int, start: Expr) -> Expr:
     rest, last = T - start - whole * step, start + whole * step
     ends = step * _ramp_of_shown(scale, whole, start + step, step) + rest * shown(scale, T)
     return ends - step * _ramp_of_first(scale, whole, start + 1, step) - rest * first(scale, last + 1)
+
+
+def _tiles(scale: Scale) -> Expr:
+    """Pairs in the tiles of TILE x TILE that block lists keep: all tokens and cells that any query of a tile sees.
+
+    ``ceil(floor(x / s) / TILE) = floor((x + (TILE - 1) s) / (TILE s))``, and so for the first tile.
+    """
+    side, span = Integer(TILE), TILE * scale.span
+    whole = floor(T / side)
+    rest, up = T - whole * side, (TILE - 1) * scale.span - scale.behind
+    ends = side * _ramp(whole, side + up, TILE, span, clamp=up < 0) + rest * Max(0, floor((T + up) / span))
+    if scale.handed is None and scale.most is None:
+        return side * ends
+    back = scale.handed if scale.handed is not None else scale.behind + most(scale) * scale.span
+    begins = side * _ramp(whole, 1 - back, TILE, span, clamp=True)
+    return side * (ends - begins - rest * Max(0, floor((whole * side + 1 - back) / span)))
 
 
 def _streamed_slabs(scale: Scale, params: HierarchicalParams) -> Expr:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ctxbench.implementations._shared import flash_table
+from ctxbench.implementations._shared import flash_table, flex_table
+from ctxbench.implementations._shared.flex_table import TILE
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 FORMS = ("causal_full", "causal_linear", "seed")
@@ -141,6 +142,13 @@ def _tokens(params: HierarchicalParams, i: int) -> set[int]:
 def triton_support(dims: Dims, params: HierarchicalParams, device: str, dtype: str) -> Support:
     """What the flash kernels hold in registers; they take every form, and the pooling kernel every cell."""
     return flash_table.support(dims, dtype)
+
+
+def flex_support(dims: Dims, params: HierarchicalParams, device: str, dtype: str) -> Support:
+    """What FlexAttention takes, and cells that are handed on by groups which divide a tile."""
+    if params.disjoint and params.form != "seed" and TILE % params.pool:
+        return no(f"flex has block lists of {TILE} cells, which a disjoint pool must divide; received {params.pool}")
+    return flex_table.support(dims, params, device, dtype)
 
 
 def sketch_support(dims: Dims, params: HierarchicalParams, device: str, dtype: str) -> Support:

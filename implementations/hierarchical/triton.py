@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from ctxbench.implementations._shared.pooling import pooled
-from ctxbench.implementations._shared.ranges import Line, Range
+from ctxbench.implementations._shared.ranges import Range
 from ctxbench.implementations._shared.ranges import attend as attend_ranges
 from ctxbench.implementations.hierarchical.blocked import fuse
+from ctxbench.implementations.hierarchical.bounds import bounds
 from ctxbench.implementations.hierarchical.layer import Operators
 from ctxbench.implementations.hierarchical.params import Scale
 
@@ -41,14 +42,6 @@ def attend(
     for out, share in zip(outputs[1:], shares[1:], strict=True):
         mixed = mixed + out * share
     return mixed.to(q.dtype)
-
-
-def bounds(scale: Scale, missing: int) -> tuple[Line | None, Line]:
-    """The first cell a token sees, and one past its last; the first ``missing`` cells are not at hand."""
-    high = Line(scale.span, 1, 1 - scale.behind, -missing)
-    if scale.handed is not None:
-        return Line(scale.span * scale.group, scale.group, 1 - scale.handed, -missing), high
-    return None if scale.most is None else high._replace(base=high.base - scale.most), high
 
 
 def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

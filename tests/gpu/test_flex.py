@@ -51,6 +51,14 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[int, ...]]] = [
     ("longlora", {}, {}, (1024,)),
     *(("pyramid", {"pool": 3, "pooled_queries": pooled}, {"num_layers": 4, "causal": causal}, (20, 400))
       for pooled in (True, False) for causal in (True, False)),
+    ("hierarchical", {}, {}, (1, 130, 700)),
+    ("hierarchical", {"window": 40}, {"position": "rope"}, (301,)),
+    ("hierarchical", {"window": 300, "levels": 1}, {}, (129, 700)),
+    ("hierarchical", {"form": "causal_linear", "window": 50, "cells": 20}, {}, (3, 700, 1301)),
+    ("hierarchical", {"form": "causal_linear", "window": 150, "cells": 130, "pool": 3}, {}, (5, 1301)),
+    ("hierarchical", {"disjoint": True, "window": 20, "cells": 9}, {}, (1, 130, 1301)),
+    ("hierarchical", {"form": "causal_linear", "disjoint": True, "window": 70, "cells": 40, "pool": 2}, {}, (700,)),
+    ("hierarchical", {"form": "seed"}, {"causal": False}, (1, 130)),
     *(("transformer_xl", {"segment_len": 128, "mem_len": memory, "start": start}, {"position": "transformer_xl"},
        (1, 128, 200, 600)) for memory in (0, 128, 384) for start in ("empty", "zeros")),
 ]  # fmt: skip
@@ -127,7 +135,9 @@ LINES = {
 @pytest.mark.parametrize(("queries", "offset"), [(640, 0), (511, 0), (200, 313), (1, 513)])
 def test_block_lists_keep_exactly_the_tiles_that_are_seen(name: str, queries: int, offset: int) -> None:
     keys = queries + offset
-    lines = tuple(tuple(place(line, offset, queries, keys) for line in pair) for pair in LINES[name])
+    lines = tuple(
+        flex.Seen(*(place(line, offset, queries, keys) for line in pair), 0, keys) for pair in LINES[name]
+    )  # fmt: skip
     mask = flex.block_mask(queries, keys, lines, torch.device("cpu"))
     row, key = torch.arange(queries)[:, None], torch.arange(keys)
     position = row + offset
@@ -266,6 +276,9 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         ("longlora", {}, {"seq_len": 1024}, "train", "cuda", ""),
         ("longlora", {}, {"seq_len": 1000}, "train", "cuda", "received 125"),
         ("pyramid", {}, {"num_layers": 3}, "train", "cuda", ""),
+        ("hierarchical", {"disjoint": True}, {}, "train", "cuda", ""),
+        ("hierarchical", {"pool": 3}, {}, "train", "cuda", ""),
+        ("hierarchical", {"pool": 3, "disjoint": True}, {}, "train", "cuda", "received 3"),
         ("transformer_xl", {}, {"position": "transformer_xl"}, "forward", "cuda", ""),
         ("transformer_xl", {"mem_len": 100}, {"position": "transformer_xl"}, "forward", "cuda", "received 100"),
     ],
