@@ -360,8 +360,8 @@ def _floors(
     cells: dict[str, list[tuple[float, list[float]]]] = {}
     for reading in found:
         for medians in filter(len, reading.groups):
-            known = (float(np.median(medians)), noise.split_differences(medians))
-            cells.setdefault(reading.cell.device, []).append(known)
+            apart = noise.split_differences(medians)
+            cells.setdefault(reading.cell.device, []).append((float(np.median(medians)), apart))
     for device, known in cells.items():
         stored = noise.load(noise.identity(a.run.info, device)) or noise.load(noise.identity(b.run.info, device))
         candidates = [floor for floor in (noise.build_floor(known), stored.floor if stored else None) if floor]

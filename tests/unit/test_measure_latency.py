@@ -131,6 +131,23 @@ def test_the_reference_runs_between_samples_for_a_tenth_of_their_time(seconds: f
     assert measured(constant(0.001)).beats == []
 
 
+@pytest.mark.parametrize(("seconds", "again"), [(0.004, True), (0.02, False)], ids=str)
+def test_no_sample_of_a_short_call_is_the_first_after_the_reference(seconds: float, again: bool):
+    order: list[str] = []
+
+    def clocked(call: Callable[[], Any]) -> tuple[float, float, Any]:
+        order.append("call")
+        return (1.5 if order[-2:] == ["reference", "call"] else 1.0) * seconds, seconds, call()
+
+    timing = latency.measure(
+        lambda: None, PROTOCOL, clocked, reference=lambda: order.append("reference") or 0.1 * seconds
+    )
+    assert len(timing.beats) >= 3
+    assert (max(timing.samples) == seconds) is again
+    assert timing.warmup.count(1.5 * seconds) == (len(timing.beats) - 1 if again else 0)
+    assert order.count("call") == len(timing.samples) + len(timing.warmup)
+
+
 def test_the_reference_costs_no_more_than_its_most_beside_long_calls():
     asked: list[float] = []
     timing = latency.measure(
