@@ -29,35 +29,55 @@ CONFIGS: dict[int, dict[tuple[int, int], tuple[Config, Config, Config]]] = {
         (2, 32): (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
         (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
         (2, 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        (2, 256): (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
         (4, 16): (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
         (4, 32): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
         (4, 64): (Config(64, 32, 4, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 2)),
+        (4, 128): (Config(16, 32, 4, 2), Config(16, 32, 8, 1), Config(32, 16, 8, 1)),
     },
     80: {
         (2, 16): (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
         (2, 32): (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
         (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 4, 2)),
         (2, 128): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
+        (2, 256): (Config(64, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
         (4, 16): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
         (4, 32): (Config(64, 32, 4, 2), Config(64, 16, 4, 2), Config(16, 64, 4, 2)),
         (4, 64): (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+        (4, 128): (Config(16, 32, 4, 1), Config(16, 32, 8, 1), Config(32, 16, 8, 1)),
     },
 }
 # Where CONFIGS would spill with several ranges, hidden keys or a bias: by architecture, kernel, bytes and width.
-HEAVY = {(90, "dq", 4, 64): Config(32, 32, 8, 2), (90, "dkv", 4, 64): Config(32, 32, 8, 2)}
+HEAVY = {
+    (90, "dq", 2, 256): Config(64, 16, 8, 2),
+    (90, "dq", 4, 64): Config(32, 32, 8, 2),
+    (90, "dkv", 4, 64): Config(32, 32, 8, 2),
+    (90, "dq", 4, 128): Config(16, 16, 8, 1),
+    (80, "dq", 4, 128): Config(16, 32, 4, 1),
+}
 # Where dK and dV would spill with a loop over the query heads that share a head of keys.
 GROUPED = {
     (90, 2, 128): Config(32, 64, 8, 2),
     (80, 2, 128): Config(32, 32, 8, 2),
+    (80, 2, 256): Config(32, 32, 8, 1),
     (90, 4, 64): Config(32, 32, 8, 2),
 }
 # Where forward over lists would spill with four warps: by architecture, bytes, width and whether a table is added.
-LISTED = {(90, 2, 128, True): Config(64, 64, 8, 2)}
-# Of the gradient of a table of biases, by bytes of an element: its diagonals cost more than its products.
-OF_TABLE = {2: Config(32, 32, 4, 1), 4: Config(16, 16, 4, 1)}
+LISTED = {
+    (90, 2, 128, True): Config(64, 64, 8, 2),
+    (90, 2, 256, False): Config(64, 32, 8, 3),
+    (90, 2, 256, True): Config(64, 32, 8, 3),
+}
+# Of the gradient of a table of biases, by bytes of an element and of a row, at most: its diagonals cost more than its
+# products.
+OF_TABLE = {
+    2: {256: Config(32, 32, 4, 1), 512: Config(16, 16, 4, 1)},
+    4: {256: Config(16, 16, 4, 1), 512: Config(16, 16, 8, 1)},
+}
 MOST_HEADS = 65535  # blocks along the second axis of a grid
 KERNELS = ("forward", "dq", "dkv")
-WIDEST = {2: 128, 4: 64}  # channels of a head by bytes of an element: beyond them, registers spill
+WIDEST = {2: 256, 4: 128}  # channels of a head by bytes of an element: beyond them, registers spill
+NARROW = {2: 128, 4: 64}  # the same where a kernel gathers rows beside
 
 
 def padded(width: int) -> int:
@@ -73,7 +93,7 @@ def config(
     ``heavy``: there is more than one range, or a bias, or hidden keys. ``grouped``: query heads share a head of keys.
     """
     if kernel == "table":
-        return OF_TABLE[itemsize]
+        return OF_TABLE[itemsize][max(256, padded(width) * itemsize)]
     usual = CONFIGS[architecture][itemsize, padded(width)][KERNELS.index(kernel)]
     if kernel == "dkv" and grouped:
         usual = GROUPED.get((architecture, itemsize, padded(width)), usual)
@@ -94,14 +114,17 @@ def listed_config(
     return Config(rows, columns, chosen.warps if rows == chosen.rows else 4, chosen.stages)
 
 
-def support(dims: Dims, dtype: str) -> Support:
-    """Whether the kernels take heads of this width in this dtype; fp64 has no matrix instructions in Triton."""
+def support(dims: Dims, dtype: str, kernels: str = "flash", most: dict[int, int] = WIDEST) -> Support:
+    """Whether the kernels take heads of this width in this dtype; fp64 has no matrix instructions in Triton.
+
+    ``kernels``: what they are called; ``most``: channels they hold, by bytes of an element.
+    """
     taken = [name for name, size in DTYPE_BYTES.items() if size in WIDEST]
     if dtype not in taken:
-        return no(f"the flash kernels compute in {', '.join(taken)}, not in {dtype}")
-    widest, heads = WIDEST[DTYPE_BYTES[dtype]], dims.batch_size * dims.num_heads
+        return no(f"the {kernels} kernels compute in {', '.join(taken)}, not in {dtype}")
+    widest, heads = most[DTYPE_BYTES[dtype]], dims.batch_size * dims.num_heads
     if dims.head_dim > widest:
-        return no(f"in {dtype} the flash kernels hold heads of at most {widest} channels, received {dims.head_dim}")
+        return no(f"in {dtype} the {kernels} kernels hold heads of at most {widest} channels, received {dims.head_dim}")
     if heads > MOST_HEADS:
-        return no(f"the flash kernels take at most {MOST_HEADS} heads in a batch, received {heads}")
+        return no(f"the {kernels} kernels take at most {MOST_HEADS} heads in a batch, received {heads}")
     return YES

@@ -41,8 +41,10 @@ class MemorizingParams(Params):
 
 def triton_support(dims: Dims, params: MemorizingParams, device: str, dtype: str) -> Support:
     """What the kernels hold in registers."""
-    if params.lookup == "topk" and MOST_PICKED < params.top_k < params.memory_len:
-        return no(f"the search holds at most {MOST_PICKED} pairs a query, received top_k = {params.top_k}")
+    if params.lookup == "topk" and params.top_k < params.memory_len:
+        if params.top_k > MOST_PICKED:
+            return no(f"the search holds at most {MOST_PICKED} pairs a query, received top_k = {params.top_k}")
+        return flash_table.support(dims, dtype, "search", flash_table.NARROW)
     return flash_table.support(dims, dtype)
 
 

@@ -24,4 +24,4 @@ def support(dims: Dims, num_clusters: int, dtype: str) -> Support:
     """Whether the kernels take these heads and so many clusters."""
     if num_clusters > MOST_CLUSTERS:
         return no(f"the gathering kernels take at most {MOST_CLUSTERS} clusters, received {num_clusters}")
-    return flash_table.support(dims, dtype)
+    return flash_table.support(dims, dtype, "gathering", flash_table.NARROW)

@@ -85,7 +85,9 @@ def test_formulas_are_what_the_tracer_counts(name: str, changes: dict) -> None:
     ("name", "changes", "dims", "reason"),
     [
         ("routing", {"num_clusters": 5000}, {}, "at most 4096 clusters"),
-        ("routing", {}, {"d_model": 512}, "at most 128 channels"),
+        ("routing", {}, {"d_model": 512}, "gathering kernels hold heads of at most 128 channels"),
+        ("memorizing", {}, {"d_model": 512}, "search kernels hold heads of at most 128 channels"),
+        ("memorizing", {"lookup": "dense"}, {"d_model": 512}, ""),
         ("memorizing", {"top_k": 200}, {}, "at most 128 pairs a query"),
         ("memorizing", {}, {"position": "t5"}, ""),
         ("memorizing", {"top_k": 9000}, {}, ""),
