@@ -97,7 +97,7 @@ class Chosen(Case):
 def here(method: Method, impl: str) -> Method:
     """The method with its reference and with an impl that also runs in the interpreter, in float32."""
     chosen = replace(method.impl(impl), devices=("cpu", "cuda"), dtypes=("fp32",) if INTERPRETED else ("fp32", "bf16"))
-    return replace(method, impls=(method.impl("reference"), chosen))
+    return replace(method, impls=(method.impl("reference"), chosen), picks=())  # picks name the others too
 
 
 def main(wanted: list[str]) -> None:
