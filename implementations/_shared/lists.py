@@ -190,5 +190,5 @@ def _listed_flops(
 @formula(torch.ops.ctxbench.listed_backward)
 def _listed_backward_flops(grad: Any, q: Any, *rest: Any, **_: Any) -> int:
     """Seven products, as of ``ranges``, and two more for a table of biases."""
-    *_, pairs, of_table = rest
+    pairs, of_table = rest[-2:]
     return int(4 * q.shape[0] * q.shape[3] * pairs * (BACKWARD + int(of_table)))
