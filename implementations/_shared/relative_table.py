@@ -15,7 +15,7 @@ FORWARD = 3  # products of a visible pair: contents, distances, values
 BACKWARD = 5 + 6 + 6
 ENDLESS = 1 << 30  # rows of a segment that never ends
 KERNELS = ("forward", "dq", "dkv", "dr")
-WIDEST = {2: 64, 4: 32}  # channels of a head by bytes of an element: beyond them, registers spill
+WIDEST = {2: 128, 4: 32}  # channels of a head by bytes of an element: beyond them, registers spill
 MOST_HEADS = 65535  # blocks along the second axis of a grid
 
 
@@ -57,12 +57,16 @@ SMALL = (Tile(32, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2))
 SMALL_ENTRIES = (*SMALL[:2], Tile(16, 4, 1), Tile(16, 4, 1))
 NARROW_ENTRIES = (*SMALL[:2], Tile(16, 8, 2), Tile(16, 4, 1))  # sixteen channels leave four warps too few registers
 LAST_SMALL = (*PLAIN[:3], Tile(16, 4, 2))
+# Heads of 128 channels: wide tiles where two sums fit, sixteen rows elsewhere.
+WIDEST_PLAIN = (Tile(32, 8, 1), Tile(16, 4, 2), Tile(32, 8, 1), Tile(16, 4, 2))
+WIDEST_ENTRIES = (Tile(16, 4, 2), *WIDEST_PLAIN[1:3], Tile(16, 8, 1))
 Pair = tuple[tuple[Tile, ...], tuple[Tile, ...]]
 CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
     90: {
         (2, 16): (WIDE, PLAIN),
         (2, 32): (WIDE, PLAIN),
         (2, 64): (WIDE, LAST_SMALL),
+        (2, 128): (WIDEST_PLAIN, (Tile(16, 8, 1), *WIDEST_ENTRIES[1:])),
         (4, 16): (SMALL, NARROW_ENTRIES),
         (4, 32): (SMALL, SMALL_ENTRIES),
     },
@@ -70,6 +74,7 @@ CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
         (2, 16): (PLAIN, PLAIN),
         (2, 32): (PLAIN, PLAIN),
         (2, 64): (PLAIN, LAST_SMALL),
+        (2, 128): (WIDEST_PLAIN, WIDEST_ENTRIES),
         (4, 16): (SMALL, SMALL_ENTRIES),
         (4, 32): (SMALL, SMALL_ENTRIES),
     },

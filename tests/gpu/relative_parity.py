@@ -138,6 +138,8 @@ def main() -> None:
         widths = (16,) if INTERPRETED else (16, 24) if dtype == "fp32" else (16, 48, 64)
         for width in widths:
             print(json.dumps([f"{name}, {width}", dtype, parity(*CASES[name], width, DTYPES[dtype])]), flush=True)
+    check_integers(True)
+    print(json.dumps(["wide heads", "fp16", parity(19, 7, Stair(8, 5, capacity=5, rate=3), 104, DTYPES["fp16"])]))
     if INTERPRETED:
         counted.all_of("relative_kernels.forward", *(f"relative_backward.{name}" for name in ("dq", "dkv", "dr")))
 
