@@ -30,7 +30,9 @@ from ctxbench.run.tasks import Outcome, Task
 from ctxbench.units import format_seconds
 
 RETRIES = 3  # further processes for a cell that ran beside other work
-GRACE_S = 2.0  # a child may outlive the budget by this much, book-keeping included
+# No child is planned into the end of the budget, so that one which takes longer than forecast still ends inside it; a
+# fifth of that end is for the last rows.
+GRACE_S, GRACE_SHARE, LAST_ROWS = 2.5, 0.05, 0.2
 LEAST_CHILD_S = 0.3  # with less time left, no child is started
 SET_UP_S = 60.0  # limit of calibration and of reading the environment
 RERUN = ("failed", "all")
@@ -118,7 +120,7 @@ class Supervisor:
         self.pace = Pace(plan.config)
         self.forecaster = Forecaster(plan, ceilings)
         self.random = random.Random(plan.config.protocol.seed)
-        self.started = self.deadline = 0.0
+        self.started = self.deadline = self.grace_s = 0.0
         self.by_key = {planned.cell.key: planned for planned in plan.cells}
         self.passed: dict[Any, list[Gate]] = defaultdict(list)  # by series: a longer cell's gate is often the same
 
@@ -129,7 +131,8 @@ class Supervisor:
         every finished child for the next start.
         """
         self.started = self.clock()
-        self.deadline = self.started + self.config.budget_s
+        self.grace_s = min(GRACE_S, GRACE_SHARE * self.config.budget_s)
+        self.deadline = self.started + self.config.budget_s - self.grace_s
         self._settle(rerun)
         interrupted = False
         try:
@@ -157,7 +160,7 @@ class Supervisor:
         return self.executors[heap, device]
 
     def left_s(self) -> float:
-        """Seconds of the budget that are left."""
+        """Seconds of the budget that are left to plan with."""
         return self.deadline - self.clock()
 
     def use_ceilings(self, ceilings: Ceilings) -> None:
@@ -284,7 +287,7 @@ class Supervisor:
 
     def _submit(self, work: Work, kind: str, process: int = 0) -> Outcome | None:
         """Run one child; None, and nothing kept, when the budget rather than the cell's own limit ended it."""
-        planned, left = work.planned, self.left_s() + GRACE_S
+        planned, left = work.planned, self.left_s() + (1 - LAST_ROWS) * self.grace_s
         if self.left_s() < LEAST_CHILD_S:
             return None
         cell, gated = planned.cell, kind == "time" and process == 0 and self.config.protocol.gate

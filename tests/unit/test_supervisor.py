@@ -15,7 +15,6 @@ from ctxbench.errors import Exit
 from ctxbench.rows import FAILURES, Gate, Row
 from ctxbench.run.progress import Progress
 from ctxbench.run.store import ROWS, read_rows
-from ctxbench.run.supervisor import GRACE_S
 from ctxbench.run.tasks import Memory, Outcome, Task
 from ctxbench.text import kind_of
 
@@ -256,7 +255,7 @@ def test_the_run_ends_inside_the_budget_and_the_rest_is_skipped_with_a_forecast(
     machine = lab.machine(lambda cell: 2e-8 * cell.seq_len**2)
     config = lab.config(methods="square", impls="reference,fast", seq_len="1k..16k", limits={"budget": "20s"})
     summary = lab.run(machine, config)
-    assert machine.time - 1000 <= 20 + GRACE_S
+    assert machine.time - 1000 <= 20
     assert len(summary.rows) == summary.planned == 10
     skipped = [row for row in summary.rows if row.status == "skipped"]
     assert skipped
@@ -274,10 +273,10 @@ def test_the_time_that_is_left_is_never_less_than_none(lab: Any) -> None:
 
     told: list[float] = []
     machine = lab.machine(lambda cell: 1e-3)
-    # Every child takes longer than foreseen: the last ones start beyond the end of the budget.
+    # Every child takes longer than foreseen: the last one ends in the part of the budget that is not planned with.
     machine.behaviour = lambda task: machine.timed(task, elapsed_s=5.5) if task.kind == "time" else None
     lab.run(machine, lab.config(methods="square,window", seq_len="1k", limits={"budget": "5s"}), progress=Told())
-    assert machine.time - 1000 > 5
+    assert 5 - 0.25 < machine.time - 1000 <= 5
     assert min(told) >= 0.0
 
 
@@ -286,7 +285,7 @@ def test_a_child_that_the_budget_cuts_off_is_no_timeout(lab: Any) -> None:
     summary = lab.run(machine, lab.config(seq_len="1k,2k", limits={"budget": "15s"}))
     row = at(summary.rows, seq_len=2048)
     assert (row.status, row.reason.partition(";")[0]) == ("skipped", "the budget of 15.0 s is spent")
-    assert machine.time - 1000 <= 15 + GRACE_S + 0.01
+    assert machine.time - 1000 <= 15
 
 
 def test_with_time_to_spare_a_short_budget_costs_processes_before_it_costs_cells(lab: Any) -> None:
@@ -419,7 +418,7 @@ def test_whatever_happens_every_cell_has_exactly_one_row(
     assert [row.cell for row in read_rows(lab.folder / "run")] == keys
     assert all(row.reason for row in summary.rows if row.status != "ok")
     assert all(row.latency_s is None for row in summary.rows if row.status not in ("ok", "unstable"))
-    assert machine.time - 1000 <= budget + GRACE_S
+    assert machine.time - 1000 <= budget
 
 
 def test_executors_are_closed_however_the_run_ends(lab: Any) -> None:
