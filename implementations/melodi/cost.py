@@ -82,13 +82,15 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         if kernels == "triton":  # its short-term memory neither
             flops["attention"] -= L * attention(first * S) * Rational(BACKWARD - DQ_ALONE)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
+    # What training keeps where rotations are, or in 16 bits, which is all that slabs compute in, has no form yet.
+    unknown = mode == "train" and (position in ROPE or impl == "slabs")
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(position, params),
         state_bytes=L * (2 * tensor(B, S, d) + 3 * tensor(B, T - W * floor(T / W), d))
         + has_long * 2 * tensor(B, Min(M, P * floor(T / W)), d),
-        peak_bytes=None if (position in ROPE and mode == "train") or kernels == "triton" else peak(impl, mode, params),
+        peak_bytes=None if unknown or kernels == "triton" else peak(impl, mode, params),
         depth=L if mode == "decode" else ceiling(T / W) + L - 1,
     )
 

@@ -39,7 +39,7 @@ FORMS = {  # method, position, layers, parameters, lengths
         "block_recurrent", "none", 2, {"window": 5, "num_states": 18, "gate": "lstm"}, (12,)),
     "melodi": (
         "melodi", "t5", 1, {"window": 15, "summary_tokens": 3, "short_slots": 3, "long_slots": 7,
-                            "long_per_window": 3}, (1, 53)),
+                            "long_per_window": 3}, (1, 38, 53)),
     "melodi, slopes": (
         "melodi", "alibi", 1, {"window": 7, "summary_tokens": 2, "short_slots": 3, "long_slots": 4,
                                "long_per_window": 2}, (17,)),
