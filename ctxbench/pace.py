@@ -17,6 +17,7 @@ MEMORY_CALLS, ONE_MEMORY_CALL_S = 2, 2.0  # one call a meter; above this many se
 LEARNING_RATE = 0.1  # weight of the newest process once ten have ended; the first ones weigh the same
 LONG_CALL_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # cells are taken class by class, by the length of a call
 LEAD = 3  # classes by which a method's fastest sound impl goes ahead of its other ones
+REACH = 16_384  # tokens up to which it goes ahead of everything, so that all methods can be compared there
 REPLICATE_S = (2.0, 5.0)  # a call above the first is worth two processes, above the second one
 SHORT = 1  # the last class of cells that may get a second process when time is short
 SHORT_SHARE = 0.85  # of the time left that short cells may plan with; forecasts are sometimes low
@@ -27,6 +28,7 @@ class Pace:
     """Predicted wall seconds of child processes; learns their fixed cost, by kind, from the ones that have ended."""
 
     config: Config
+    cells: list[Planned] = field(default_factory=list)  # of the whole plan
     fixed_s: dict[str, float] = field(default_factory=dict)
     seen: Counter[str] = field(default_factory=Counter)  # processes that have taught, by kind
     passed: set[Any] = field(default_factory=set)  # series one cell of which has passed its gate
@@ -83,8 +85,8 @@ class Pace:
         """Timing processes a cell of ``group`` gets, so that all of ``remaining`` fits into the seconds left.
 
         Where even one process each does not fit, the long cells at the end will not run. A group of short cells still
-        gets a second process as long as all other short cells keep time for one. ``calls_s`` are the lengths of the
-        group's calls once the first process of each has ended.
+        gets a second process as long as all other short cells, and those that bring each method to REACH, keep time
+        for one. ``calls_s`` are the lengths of the group's calls once the first process of each has ended.
         """
         wanted, own = self.config.protocol.processes, {planned.cell.key for planned in group}
         others = [planned for planned in remaining if planned.cell.key not in own]
@@ -97,7 +99,9 @@ class Pace:
                 return count
         if any(effort(planned) > SHORT for planned in group):
             return 1
-        fits = needed(2) + self.total(filter(is_short, others), 1) <= SHORT_SHARE * left_s
+        first = _fastest(self.cells or remaining)
+        kept = (planned for planned in others if is_short(planned) or _is_first(planned, first))
+        fits = needed(2) + self.total(kept, 1) <= SHORT_SHARE * left_s
         return min(wanted, 2) if fits else 1
 
 
@@ -131,20 +135,20 @@ def groups(cells: Iterable[Planned], config: Config, rivals: Iterable[Planned] |
 
     A group holds all methods and impls at one length, mode and setting whose calls are of one class of duration: a
     reference of many seconds does not keep its length's other impls waiting. Each method's fastest impl goes ahead by
-    LEAD classes, so that every method has its curve before any slow impl has its tail. ``rivals`` are the cells it is
-    the fastest of: the whole plan, where some of it is measured already.
+    LEAD classes, so that every method has its curve before any slow impl has its tail, and up to REACH ahead of all.
+    ``rivals`` are the cells it is the fastest of: the whole plan, where some of it is measured already.
     """
     cells = list(cells)
     fastest = _fastest(cells if rivals is None else rivals)
     found: dict[Any, list[Planned]] = defaultdict(list)
     for planned in cells:
         cell = planned.cell
-        ahead = LEAD if cell.key in fastest else 0
+        place = 0 if _is_first(planned, fastest) else effort(planned) - (LEAD if cell.key in fastest else 0)
         memory = cell.memory if len(config.memory) > 1 and cell.memory is not None else 0
         setting = (
             cell.mode, cell.device, cell.dtype, cell.batch_size, cell.d_model, cell.num_heads, cell.d_ff, memory
         )  # fmt: skip
-        found[(max(0, effort(planned) - ahead), cell.seq_len, setting)].append(planned)
+        found[(max(0, place), cell.seq_len, not is_short(planned), setting)].append(planned)
     for group in found.values():
         group.sort(key=_latency)
     return [group for _, group in sorted(found.items(), key=lambda item: item[0])]
@@ -161,6 +165,11 @@ def _fastest(cells: Iterable[Planned]) -> set[str]:
         if rivals not in best or _latency(planned) < _latency(best[rivals]):
             best[rivals] = planned
     return {planned.cell.key for planned in best.values()}
+
+
+def _is_first(planned: Planned, fastest: set[str]) -> bool:
+    """Whether a cell is one of those that bring each method to REACH."""
+    return planned.cell.key in fastest and planned.cell.seq_len <= REACH
 
 
 def _latency(planned: Planned) -> float:

@@ -30,9 +30,9 @@ from ctxbench.run.tasks import Outcome, Task
 from ctxbench.units import format_seconds
 
 RETRIES = 3  # further processes for a cell that ran beside other work
-# No child is planned into the end of the budget, so that one which takes longer than forecast still ends inside it; a
-# fifth of that end is for the last rows.
-GRACE_S, GRACE_SHARE, LAST_ROWS = 2.5, 0.05, 0.2
+# No child is planned into the end of the budget, so that one which takes longer than forecast still ends inside it;
+# half of that end is for the last rows.
+GRACE_S, GRACE_SHARE, LAST_ROWS = 2.5, 0.05, 0.5
 LEAST_CHILD_S = 0.3  # with less time left, no child is started
 SET_UP_S = 60.0  # limit of calibration and of reading the environment
 RERUN = ("failed", "all")
@@ -117,7 +117,7 @@ class Supervisor:
         self.clock = clock
         self.make_executor = make_executor
         self.executors: dict[tuple[str, str], Executor] = {}
-        self.pace = Pace(plan.config)
+        self.pace = Pace(plan.config, plan.cells)
         self.forecaster = Forecaster(plan, ceilings)
         self.random = random.Random(plan.config.protocol.seed)
         self.started = self.deadline = self.grace_s = 0.0

@@ -171,29 +171,53 @@ def test_groups_hold_all_impls_of_a_length_and_long_calls_come_last(lab: Any) ->
 
 
 def test_the_fastest_impl_of_a_method_goes_ahead_of_slow_ones_at_shorter_lengths(lab: Any) -> None:
-    config = lab.config(methods="square", impls="reference,fast", seq_len="1k,8k,16k")
+    config = lab.config(methods="square", impls="reference,fast", seq_len="4k,20k,32k")
     waiting = [planned for planned in lab.plan(config).cells if planned.status == "planned"]
     for planned in waiting:
         slow = 1.2 if planned.cell.impl == "reference" else 0.3
-        planned.forecast.latency_s = slow * planned.cell.seq_len / 8192
+        planned.forecast.latency_s = slow * planned.cell.seq_len / 20480
     order = [[(p.cell.impl, p.cell.seq_len) for p in group] for group in groups(waiting, config)]
     assert order == [
-        [("fast", 1024), ("reference", 1024)],
-        [("fast", 8192)],
-        [("fast", 16384)],
-        [("reference", 8192)],
-        [("reference", 16384)],
+        [("fast", 4096), ("reference", 4096)],
+        [("fast", 20480)],
+        [("fast", 32768)],
+        [("reference", 20480)],
+        [("reference", 32768)],
     ]
-    open_cells = [planned for planned in waiting if planned.cell.impl == "reference" or planned.cell.seq_len > 8192]
+    open_cells = [planned for planned in waiting if planned.cell.impl == "reference" or planned.cell.seq_len > 20480]
     order = [[(p.cell.impl, p.cell.seq_len) for p in group] for group in groups(open_cells, config, waiting)]
-    assert order[1:3] == [[("fast", 16384)], [("reference", 8192)]]  # no slow impl inherits the lead of a measured one
+    assert order[1:3] == [[("fast", 32768)], [("reference", 20480)]]  # no slow impl inherits the lead of a measured one
     sketch = waiting[0].method.impl("fast")
     with_defects = dataclasses.replace(sketch, defects={"agreement": "planted"})
     method = dataclasses.replace(waiting[0].method, impls=(waiting[0].method.impl("reference"), with_defects))
     for planned in waiting:
         planned.method = method
     flat = [(p.cell.impl, p.cell.seq_len) for group in groups(waiting, config) for p in group]
-    assert flat.index(("reference", 16384)) < flat.index(("fast", 16384))  # a sketch leads nobody
+    assert flat.index(("reference", 32768)) < flat.index(("fast", 32768))  # a sketch leads nobody
+
+
+def test_every_method_gets_to_16k_before_any_gets_further(lab: Any) -> None:
+    config = lab.config(methods="square,window", impls="reference,fast", seq_len="1k..32k")
+    waiting = [planned for planned in lab.plan(config).cells if planned.status == "planned"]
+    for planned in waiting:
+        slow = 0.5 if planned.cell.label() == "square / fast" else 3.0 if planned.cell.method == "square" else 0.001
+        planned.forecast.latency_s = slow * planned.cell.seq_len / 1024  # 8 s at 16k is class after class behind
+    ordered = groups(waiting, config)
+    first = [{(p.cell.label(), p.cell.seq_len) for p in group} for group in ordered]
+    place = {cell: number for number, group in enumerate(first) for cell in group}
+    assert place["square / fast", 16384] < place["window / reference", 32768] < place["square / fast", 32768]
+    assert place["square / fast", 16384] != place["window / reference", 16384]  # whose calls are worth replicates
+    # Nor do the replicates of short cells take the time of those.
+    pace, short = Pace(config, waiting), ordered[0]
+    needed = [
+        p
+        for p in waiting
+        if p.forecast.latency_s <= 0.5 or (p.cell.label() == "square / fast" and p.cell.seq_len <= 16384)
+    ]
+    extra = pace.total(short, 2) - pace.total(short, 1)
+    enough = (pace.total(needed, 1) + extra) / 0.85
+    assert pace.affordable(short, waiting, enough + 0.1) == 2
+    assert pace.affordable(short, waiting, enough - 0.1) == 1
 
 
 def test_the_budget_takes_the_cheapest_cells(lab: Any) -> None:
