@@ -1,7 +1,7 @@
 """Hierarchical attention: a window of tokens and, further back, the means of ever larger cells."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, TRITON
+from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
 from ctxbench.implementations.hierarchical.params import HierarchicalParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -69,7 +69,7 @@ METHOD = Method(
             note="the source document's sketch",
         ),
     ),
-    picks=(BLOCKED, TRITON),
+    picks=(BLOCKED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(
