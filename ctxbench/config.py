@@ -126,6 +126,25 @@ def torch_version() -> str:
         return ""
 
 
+def parse_devices(chosen: Sequence[str]) -> list[str]:
+    """Device names as cells have them: ``auto`` is decided, ``cuda:0`` is ``cuda``, each stands once.
+
+    Raises:
+        UserError: for a name that is no device, or none.
+    """
+    found: list[str] = []
+    for name in chosen:
+        device = ("cuda" if cuda_present() else "cpu") if name == AUTO else "cuda" if name == "cuda:0" else name
+        kind, colon, index = device.partition(":")
+        if kind not in BUDGET_S or (colon and (kind == "cpu" or not index.isdigit())):
+            raise unknown("device", str(name), ["cpu", "cuda", "cuda:1", AUTO], "see `ctxbench list devices`")
+        if device not in found:
+            found.append(device)
+    if not found:
+        raise UserError("the axis is empty\n  accepted: cpu, cuda, cuda:1, auto")
+    return found
+
+
 def require_devices(config: Config) -> None:
     """Refuse to run on a device that is not here.
 
@@ -194,7 +213,7 @@ class _Resolver:
     def config(self, suite: str) -> Config:
         axes, limits, protocol = self.merged.axes, self.merged.limits, self.merged.protocol
         methods: list[str] = self._try("axes.methods", lambda: self._methods(axes.methods), [])
-        devices = self._try("axes.device", lambda: _devices(_list(axes.device)), ["cpu"])
+        devices = self._try("axes.device", lambda: parse_devices(_list(axes.device)), ["cpu"])
         heads = self._sizes("axes.num_heads", axes.num_heads)
         widths = self._sizes("axes.d_model", axes.d_model)
         self._check_heads(widths, heads)
@@ -355,20 +374,6 @@ def _list(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _devices(chosen: list[str]) -> list[str]:
-    found: list[str] = []
-    for name in chosen:
-        device = ("cuda" if cuda_present() else "cpu") if name == AUTO else "cuda" if name == "cuda:0" else name
-        kind, colon, index = device.partition(":")
-        if kind not in BUDGET_S or (colon and (kind == "cpu" or not index.isdigit())):
-            raise unknown("device", str(name), ["cpu", "cuda", "cuda:1", AUTO], "see `ctxbench list devices`")
-        if device not in found:
-            found.append(device)
-    if not found:
-        raise UserError("the axis is empty\n  accepted: cpu, cuda, cuda:1, auto")
-    return found
 
 
 def _causal(value: Any) -> list[bool | None]:

@@ -9,13 +9,11 @@ import click
 
 from ctxbench.axes import parse_sizes
 from ctxbench.cli.common import Common, common_options, complete_methods
+from ctxbench.cli.described import print_method
 from ctxbench.cli.listing import method_entry
+from ctxbench.config import parse_devices
 from ctxbench.errors import UserError, unknown
-from ctxbench.method import DTYPE_BYTES, DTYPES, MODES, POSITION_HELP, Dims, Method, Params
-from ctxbench.units import format_bytes, format_flops, format_tokens
-
-LONGEST = 240  # characters of a formula that a reader may want to see on a terminal
-QUANTITIES = ("algorithmic", "flops", "peak_bytes", "state_bytes", "num_parameters", "depth")
+from ctxbench.method import DTYPE_BYTES, DTYPES, MODES, Dims, Method, Params
 
 
 @click.command()
@@ -34,6 +32,7 @@ def command(
 ) -> None:
     """Describe a METHOD (formulas, big-O, numbers, parameters, paper, support) or a SUITE (its axes and limits)."""
     registry = ctx.registry()
+    (device,) = parse_devices([device])
     if name not in registry.entries and _describe_suite(name, ctx):
         return
     method = registry[name]
@@ -41,7 +40,7 @@ def command(
     if ctx.json:
         ctx.emit(description)
     else:
-        _print(method, description, latex, ctx)
+        print_method(description, latex)
 
 
 def describe(
@@ -62,7 +61,8 @@ def describe(
             if cost is not None:
                 costs.append(_cost_entry(method, impl.name, cost, dims, params, DTYPE_BYTES[dtype], lengths))
     return {
-        **method_entry(method, device),
+        **method_entry(method, device, dtype, mode),
+        "device": device,
         "params": [_param_entry(spec, params) for spec in dataclasses.fields(params)],
         "mode": mode,
         "mode_supported": support.ok,
@@ -133,7 +133,8 @@ def _cost_entry(
     method: Method, impl: str, cost: Any, dims: Dims, params: Params, itemsize: int, lengths: tuple[int, ...]
 ) -> dict[str, Any]:
     from ctxbench.cost import big_o, evaluate, latex, local_slope, symbols, total
-    from ctxbench.cost.model import text
+    from ctxbench.cost.branch import branch
+    from ctxbench.cost.model import plain, text
 
     formulas = {
         "algorithmic": total(cost.algorithmic),
@@ -148,7 +149,8 @@ def _cost_entry(
     for length in lengths:
         values = symbols.bindings(dims.replace(seq_len=length), params, itemsize, method.segment_len(params))
         numbers: dict[str, Any] = {name: evaluate(formula, values) for name, formula in formulas.items()}
-        at.append({"seq_len": length, **numbers, "slope": local_slope(formulas["flops"], values)})
+        near = {name: plain(branch(formula, values)) for name, formula in formulas.items()}
+        at.append({"seq_len": length, **numbers, "slope": local_slope(formulas["flops"], values), "near": near})
     return {
         "impl": impl,
         "terms": {name: {"text": text(term), "latex": latex(term)} for name, term in cost.flops.items()},
@@ -186,84 +188,3 @@ def _describe_suite(name: str, ctx: Common) -> bool:
             if value not in (None, [], {}, ""):
                 click.echo(f"  {key} = {value}")
     return True
-
-
-def _print(method: Method, description: dict[str, Any], as_latex: bool, ctx: Common) -> None:
-    echo = click.echo
-    echo(f"{description['name']}: {description['title']}  ({description['family']})")
-    echo(f"  {description['idea']}") if description["idea"] else None
-    if method.paper:
-        section = f", section {method.paper.section}" if method.paper.section else ""
-        echo(f"  paper: {method.paper.citation}{section}  {method.paper.link}")
-    echo("\nParameters")
-    for entry in description["params"] or []:
-        unit = f" {entry['unit']}" if entry["unit"] else ""
-        memory = "; swept by --memory" if entry["name"] == method.memory_parameter else ""
-        source = f" [{entry['source']}]" if entry["source"] else ""
-        choices = f" ({', '.join(map(str, entry['choices']))})" if entry["choices"] else ""
-        echo(f"  {entry['name']} = {entry['value']}{unit}: {entry['help']}{choices}{memory}{source}")
-    if not description["params"]:
-        echo("  none")
-    echo("\nModes")
-    for mode in MODES:
-        answer = "yes" if mode in method.modes else f"no, {method.without.get(mode, 'not part of the method')}"
-        echo(f"  {mode}: {answer}")
-    echo("\nPositions")
-    for position in method.positions:
-        echo(f"  {position}: {POSITION_HELP[position]}")
-    for position, why in method.without_positions.items():
-        echo(f"  {position}: no, {why}")
-    echo(f"\nImplementations on {ctx_device(description)}")
-    for impl in description["impls"]:
-        answer = "yes" if impl["supported"] else f"no: {impl['reason']}"
-        echo(f"  {impl['name']}: {answer}" + (f"; {impl['note']}" if impl["note"] else ""))
-        for probe, why in description["defects"].get(impl["name"], {}).items():
-            echo(f"    defect, {probe}: {why}")
-    if description["picks"]:
-        echo("\nWhat --impls auto takes, the first that holds and runs")
-    for pick in description["picks"]:
-        seen = "measured" if pick["measured"] else "expected, not measured"
-        echo(f"  {pick['impl']}: {pick['where']}; {pick['why']} ({seen})")
-    _print_costs(description, as_latex)
-    for heading, lines in (("Equivalent forms", description["equals"]), ("Deviations", description["deviations"])):
-        if lines:
-            echo(f"\n{heading}")
-            for line in lines:
-                echo(f"  {line}")
-    if description["claims"]:
-        echo("\nClaims of the source documents")
-        for claim in description["claims"]:
-            echo(f"  claimed: {claim['claimed']}\n    {claim['verdict']}: {claim['true']}")
-
-
-def ctx_device(description: dict[str, Any]) -> str:
-    """The device the support column speaks of, with the dtype of the numbers."""
-    return f"this machine, numbers in {description['dtype']}"
-
-
-def _print_costs(description: dict[str, Any], as_latex: bool) -> None:
-    echo = click.echo
-    dims = description["dims"]
-    letters = {"B": "batch_size", "d": "d_model", "h": "num_heads", "f": "d_ff", "L": "num_layers"}
-    sizes = ", ".join(f"{letter} = {dims[name]}" for letter, name in letters.items())
-    echo(f"\nCost in mode {description['mode']}, {'causal' if dims['causal'] else 'bidirectional'}; T tokens, {sizes}")
-    if not description["mode_supported"]:
-        echo(f"  {description['mode_reason']}")
-    elif not description["costs"]:
-        echo("  no formulas declared; `ctxbench run` traces FLOPs and peak memory instead")
-    for cost in description["costs"]:
-        echo(f"  {cost['impl']}")
-        for name, formula in cost["formulas"].items():
-            shown = formula["latex"] if as_latex else formula["text"]
-            if len(shown) > LONGEST and not as_latex:
-                shown = f"({len(shown)} characters; --latex and --json print it)"
-            echo(f"    {name:<15}{formula['big_o']:<12}{shown}")
-        for at in cost["at"]:
-            numbers = [f"{format_flops(at['flops'])} ({at['flops']})", f"algorithmic {format_flops(at['algorithmic'])}"]
-            if "peak_bytes" in at:
-                numbers.append(f"peak {format_bytes(at['peak_bytes'])}")
-            if at.get("state_bytes"):
-                numbers.append(f"state {format_bytes(at['state_bytes'])}")
-            if "depth" in at:
-                numbers.append(f"{at['depth']} steps in a row")
-            echo(f"    at {format_tokens(at['seq_len']):>5}: {', '.join(numbers)}, local slope {at['slope']:.2f}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ctxbench.cli.common import Common, common_options, table
+from ctxbench.config import parse_devices
 from ctxbench.errors import unknown
 from ctxbench.method import Dims, Method
 from ctxbench.registry import Registry
@@ -33,6 +35,7 @@ def command(what: str, device: str, ctx: Common) -> None:
     """List methods (default), impls, suites, metrics or devices."""
     if what not in WHAT:
         raise unknown("listing", what, WHAT)
+    (device,) = parse_devices([device])
     rows: list[dict[str, Any]]
     if what in ("methods", "impls"):
         registry = ctx.registry()
@@ -68,8 +71,11 @@ def command(what: str, device: str, ctx: Common) -> None:
         click.echo(table(headers, shown))
 
 
-def method_entry(method: Method, device: str) -> dict[str, Any]:
-    """One method as ``list methods --json`` prints it."""
+def method_entry(method: Method, device: str, dtype: str = "", mode: str = "") -> dict[str, Any]:
+    """One method as ``list methods --json`` prints it.
+
+    Its impls are asked about the device's usual dtype and the method's first mode where none are given.
+    """
     params = method.params()
     dims = Dims(
         seq_len=1024,
@@ -77,10 +83,10 @@ def method_entry(method: Method, device: str) -> dict[str, Any]:
         causal=method.causal[0] if method.causal else False,
         position=method.positions[0],
     )
-    dtype = "fp32" if device == "cpu" else "bf16"
+    dtype, mode = dtype or ("fp32" if device == "cpu" else "bf16"), mode or method.modes[0]
     impls = []
     for impl in method.impls:
-        answer = method.impl_support(impl, method.modes[0], dims, params, device, dtype)
+        answer = method.impl_support(impl, mode, dims, params, device, dtype)
         impls.append({"name": impl.name, "supported": answer.ok, "reason": answer.reason, "note": impl.note})
     return {
         "name": method.name,
@@ -91,7 +97,7 @@ def method_entry(method: Method, device: str) -> dict[str, Any]:
         "modes": list(method.modes),
         "causal": list(method.causal),
         "positions": list(method.positions),
-        "paper": {"citation": method.paper.citation, "link": method.paper.link} if method.paper else None,
+        "paper": dataclasses.asdict(method.paper) if method.paper else None,
         "impls": impls,
     }
 

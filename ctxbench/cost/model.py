@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 from sympy import Expr, Max, Min, Piecewise, Symbol, ceiling, floor
+from sympy.printing.str import StrPrinter
 
 from ctxbench.cost.compiled import compiled
 from ctxbench.errors import CtxbenchError
@@ -53,15 +54,20 @@ def evaluate(expression: Expr | int, values: Mapping[str, Any]) -> int:
     Raises:
         CtxbenchError: when a symbol has no value or the result is not an integer.
     """
-    formula = sympy.sympify(expression)
-    function = compiled(formula)
-    try:
-        result = function(values) if function else _exact(formula, values)
-    except Exception:  # the walk says what is wrong
-        result = _exact(formula, values)
+    result = value(expression, values)
     if result.denominator != 1:
         raise CtxbenchError(f"the formula {expression} is {result}, not an integer, at {dict(values)}")
     return result.numerator
+
+
+def value(expression: Expr | int, values: Mapping[str, Any]) -> int | Fraction:
+    """Exact value of a formula, or of a part of one, which need not be an integer."""
+    formula = sympy.sympify(expression)
+    function = compiled(formula)
+    try:
+        return function(values) if function else _exact(formula, values)
+    except Exception:  # the walk says what is wrong
+        return _exact(formula, values)
 
 
 def _exact(node: Any, values: Mapping[str, Any], smoothed: bool = False) -> Fraction:
@@ -78,7 +84,7 @@ def _exact(node: Any, values: Mapping[str, Any], smoothed: bool = False) -> Frac
         return Fraction(int(node.p), int(node.q))
     if isinstance(node, Piecewise):
         for branch in node.args:
-            if _holds(branch.args[1], values, smoothed):
+            if holds(branch.args[1], values, smoothed):
                 return _exact(branch.args[0], values, smoothed)
         raise CtxbenchError(f"no branch of {node} holds")
     if smoothed and isinstance(node, (floor, ceiling)):
@@ -118,17 +124,18 @@ def _irrational(node: Any) -> bool:
     return bool(node.has(sympy.log) or any(not power.exp.is_integer for power in node.atoms(sympy.Pow)))
 
 
-def _holds(condition: Any, values: Mapping[str, Any], smoothed: bool) -> bool:
+def holds(condition: Any, values: Mapping[str, Any], smoothed: bool = False) -> bool:
+    """Whether the condition of a case is met at these values; ``smoothed`` as of the formula around it."""
     if condition in (True, sympy.true):
         return True
     if condition in (False, sympy.false):
         return False
     if isinstance(condition, sympy.And):
-        return all(_holds(part, values, smoothed) for part in condition.args)
+        return all(holds(part, values, smoothed) for part in condition.args)
     if isinstance(condition, sympy.Or):
-        return any(_holds(part, values, smoothed) for part in condition.args)
+        return any(holds(part, values, smoothed) for part in condition.args)
     if isinstance(condition, sympy.Not):
-        return not _holds(condition.args[0], values, smoothed)
+        return not holds(condition.args[0], values, smoothed)
     left, right = (_exact(side, values, smoothed) for side in condition.args)
     return {
         sympy.StrictGreaterThan: left > right,
@@ -179,10 +186,29 @@ def latex(expression: Expr) -> str:
 
 def text(expression: Expr) -> str:
     """One-line text of a formula, factored where that makes it shorter and does not take SymPy seconds."""
-    forms = [str(expression)]
-    if len(forms[0]) <= FACTORED:
-        forms.append(str(sympy.factor_terms(expression)))
-    return min(forms, key=len).replace("**", "^")
+    written = plain(expression)
+    if len(written) > FACTORED:
+        return written
+    return min(plain(sympy.factor_terms(expression)), written, key=len)
+
+
+def plain(expression: Expr) -> str:
+    """One-line text of a formula as it stands."""
+    return str(_PLAIN.doprint(expression)).replace("**", "^")
+
+
+class _Plain(StrPrinter):  # type: ignore[misc]
+    """Text with cases as a sentence has them: ``(T if T < window else window)``."""
+
+    def _print_Piecewise(self, node: Piecewise) -> str:  # noqa: N802 - the name that SymPy looks for
+        words = [
+            self._print(part) + ("" if condition in (True, sympy.true) else f" if {self._print(condition)}")
+            for part, condition in node.args
+        ]
+        return f"({' else '.join(words)})"
+
+
+_PLAIN = _Plain()
 
 
 def free_names(expression: Expr) -> set[str]:

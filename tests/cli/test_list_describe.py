@@ -74,6 +74,8 @@ def test_describe_prints_the_formulas_own_numbers(ctxbench, name):
             formula = total(method.cost_of(cost["impl"], "forward", dims.causal, dims.position, params).flops)
             assert at["flops"] == evaluate(formula, values)
         assert cost["formulas"]["flops"]["big_o"].startswith("O(T")
+    longest = max(map(len, ctxbench("describe", name).out.splitlines()))
+    assert longest < 320  # a formula nobody would read is told in other words
 
 
 @pytest.mark.parametrize("name", discover().names())
@@ -84,6 +86,24 @@ def test_describe_as_text_names_impls_modes_and_growth(ctxbench, name):
         assert impl.name in result.out
     for word in ("decode:", "O(", "local slope", "paper:", "    depth  "):
         assert word in result.out
+
+
+def test_a_formula_that_nobody_would_read_is_told_by_its_value_and_its_terms(ctxbench):
+    described = ctxbench("describe", "memorizing", "--seq", "1k,8k,64k").out
+    of_blocked = described.partition("  blocked\n")[2].partition("  triton\n")[0]
+    peak = next(line for line in of_blocked.splitlines() if "peak_bytes" in line)
+    assert "10240*T at 8k, 64k  (" in peak
+    assert "characters in full: --json)" in peak
+    assert "projections: 8*B*L*T*d^2" in of_blocked
+    assert described.count("  num_parameters") == 1  # the same for every implementation
+    assert ctxbench("describe", "memorizing", "--latex").out.count("peak_bytes") == 2
+
+
+def test_support_is_that_of_the_device_dtype_and_mode_asked_for(ctxbench):
+    described = ctxbench("describe", "dense", "--device", "cuda:1", "--dtype", "bf16", "--mode", "decode").out
+    assert "Implementations on cuda:1, bf16, decode" in described
+    assert "slabs: no: slabs runs on cpu, not on cuda" in described
+    assert "slabs: yes" in ctxbench("describe", "dense", "--dtype", "bf16").out
 
 
 def test_describe_dense_states_the_quadratic_and_its_slope(ctxbench):
@@ -105,6 +125,10 @@ def test_describe_dense_states_the_quadratic_and_its_slope(ctxbench):
         (["describe", "longformer", "--params", "windw=3"], "did you mean 'window'?"),
         (["describe", "longformer", "--params", "window"], "NAME=VALUE"),
         (["describe", "longformer", "--params", "window=0"], "window must be"),
+        (["describe", "dense", "--device", "gpu"], "unknown device 'gpu'"),
+        (["list", "impls", "--device", "cuda:x"], "unknown device 'cuda:x'"),
+        (["describe", "dense", "--mode", "prefill"], "'prefill' is not one of"),
+        (["describe", "nowhere.toml"], "cannot read the suite 'nowhere.toml'"),
     ],
 )
 def test_wrong_input_says_what_is_wrong_and_what_is_accepted(ctxbench, arguments, message):
@@ -125,4 +149,5 @@ def test_describe_says_which_positions_a_method_takes_and_why_not_others(ctxbenc
     described = ctxbench("describe", "transformer_xl", "--json").json
     assert described["positions"] == ["transformer_xl"]
     reason = described["without_positions"]["rope"]
-    assert f"rope: no, {reason}" in ctxbench("describe", "transformer_xl").out
+    (line,) = [line for line in ctxbench("describe", "transformer_xl").out.splitlines() if f": no, {reason}" in line]
+    assert "rope, rope_linear" in line  # one reason for several is said once
