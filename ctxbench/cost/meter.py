@@ -37,7 +37,7 @@ _NO_MATMUL = frozenset(
     is_same_size set_ resize_ fill_ zero_ _foreach_zero_ detach_ eye scatter_ scatter_add_ scatter_reduce_
     index_add_ index_copy_ index_fill_ masked_fill_ masked_scatter_ take _assert_async _assert_scalar
     _assert_tensor_metadata sym_size sym_stride diagonal_backward diagonal_copy
-    floor_divide unsafe_split unsafe_chunk _linalg_check_errors complex polar
+    floor_divide unsafe_split unsafe_chunk _linalg_check_errors complex polar zeros_and_scatter
     """.split()  # noqa: SIM905
 )
 
@@ -260,6 +260,6 @@ def _multiplies_nothing(operator: Any) -> bool:
     if torch.Tag.pointwise in getattr(operator, "tags", ()):
         return True
     namespace, _, name = _name(operator).rpartition(".")
-    return namespace in ("aten", "prims", "prim") and (
+    return namespace in ("aten", "prims", "prim", "flex_lib") and (
         name in _NO_MATMUL or name.rstrip("_") in _NO_MATMUL or name.endswith("_copy")
     )

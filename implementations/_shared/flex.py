@@ -8,6 +8,7 @@ by tiles, so that at a million tokens they take a quarter of a gigabyte each.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ctxbench.implementations._shared.flex_table import TILE
+from ctxbench.implementations._shared.flex_table import NARROWEST, TILE
 from ctxbench.implementations._shared.lines import LEVEL, OPEN, SLOPE, Line, Placed, place
 from ctxbench.implementations._shared.positions import FARTHEST, AlibiBias, Bias, Position
 from ctxbench.implementations._shared.tiles import Keys, seen_by_rows
@@ -27,6 +28,7 @@ from ctxbench.implementations._shared.tiles import Keys, seen_by_rows
 Score = Callable[..., torch.Tensor]
 
 BACKEND = "inductor"  # of torch.compile: the one that makes kernels
+BACKWARD_TILES = ("block_m1", "block_n1", "block_m2", "block_n2")  # sides, as inductor names them
 
 
 class Between(NamedTuple):
@@ -89,33 +91,92 @@ def _placed(one: Between, offset: int, T: int, S: int) -> Seen:
 
 def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask | None, score: Score | None = None,
-    scale: float | None = None, **options: Any,
+    scale: float | None = None, block: int = TILE,
 ) -> torch.Tensor:  # fmt: skip
-    """FlexAttention, compiled for this mask; ``options`` are those of its kernels.
+    """FlexAttention, compiled for this mask of blocks of ``block`` tokens, a multiple of NARROWEST.
 
     Raises:
         RuntimeError: where torch.compile is switched off, since FlexAttention would then keep all scores.
     """
     if isinstance(q, FakeTensor) or flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG:  # counted, or compared, not measured
-        return flex.flex_attention(q, k, v, score, mask, scale)  # type: ignore[return-value]
+        return _uncompiled(q, k, v, mask, score, scale)
     if torch._dynamo.config.disable:
         raise RuntimeError(
             "FlexAttention without its compiler keeps all scores, and torch.compile is switched off here; unset "
             "TORCH_COMPILE_DISABLE and torch._dynamo.config.disable, or choose another impl"
         )
-    compiled = _compiled(id(mask), q.shape, k.shape, None if score is None else score.__code__)
-    return compiled(q, k, v, score, mask, scale, options or None)  # type: ignore[no-any-return]
+    compiled = _compiled(block, id(mask), q.shape, k.shape, None if score is None else score.__code__)
+    options = None if block == TILE else dict.fromkeys(("BLOCK_M", "BLOCK_N"), _side(block))
+    return compiled(q, k, v, score, mask, scale, options)  # type: ignore[no-any-return]
+
+
+def _side(block: int) -> int:
+    """Tokens a side of the kernels' own tiles, which divide a block."""
+    return next(side for side in (64, 32, NARROWEST) if block % side == 0)
 
 
 @functools.cache
-def _compiled(*_key: Any) -> Any:
+def _compiled(block: int, *_key: Any) -> Any:
     """A compiled call of its own: all shapes together would exceed what one function may be compiled for."""
     code = _call.__code__.replace()
-    return torch.compile(types.FunctionType(code, globals()), fullgraph=True, dynamic=False, backend=BACKEND)
+    backend = BACKEND if block == TILE or BACKEND != "inductor" else _inductor_for(block)
+    return torch.compile(types.FunctionType(code, globals()), fullgraph=True, dynamic=False, backend=backend)
+
+
+def _inductor_for(block: int) -> Callable[..., Any]:
+    """Inductor with backward kernels whose tiles divide ``block``, which its options cannot ask for.
+
+    What it chooses from belongs to a thread, and the backward pass is compiled in another one.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    def compile_inner(*args: Any, **kwargs: Any) -> Any:
+        with V.set_choices_handler(choices_for(block)):
+            return compile_fx_inner(*args, **kwargs)
+
+    def compile_all(graph: Any, inputs: Any) -> Any:
+        return compile_fx(graph, inputs, inner_compile=compile_inner)
+
+    return compile_all
+
+
+def choices_for(block: int) -> Any:
+    """Inductor's choices, but for the tiles of FlexAttention's backward pass where none of them divides ``block``."""
+    from torch._inductor.choices import InductorChoices
+
+    class Narrow(InductorChoices):
+        def get_flex_attention_bwd_configs(self, *args: Any, **kwargs: Any) -> list[Any]:
+            usual = super().get_flex_attention_bwd_configs(*args, **kwargs)
+            fitting = [one for one in usual if not any(block % getattr(one, name) for name in BACKWARD_TILES)]
+            return fitting or [dataclasses.replace(usual[-1], **dict.fromkeys(BACKWARD_TILES, _side(block)))]
+
+    return Narrow()
 
 
 def _call(q: Any, k: Any, v: Any, score: Any, mask: Any, scale: Any, options: Any) -> Any:
     return flex.flex_attention(q, k, v, score, mask, scale, kernel_options=options)
+
+
+def _uncompiled(q: Any, k: Any, v: Any, mask: BlockMask | None, score: Score | None, scale: float | None) -> Any:
+    """One operator; what a score reads is handed over as its compiler does, since it has no gradient otherwise."""
+    mask = flex._create_empty_block_mask(q, k) if mask is None else mask
+    score, read = (flex._identity, ()) if score is None else _lifted(score)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return flex.flex_attention_hop(q, k, v, score, mask.as_tuple(), scale, {}, read)[0]
+
+
+def _lifted(score: Any) -> tuple[Score, tuple[torch.Tensor, ...]]:
+    """``score`` with the trained tensors of its closure as further arguments, and those tensors."""
+    cells = score.__closure__ or ()
+    trained = [isinstance(x := cell.cell_contents, torch.Tensor) and x.requires_grad for cell in cells]
+
+    def lifted(value: Any, b: Any, h: Any, row: Any, key: Any, *read: Any) -> Any:
+        rest = iter(read)
+        filled = tuple(types.CellType(next(rest)) if own else cell for cell, own in zip(cells, trained, strict=True))
+        return types.FunctionType(score.__code__, score.__globals__, closure=filled)(value, b, h, row, key)
+
+    return lifted, tuple(cell.cell_contents for cell, own in zip(cells, trained, strict=True) if own)
 
 
 @functools.lru_cache(maxsize=64)

@@ -45,8 +45,7 @@ METHOD = Method(
         flex_impl(
             f"{__name__}.flex:attend",
             f"{__name__}.params:flex_support",
-            "PyTorch's FlexAttention, compiled; forward alone, since its backward pass wants wider blocks",
-            modes=("forward",),
+            "PyTorch's FlexAttention, compiled, with blocks as its tiles",
             positions=("none", *ROPE, "t5", "alibi"),
         ),
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -17,22 +19,52 @@ from ctxbench.implementations.bigbird.params import Pattern
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, position: Position) -> torch.Tensor:
     """``q, k, v: [B, H, T, D]``, result of that shape."""
     assert plan.pattern is not None, "block lists are made of what a plan was drawn from"
-    mask = block_mask(plan.pattern, plan.layer, q.shape[1], q.device)
-    side = next(n for n in (64, 32, 16) if plan.size % n == 0)  # of the kernel's own tiles, which divide a block
-    return flex.run(q, k, v, mask, flex.biased(position, 0, q), BLOCK_M=side, BLOCK_N=side)
+    mask = block_mask(plan.pattern, plan.layer, q.shape[1], q.device, torch.is_grad_enabled())
+    return flex.run(q, k, v, mask, flex.biased(position, 0, q), block=plan.size)
 
 
 @functools.lru_cache(maxsize=64)
-def block_mask(pattern: Pattern, layer: int, heads: int, device: torch.device) -> BlockMask:
-    """Lists of all rows, head by head; for the forward pass alone, so that nothing is turned round."""
+def block_mask(pattern: Pattern, layer: int, heads: int, device: torch.device, turned: bool) -> BlockMask:
+    """Lists of all rows, head by head, and, for the backward pass alone, ``turned``: those of all columns."""
     plans = [pattern.sees(layer, head) for head in range(heads)]
     with _disable_current_modes():  # tables of the call, not tensors of the method
-        counts = torch.tensor([[len(row) for row in plan] for plan in plans], dtype=torch.int32)
-        listed = torch.zeros(heads, pattern.num_blocks, pattern.num_blocks, dtype=torch.int32)
-        flat = [column for plan in plans for row in plan for column in row]
-        listed[torch.arange(pattern.num_blocks) < counts[:, :, None]] = torch.tensor(flat, dtype=torch.int32)
-        none, nothing = (torch.zeros_like(x)[None].to(device) for x in (counts, listed))
-        return BlockMask.from_kv_blocks(
-            none, nothing, counts[None].to(device), listed[None].to(device), BLOCK_SIZE=pattern.block_size,
-            seq_lengths=(pattern.seq_len, pattern.seq_len), compute_q_blocks=False,
-        )  # fmt: skip
+        by_row = _lists(plans, device)
+        by_column = _lists([_turned(plan) for plan in plans], device) if turned else (None,) * 4
+        seen = torch.zeros(by_row[1].shape[1:], dtype=torch.bool)
+        for table, plan in zip(seen, plans, strict=True):
+            for row, columns in enumerate(plan):
+                table[row, list(columns)] = True
+        length = pattern.seq_len
+        return BlockMask(
+            (length, length), *by_row, *by_column, (pattern.block_size,) * 2, _visible(seen.to(device), pattern)
+        )
+
+
+def _turned(plan: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows of each column, ascending."""
+    columns: list[list[int]] = [[] for _ in plan]
+    for row, seen in enumerate(plan):
+        for column in seen:
+            columns[column].append(row)
+    return columns
+
+
+def _lists(plans: Sequence[Sequence[Sequence[int]]], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """What BlockMask wants: counts and lists of blocks with a mask, of which there are none, and of those without."""
+    blocks = len(plans[0])
+    counts = torch.tensor([[len(one) for one in plan] for plan in plans], dtype=torch.int32)
+    listed = torch.zeros(len(plans), blocks, blocks, dtype=torch.int32)
+    flat = [block for plan in plans for one in plan for block in one]
+    listed[torch.arange(blocks) < counts[:, :, None]] = torch.tensor(flat, dtype=torch.int32)
+    counts, listed = counts[None].to(device), listed[None].to(device)
+    return torch.zeros_like(counts), torch.zeros_like(listed), counts, listed
+
+
+def _visible(seen: torch.Tensor, pattern: Pattern) -> flex.Score:
+    """FlexAttention's ``mask_mod``, which no kernel asks for: the lists say the same."""
+    size = pattern.block_size
+
+    def within(b: Any, h: Any, row: Any, key: Any) -> Any:
+        return seen[h, row // size, key // size]
+
+    return within

@@ -42,8 +42,7 @@ METHOD = Method(
         flex_impl(
             f"{__name__}.flex:attend",
             f"{__name__}.params:flex_support",
-            "PyTorch's FlexAttention reads the position term, one product; forward alone: memory passes no gradient",
-            modes=("forward",),
+            "PyTorch's FlexAttention reads the position term, one product; in training memory is a copy of its keys",
             positions=("transformer_xl",),
         ),
         Impl(

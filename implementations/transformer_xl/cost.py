@@ -12,7 +12,7 @@ from sympy import Expr, Integer, Max, Min, Piecewise, Rational, ceiling, floor, 
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
-from ctxbench.cost.terms import linear, projections, tensor, triangle, window_pairs
+from ctxbench.cost.terms import FUSED_BACKWARD, linear, projections, tensor, triangle, window_pairs
 from ctxbench.implementations._shared import relative_table
 from ctxbench.implementations._shared.forms import block_ffn, block_parameters
 from ctxbench.implementations._shared.staircase import BLOCK
@@ -27,7 +27,7 @@ BACKWARD = {  # of the attention products, per forward
     "blocked": Rational(8, 3),
     "triton": Rational(relative_table.BACKWARD, relative_table.FORWARD),
     "as_written": 2,
-    "flex": 2,  # it has no backward pass; a formula is asked for all the same
+    "flex": FUSED_BACKWARD,
 }
 
 
@@ -74,6 +74,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: TransformerX
         algorithmic = {term: forward * (2 if term in once else 3) for term, forward in algorithmic.items()}
         backward = {"positions": 1, "attention": BACKWARD[impl]}
         flops = {term: forward * (1 + backward.get(term, 2)) for term, forward in flops.items()}
+        if impl == "flex":  # the product is not computed again, and zeros want no gradient
+            flops["attention"] -= L * (FUSED_BACKWARD - 2) * _flex_core(params)[1]
+            flops["projections"] -= L * 2 * linear(B * _zeros(params), d, d)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
@@ -119,9 +122,7 @@ def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]
         pairs, keys = sum(part.rectangles for part in parts), sum(part.keys for part in parts)
         return _terms(_projected(tokens, keys), linear(keys, d, d), 6 * B * d * pairs, tokens)
     if impl == "flex":
-        zeros, distances = M if params.start == "zeros" else Integer(0), _longest(params)
-        pairs = 4 * B * d * sum(part.blocks for part in parts) + 2 * B * d * T * distances
-        return _terms(_projected(T, T + zeros), linear(distances, d, d), pairs, T)
+        return _terms(_projected(T, T + _zeros(params)), linear(_longest(params), d, d), sum(_flex_core(params)), T)
     if impl == "triton":
         keys, distances = sum(part.keys for part in parts), _longest(params)
         if mode != "stream":
@@ -133,7 +134,7 @@ def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]
         calls = [_call(part, params) for part in parts]
         sums = [sum(terms) for terms in zip(*calls, strict=True)]
         return _terms(*sums, tokens)  # type: ignore[call-arg]
-    zeros = M if params.start == "zeros" else Integer(0)
+    zeros = _zeros(params)
     batch = _terms(
         _projected(T, T + zeros),
         linear(_longest(params), d, d),
@@ -145,6 +146,16 @@ def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]
     first = Segments(Integer(1), Integer(1), zeros, Integer(1 if params.start == "zeros" else 0))
     alone = _terms(*_single(first, params), Integer(1))
     return {term: Piecewise((alone[term], sympify(T) <= 1), (batch[term], True)) for term in batch}
+
+
+def _flex_core(params: TransformerXLParams) -> tuple[Expr, Expr]:
+    """Forward FLOPs of a layer's attention by tiles, and of the product of queries and distances ahead of it."""
+    return 4 * B * d * sum(part.blocks for part in _sequence(params)), 2 * B * d * T * _longest(params)
+
+
+def _zeros(params: TransformerXLParams) -> Expr:
+    """Rows that a sequence finds before it."""
+    return M if params.start == "zeros" else Integer(0)
 
 
 def _call(part: Segments, params: TransformerXLParams) -> tuple[Expr, Expr, Expr]:
@@ -227,7 +238,7 @@ def _whole_shape(impl: str, params: TransformerXLParams) -> peak.Shape:
     parts: tuple[Segments, ...] = _sequence(params)
     if impl == "as_written":
         parts = (Segments(T, Integer(1), Integer(0), Integer(0)),)
-    past = M if params.start == "zeros" else Integer(0)
+    past = _zeros(params)
     rows, longest = Min(S, T), _longest(params)
     keys, rectangles = sum(part.keys for part in parts), sum(part.rectangles for part in parts)
     return peak.Shape(T, past, rows, longest - rows, keys, rectangles, parts[0].full, Integer(0))

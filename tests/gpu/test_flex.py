@@ -88,10 +88,7 @@ def test_formulas_are_what_the_tracer_counts(
         assert not counted.uncounted, at
 
 
-IN_SCORES = [case for case in CASES if case[0] != "bigbird" or "form" in case[1]]  # its mask is in block lists alone
-
-
-@pytest.mark.parametrize(("name", "params", "changes", "lengths"), IN_SCORES, ids=str)
+@pytest.mark.parametrize(("name", "params", "changes", "lengths"), CASES, ids=str)
 def test_every_impl_agrees_with_the_reference_in_float64(
     name: str, params: dict[str, Any], changes: dict[str, Any], lengths: tuple[int, ...]
 ) -> None:
@@ -108,8 +105,7 @@ def results(method: Method, sizes: Dims, params: Any, impl: str) -> list[torch.T
     torch.manual_seed(0)
     module = method.make(sizes, params, impl, "cpu", torch.float64)
     x = torch.randn(2, sizes.seq_len, sizes.d_model, dtype=torch.float64, requires_grad=True)
-    # Uncompiled it has no gradient for what a score reads; through dynamo it has, see below.
-    trains = "train" in method.impl("flex").modes and sizes.position != "t5"
+    trains = "train" in method.impl("flex").modes
     with uncompiled_flex_attention(), torch.set_grad_enabled(trains):
         y = as_output(module(x)).y
         if not trains:
@@ -187,6 +183,51 @@ def dense(counts: Any, indices: Any) -> torch.Tensor:
     return table
 
 
+TRAINED: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
+    *(("bigbird", {"block_size": size, "num_random": 2}, {"causal": False}, 333) for size in (16, 48, 128)),
+    *(("transformer_xl", {"segment_len": 128, "mem_len": memory, "start": start}, {"position": "transformer_xl"}, 600)
+      for memory, start in ((0, "empty"), (256, "empty"), (256, "zeros"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "params", "changes", "length"), TRAINED, ids=str)
+def test_lists_of_rows_and_of_columns_keep_what_the_mask_shows(
+    name: str, params: dict[str, Any], changes: dict[str, Any], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, values, dims = sized(name, params, {**changes, "seq_len": length, "num_layers": 1})
+    masks = []
+
+    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, *_: Any, **__: Any) -> torch.Tensor:
+        masks.append((mask, k.shape[2]))
+        return q
+
+    monkeypatch.setattr(flex, "run", noted)
+    method.make(dims, values, "flex", "cpu", torch.float32)(torch.zeros(1, length, dims.d_model))
+    ((mask, keys),) = masks
+    side = mask.BLOCK_SIZE[0]
+    head, row, key = torch.meshgrid(*(torch.arange(n) for n in (dims.num_heads, length, keys)), indexing="ij")
+    visible = mask.mask_mod(torch.tensor(0), head, row, key)
+    by_tile = torch.stack([
+        torch.stack([tile.flatten(1).float().mean(1) for tile in rows.split(side, 2)], 1)
+        for rows in visible.split(side, 1)
+    ], 1)  # fmt: skip
+    for of, seen in (("kv", by_tile), ("q", by_tile.mT)):
+        partial, full = (
+            tabled(*(getattr(mask, f"{kind}{of}_{part}") for part in ("num_blocks", "indices")))
+            for kind in ("", "full_")
+        )
+        assert not (partial & full).any()
+        assert torch.equal((partial | full).expand_as(seen), seen > 0)
+        assert ((seen == 1) | ~full).all()
+        if name == "bigbird":
+            assert not partial.any()
+
+
+def tabled(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Lists of each head as tables of tiles."""
+    return torch.stack([dense(counts[:, [h]], indices[:, [h]]) for h in range(counts.shape[1])])
+
+
 @contextlib.contextmanager
 def through_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything of torch.compile but its kernels, with a backward pass on the CPU."""
@@ -217,6 +258,36 @@ def test_what_a_score_reads_has_gradients_and_every_shape_a_compilation_of_its_o
                     torch.testing.assert_close(seen, wanted, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize(("name", "params", "changes", "length"), [TRAINED[0], TRAINED[-1]], ids=str)
+def test_layers_train_through_dynamo(
+    name: str, params: dict[str, Any], changes: dict[str, Any], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, values, dims = sized(name, params, {**changes, "seq_len": length, "num_layers": 1})
+    x, found = torch.randn(1, length, dims.d_model, dtype=torch.float64), []
+    with through_dynamo(monkeypatch):
+        for impl in ("reference", "flex"):
+            torch.manual_seed(0)
+            module = method.make(dims, values, impl, "cpu", torch.float64)
+            y = as_output(module(x)).y
+            y.square().sum().backward()
+            found.append([y.detach(), *(weight.grad for weight in module.parameters())])
+    for wanted, seen in zip(*found, strict=True):
+        torch.testing.assert_close(seen, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)], ids=str)
+def test_tiles_of_the_backward_pass_divide_a_block(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    for block, width, dtype in itertools.product(
+        (16, 48, 64, 96, 320), (32, 64, 128, 256), (torch.bfloat16, torch.float32)
+    ):
+        (one,) = flex.choices_for(block).get_flex_attention_bwd_configs(width, dtype, "cuda")
+        assert not any(block % getattr(one, name) for name in flex.BACKWARD_TILES)
+        assert one.block_n1 % one.block_m1 == one.block_m2 % one.block_n2 == 0  # the kernel's own demand
+
+
 def test_compiled_for_the_cpu_the_block_lists_give_the_same() -> None:
     torch.manual_seed(0)
     T, pattern = 389, Pattern(left=99, right=0, dilation=1, num_global=3, causal=True)
@@ -237,7 +308,7 @@ def test_blocks_of_bigbird_are_tiles_and_give_the_same_compiled_for_the_cpu() ->
     method = METHODS["bigbird"]
     params, sizes = method.params(block_size=16, num_random=2), Dims(333, d_model=32, num_heads=2, causal=False, d_ff=0)
     pattern = params.pattern(333, 2)
-    mask = bigbird_flex.block_mask(pattern, 1, 2, torch.device("cpu"))
+    mask = bigbird_flex.block_mask(pattern, 1, 2, torch.device("cpu"), False)
     for head, rows in enumerate(mask.to_dense()[0].bool()):
         assert [tuple(row.nonzero().flatten().tolist()) for row in rows] == list(pattern.sees(1, head))
     found, x = [], torch.randn(1, 333, 32, generator=torch.Generator().manual_seed(1))
@@ -271,7 +342,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         ("longformer", {"dilation": 2}, {}, "forward", "cuda", "received dilation=2"),
         ("longformer", {"scattered": "100"}, {}, "forward", "cuda", "received scattered=100"),
         ("bigbird", {}, {"causal": False}, "forward", "cuda", ""),
-        ("bigbird", {}, {"causal": False}, "train", "cuda", "modes forward"),
+        ("bigbird", {}, {"causal": False}, "train", "cuda", ""),
         ("bigbird", {"block_size": 24}, {"causal": False}, "forward", "cuda", "received 24"),
         ("longlora", {}, {"seq_len": 1024}, "train", "cuda", ""),
         ("longlora", {}, {"seq_len": 1000}, "train", "cuda", "received 125"),
@@ -279,7 +350,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         ("hierarchical", {"disjoint": True}, {}, "train", "cuda", ""),
         ("hierarchical", {"pool": 3}, {}, "train", "cuda", ""),
         ("hierarchical", {"pool": 3, "disjoint": True}, {}, "train", "cuda", "received 3"),
-        ("transformer_xl", {}, {"position": "transformer_xl"}, "forward", "cuda", ""),
+        ("transformer_xl", {}, {"position": "transformer_xl"}, "train", "cuda", ""),
         ("transformer_xl", {"mem_len": 100}, {"position": "transformer_xl"}, "forward", "cuda", "received 100"),
     ],
 )
