@@ -7,6 +7,9 @@ so in ``basis``.
 The interval comes from leaving lengths out: every series is fitted again on its first two, three, ... lengths, and the
 relative errors of what follows, divided by the root of the octaves ahead, are its scatter. Few lengths know their own
 scatter badly, so it is drawn towards that of all series of the run and enlarged by the quantile of t.
+
+Where the rows timed the reference product beside their samples, every time is that at the run's typical speed of the
+machine (``analysis.steady``): a slow second of the host is no property of a length.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import msgspec
 import numpy as np
 
 from ctxbench.analysis.fit import LEAST_LENGTHS, Fit, Terms, cost_terms, fit, power_law
+from ctxbench.analysis.steady import Steady
 from ctxbench.cell import Cell
 from ctxbench.cost import roofline
 from ctxbench.cost.figures import Evaluator, Figures
@@ -28,7 +32,7 @@ from ctxbench.method import Method
 from ctxbench.plan import Planned, resident_bytes
 from ctxbench.registry import Registry
 from ctxbench.rows import Row, cell_of
-from ctxbench.units import format_tokens
+from ctxbench.units import format_seconds, format_tokens
 
 MEASURED, FITTED, SCALED, ROOFLINE, UNKNOWN = "measured", "fit", "scaled", "roofline", "unknown"
 SCATTER = 0.12  # relative, an octave ahead; where no series of the run can tell its own
@@ -36,6 +40,7 @@ LEAST_SCATTER = 0.02
 PRIOR_DOF = 4  # weight of the common scatter against that of one series
 CUDA_CONTEXT_BYTES = 2**30  # driver context, kernels and the caching allocator's rounding
 FAR = 8  # times the longest measured length, beyond which nobody has checked a fit
+TOLD = 0.02  # a measured time that the machine's speed moves by more is shown as measured, too
 PEAK_SHARE, PEAK_SLACK = 1.03, 2 << 20  # a peak within these of its formula counts as equal to it
 SCRATCH_SHARE = 1.15  # what to reserve: math libraries took an eighth for scratch where no shorter length had shown any
 
@@ -44,7 +49,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of one cell. ``source`` says how: measured, fit, scaled, roofline, unknown.
 
     ``low`` and ``high`` bound the time with 95 %; for a roofline they are the bound of the hardware and three times
-    the middle. ``power_law_s`` is what a power law through the same lengths says. ``peak_bytes`` is the likely peak,
+    the middle. ``as_measured_s`` is the row's own median where ``latency_s`` is that at the run's typical speed.
+    ``power_law_s`` is what a power law through the same lengths says. ``peak_bytes`` is the likely peak,
     ``peak_at_most`` what to reserve. ``evidence`` are the keys of the cells behind it.
     """
 
@@ -61,6 +67,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     latency_s: float | None = None
     low: float | None = None
     high: float | None = None
+    as_measured_s: float | None = None
     power_law_s: float | None = None
     peak_bytes: int | None = None
     peak_at_most: int | None = None
@@ -71,14 +78,14 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 class _Series:
     """The finished lengths of one series, with their terms and the fit through them."""
 
-    def __init__(self, rows: Sequence[Row], terms: Sequence[Terms | None]):
+    def __init__(self, rows: Sequence[Row], terms: Sequence[Terms | None], steady: Steady):
         order = sorted(range(len(rows)), key=lambda index: rows[index].seq_len)
         pairs = [(rows[index], terms[index]) for index in order]
         quiet = [pair for pair in pairs if not disturbed(pair[0])]
         pairs = quiet if len(quiet) >= LEAST_LENGTHS else pairs
         self.disturbed = len(quiet) < LEAST_LENGTHS
         self.rows = [row for row, _ in pairs]
-        self.seconds = [latency(row) for row in self.rows]
+        self.seconds = [steady.seconds(row) for row in self.rows]
         self.lengths = [row.seq_len for row in self.rows]
         known = [term for _, term in pairs if term is not None]
         self.terms = known if len(known) == len(pairs) else []
@@ -104,9 +111,10 @@ class Forecaster:
         self._evaluator = Evaluator()
         self._answers: dict[str, Estimate] = {}
         self._rows: dict[Any, dict[int, Row]] = defaultdict(dict)
-        for row in rows:
-            if row.measured:
-                self._rows[self._key(cell_of(row))][row.seq_len] = row
+        measured = [row for row in rows if row.measured]
+        self.steady = Steady(measured)
+        for row in measured:
+            self._rows[self._key(cell_of(row))][row.seq_len] = row
         self._series = {key: self._learn(list(found.values())) for key, found in self._rows.items()}
         self._errors = {key: series.errors() for key, series in self._series.items()}
         every = [abs(error) for errors in self._errors.values() for error in errors]
@@ -128,11 +136,11 @@ class Forecaster:
         common["peak_bytes"], common["peak_at_most"] = self._peak(cell, figures, rows)
         here = rows.get(cell.seq_len)
         if here is not None and not disturbed(here):
-            return _measured(here, common)
+            return self._measured(here, common)
         terms = self._terms(cell)
         if series is not None and series.fit is not None and terms is not None and not (here and series.disturbed):
             return self._fitted(cell, series, self._errors[key], terms, common)
-        return self._planned(cell, figures, rows, common) if here is None else _measured(here, common)
+        return self._planned(cell, figures, rows, common) if here is None else self._measured(here, common)
 
     def beside(self, cell: Cell) -> int:
         """Bytes that live beside the peak of a cell: runtime or context, parameters, inputs, incoming state."""
@@ -171,7 +179,7 @@ class Forecaster:
         return None if method is None else cost_terms(method, cell, self._evaluator)
 
     def _learn(self, rows: Sequence[Row]) -> _Series:
-        return _Series(rows, [self._terms(cell_of(row)) for row in rows])
+        return _Series(rows, [self._terms(cell_of(row)) for row in rows], self.steady)
 
     def _fitted(
         self, cell: Cell, series: _Series, errors: Sequence[float], terms: Terms, common: dict[str, Any]
@@ -195,13 +203,26 @@ class Forecaster:
             evidence=[row.cell for row in series.rows], **common,
         )  # fmt: skip
 
+    def _measured(self, row: Row, common: dict[str, Any]) -> Estimate:
+        assert row.latency_s is not None
+        seconds, (low, high) = self.steady.seconds(row), self.steady.interval(row)
+        moved = len(self.steady.off(row)) > 0
+        count = row.latency_s.n_processes
+        basis = f"{count} process{'es' if count > 1 else ''}"
+        if abs(seconds / latency(row) - 1) > TOLD:
+            basis += f", {format_seconds(latency(row))} as the machine ran then"
+        return Estimate(
+            source=MEASURED, basis=basis, latency_s=seconds, low=low, high=high,
+            as_measured_s=latency(row) if moved else None, evidence=[row.cell], **common,
+        )  # fmt: skip
+
     def _planned(
         self, cell: Cell, figures: Figures | None, rows: Mapping[int, Row], common: dict[str, Any]
     ) -> Estimate:
         """What the plan would expect: the roofline, or the scaling of what little was measured."""
         points = [
             Point(
-                seq_len=row.seq_len, latency_s=latency(row),
+                seq_len=row.seq_len, latency_s=self.steady.seconds(row),
                 peak_bytes=row.peak_bytes.allocated if row.peak_bytes else None, figures=self.figures(cell_of(row)),
             )
             for row in rows.values()
@@ -266,11 +287,3 @@ def latency(row: Row) -> float:
 def disturbed(row: Row) -> bool:
     """Whether every process of the row ran beside other work, so that its time is not the program's."""
     return bool(row.latency_s and row.latency_s.contended) and all(row.latency_s.contended)  # type: ignore[union-attr]
-
-
-def _measured(row: Row, common: dict[str, Any]) -> Estimate:
-    assert row.latency_s is not None
-    return Estimate(
-        source=MEASURED, basis=f"{row.latency_s.n_processes} processes", latency_s=row.latency_s.median,
-        low=row.latency_s.low, high=row.latency_s.high, evidence=[row.cell], **common,
-    )  # fmt: skip

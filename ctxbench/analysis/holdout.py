@@ -21,6 +21,7 @@ LEAST_LEFT = 3  # lengths a series keeps
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     """One held-out cell: measured and forecast seconds, and whether the interval held the measurement.
 
+    ``steady_s`` is the measurement at the typical speed of the lengths it was forecast from; equal without a reference.
     ``reserve`` is what the forecast would have set aside, ``needed`` what the higher of both meters saw, in bytes.
     """
 
@@ -30,6 +31,7 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     mode: str
     seq_len: int
     measured_s: float
+    steady_s: float
     forecast_s: float
     low: float
     high: float
@@ -39,8 +41,13 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def error(self) -> float:
-        """Relative error of the forecast."""
+        """Relative error of the forecast against what was measured."""
         return abs(self.forecast_s / self.measured_s - 1)
+
+    @property
+    def steady_error(self) -> float:
+        """Relative error against the measurement at one speed of the machine."""
+        return abs(self.forecast_s / self.steady_s - 1)
 
     @property
     def power_law_error(self) -> float:
@@ -48,8 +55,19 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
         return abs(self.power_law_s / self.measured_s - 1)
 
 
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """Median relative error, and the share of measurements inside their 95 % intervals."""
+
+    median_error: float
+    coverage: float
+
+
 class Holdout(msgspec.Struct, frozen=True, kw_only=True):
-    """Forecasts against measurements. ``disturbed`` cells ran beside other work in every process and are no truth."""
+    """Forecasts against measurements. ``disturbed`` cells ran beside other work in every process and are no truth.
+
+    ``median_error`` and ``coverage``, the share inside their intervals, are against the seconds as measured; ``steady``
+    is the same pair against those at one speed of the machine, None where the rows have no reference.
+    """
 
     held: int
     cells: list[HeldOut]
@@ -57,6 +75,7 @@ class Holdout(msgspec.Struct, frozen=True, kw_only=True):
     median_error: float
     power_law_median_error: float
     coverage: float
+    steady: Accuracy | None
     false_fits: int
     peaks: int
 
@@ -88,12 +107,18 @@ def holdout(rows: Sequence[Row], registry: Registry, ceilings: Ceilings, held: i
             f"no series has {LEAST_LEFT + held} undisturbed lengths and formulas, so nothing can be held out{busy}\n"
             "  accepted: a run over at least four lengths, on a quiet machine, such as `ctxbench run --seq 1k..16k`"
         )
+    steady = None
+    if forecaster.steady.coefficient is not None:
+        steady = Accuracy(
+            median_error=float(np.median([cell.steady_error for cell in cells])),
+            coverage=float(np.mean([cell.low <= cell.steady_s <= cell.high for cell in cells])),
+        )
     known = [cell for cell in cells if cell.needed is not None and cell.reserve is not None]
     return Holdout(
         held=held, cells=cells, disturbed=noisy,
         median_error=float(np.median([cell.error for cell in cells])),
         power_law_median_error=float(np.median([cell.power_law_error for cell in cells])),
-        coverage=float(np.mean([cell.low <= cell.measured_s <= cell.high for cell in cells])),
+        coverage=float(np.mean([cell.low <= cell.measured_s <= cell.high for cell in cells])), steady=steady,
         false_fits=sum((cell.reserve or 0) < (cell.needed or 0) for cell in known), peaks=len(known),
     )  # fmt: skip
 
@@ -108,7 +133,8 @@ def _held_out(row: Row, forecaster: Forecaster) -> HeldOut | None:
     peak = row.peak_bytes
     return HeldOut(
         cell=row.cell, method=row.method, impl=row.impl, mode=row.mode, seq_len=row.seq_len, measured_s=latency(row),
-        forecast_s=found.latency_s, low=found.low, high=found.high, power_law_s=found.power_law_s or 0.0,
+        steady_s=forecaster.steady.seconds(row), forecast_s=found.latency_s, low=found.low, high=found.high,
+        power_law_s=found.power_law_s or 0.0,
         needed=max(peak.allocated, peak.resident or 0) if peak and peak.allocated else None,
         reserve=found.peak_at_most,
     )  # fmt: skip

@@ -103,18 +103,25 @@ def _print_check(found: Holdout, ctx: Common) -> None:
     lines = [
         [
             f"{cell.method} / {cell.impl}", format_tokens(cell.seq_len), cell.mode, format_seconds(cell.measured_s),
-            format_seconds(cell.forecast_s), f"{format_seconds(cell.low)} to {format_seconds(cell.high)}",
+            *([format_seconds(cell.steady_s)] if found.steady else []), format_seconds(cell.forecast_s),
+            f"{format_seconds(cell.low)} to {format_seconds(cell.high)}",
             f"{100 * cell.error:.1f} %", f"{100 * cell.power_law_error:.1f} %",
             "inside" if cell.low <= cell.measured_s <= cell.high else "outside",
         ]
         for cell in found.cells
     ]  # fmt: skip
-    headers = ["METHOD / IMPL", "LENGTH", "MODE", "MEASURED", "FORECAST", "INTERVAL", "ERROR", "POWER LAW", ""]
+    steady = ["AT ONE SPEED"] if found.steady else []
+    headers = ["METHOD / IMPL", "LENGTH", "MODE", "MEASURED", *steady, "FORECAST", "INTERVAL", "ERROR", "POWER LAW", ""]
     click.echo(table(headers, lines))
     click.echo(
         f"{len(found.cells)} cells held out: median error {100 * found.median_error:.1f} %, of a power law "
         f"{100 * found.power_law_median_error:.1f} %; {100 * found.coverage:.0f} % inside their intervals"
     )
+    if found.steady is not None:
+        click.echo(
+            f"at one speed of the machine, by the reference beside the samples: median error "
+            f"{100 * found.steady.median_error:.1f} %; {100 * found.steady.coverage:.0f} % inside their intervals"
+        )
     click.echo(f"memory: {found.false_fits} of {found.peaks} peaks above what the forecast would have reserved")
     if found.disturbed:
         click.echo(f"{found.disturbed} rows ran beside other work in every process and are left out")
