@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from enum import IntEnum
+from pathlib import Path
 
 
 class Exit(IntEnum):
@@ -49,6 +51,19 @@ class RunFolderError(CtxbenchError):
 
 class MeasurementError(CtxbenchError):
     """A meter that cannot give an honest number here."""
+
+
+def unwritable(path: Path, error: OSError, option: str = "") -> CtxbenchError:
+    """Build the error for a place that cannot be written: a name's where nothing is there, else the environment's.
+
+    ``option`` chooses another place.
+    """
+    message = (
+        f"cannot write {path}: {error.strerror or error}\n  accepted: a folder that exists, is writable and has room"
+    )
+    message += f"\n  choose another place with {option}" if option else ""
+    misnamed = error.errno in (errno.ENOENT, errno.EISDIR)
+    return RunFolderError(message) if misnamed else EnvironmentUnusable(message)
 
 
 def unknown(what: str, received: str, accepted: Iterable[str], hint: str = "") -> UserError:

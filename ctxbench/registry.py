@@ -110,7 +110,7 @@ def discover(plugins: Sequence[str] = ()) -> Registry:
 def reload(origin: str) -> Method:
     """Load one method again from an entry's ``origin``, in another process."""
     module = import_plugin(origin[7:]) if origin.startswith("plugin:") else importlib.import_module(origin)
-    return _method_of(module)
+    return _method_of(module, origin)
 
 
 def import_plugin(path: str) -> ModuleType:
@@ -153,7 +153,7 @@ def import_plugin(path: str) -> ModuleType:
 def _add(registry: Registry, name: str, origin: str, package: str, load: Callable[[], ModuleType]) -> None:
     try:
         with time_limit(IMPORT_LIMIT_S, "the import"):
-            method = _method_of(load())
+            method = _method_of(load(), origin.removeprefix("plugin:"))
     except (PluginError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a plug-in may raise anything, SystemExit included
@@ -168,10 +168,10 @@ def _add(registry: Registry, name: str, origin: str, package: str, load: Callabl
     registry.entries[method.name] = Entry(method, origin, package)
 
 
-def _method_of(module: ModuleType) -> Method:
+def _method_of(module: ModuleType, source: str) -> Method:
     method = getattr(module, "METHOD", None)
     if not isinstance(method, Method):
-        raise TypeError(f"{module.__name__} must define METHOD = ctxbench.method.Method(...), found {method!r}")
+        raise TypeError(f"{source} must define METHOD = ctxbench.method.Method(...), found {method!r}")
     return method
 
 

@@ -51,6 +51,8 @@ def format_seconds(seconds: float | None) -> str:
     """Three significant digits and the unit a reader would choose: ``812 us``, ``12.4 ms``, ``3.05 s``, ``6m10s``."""
     if seconds is None:
         return "-"
+    if seconds == 0:
+        return "0 s"
     for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (100.0, 1.0, "s")):
         if seconds < limit:
             return f"{significant(seconds * factor)} {unit}"
@@ -88,6 +90,11 @@ def format_tokens(count: int | None) -> str:
     if count and count % 2**20 == 0:
         return f"{count // 2**20}m"
     return f"{count // 1024}k" if count and count % 1024 == 0 else str(count)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: ``1 cell``, ``2 cells``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def significant(value: float) -> str:

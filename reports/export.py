@@ -12,7 +12,7 @@ from typing import Any
 from ctxbench import __version__
 from ctxbench.analysis.frame import to_frame
 from ctxbench.analysis.runs import Run, read_run
-from ctxbench.errors import RunFolderError
+from ctxbench.errors import unwritable
 from ctxbench.reports import tables
 from ctxbench.reports.figures import canvas
 from ctxbench.reports.gallery import gallery
@@ -27,8 +27,8 @@ def export(folder: Path, kind: str, out: Path | None = None) -> list[Path]:
     """Write one run in one of FORMATS and return the files; ``-`` as ``out`` is left to the caller.
 
     Raises:
-        RunFolderError: not a run, or a place that cannot be written.
-        EnvironmentUnusable: Parquet without pyarrow.
+        RunFolderError: not a run, or a path that cannot be.
+        EnvironmentUnusable: Parquet without pyarrow, or the disk is full or may not be written.
     """
     run = read_run(folder)
     path = out or folder / ("figures" if kind == "figures" else f"rows.{FORMATS[kind]}")
@@ -40,10 +40,7 @@ def export(folder: Path, kind: str, out: Path | None = None) -> list[Path]:
         else:
             path.write_text(text(run, kind), encoding="utf-8")
     except OSError as error:
-        raise RunFolderError(
-            f"cannot write {path}: {error.strerror}\n  accepted: a path in a folder that exists and is writable\n"
-            "  choose another place with --out PATH"
-        ) from None
+        raise unwritable(path, error, "--out PATH") from None
     return [path]
 
 

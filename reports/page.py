@@ -22,7 +22,7 @@ from markupsafe import Markup
 from ctxbench import __version__
 from ctxbench.analysis.printable import printable
 from ctxbench.analysis.runs import read_runs
-from ctxbench.errors import RunFolderError
+from ctxbench.errors import unwritable
 from ctxbench.registry import Registry, discover
 from ctxbench.reports.report import Report
 from ctxbench.reports.sections import (
@@ -76,7 +76,8 @@ def write(
     is not installed here is reported from its rows alone.
 
     Raises:
-        RunFolderError: a folder that is no run, is damaged, has no rows, or a file that cannot be written.
+        RunFolderError: a folder that is no run, is damaged, has no rows, or a file that cannot be there.
+        EnvironmentUnusable: the disk is full or may not be written.
     """
     runs = read_runs(run_folders)
     path = out or runs[0].folder / ("static.html" if static else "report.html")
@@ -192,7 +193,4 @@ def _replace(path: Path, text: str) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise RunFolderError(
-            f"cannot write {path}: {error.strerror}\n  accepted: a file in a folder that exists and is writable\n"
-            "  choose another place with --out FILE"
-        ) from None
+        raise unwritable(path, error, "--out FILE") from None

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from ctxbench.errors import RunFolderError
+from ctxbench.errors import unwritable
 
 FILE = "reach.json"
 SCHEMA = "ctxbench.reach/1"
@@ -70,15 +70,14 @@ def write(folder: Path, maps: Iterable[ReachMap]) -> Path:
     """Store maps in a run folder.
 
     Raises:
-        RunFolderError: the folder cannot be written.
+        RunFolderError: there is no such folder.
+        EnvironmentUnusable: it cannot be written, or the disk is full.
     """
     path = folder / FILE
     try:
         path.write_bytes(msgspec.json.encode(_File(maps=sorted(maps, key=lambda each: each.method))) + b"\n")
     except OSError as error:
-        raise RunFolderError(
-            f"cannot write {path}: {error.strerror}\n  accepted: a run folder that is writable"
-        ) from None
+        raise unwritable(path, error) from None
     return path
 
 

@@ -41,6 +41,8 @@ def read_run(folder: Path) -> Run:
         RunFolderError: not a run folder, no row yet, another schema, or damaged before the last line.
     """
     path = folder / ROWS
+    if not path.is_file() and (folder / INFO).is_file():
+        raise _empty(folder)
     if not path.is_file():
         found = "no such path" if not folder.exists() else "a file" if folder.is_file() else f"a folder without {ROWS}"
         raise RunFolderError(
@@ -54,11 +56,15 @@ def read_run(folder: Path) -> Run:
     rows, warnings = _rows(path, content)
     info, trouble = _info(folder / INFO)
     if not rows:
-        raise RunFolderError(
-            f"no rows in {path}\n  a run writes one row for every planned cell; "
-            f"`ctxbench run --resume --out {folder}` continues an interrupted one"
-        )
+        raise _empty(folder)
     return Run(folder, tuple(rows), info, (*warnings, *trouble))
+
+
+def _empty(folder: Path) -> RunFolderError:
+    return RunFolderError(
+        f"no rows in {folder / ROWS}\n  a run writes one row for every planned cell; "
+        f"`ctxbench run --resume --out {folder}` continues an interrupted one"
+    )
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:

@@ -12,7 +12,7 @@ import msgspec
 
 from ctxbench.cli.common import Common, common_options, table
 from ctxbench.errors import Exit, UserError
-from ctxbench.units import format_seconds, format_tokens, parse_fraction
+from ctxbench.units import counted, format_seconds, format_tokens, parse_fraction
 
 if TYPE_CHECKING:
     from ctxbench.analysis.compare import Compared, Comparison, Side
@@ -45,6 +45,14 @@ def command(
     left, right = _side(a), _side(b)
     for warning in dict.fromkeys((*left.run.warnings, *right.run.warnings)):
         ctx.note(warning)
+    same = left.run.folder.resolve() == right.run.folder.resolve() and left.impl == right.impl
+    if same and calibrate:
+        raise UserError(
+            "an A/A calibration needs the same code measured twice, received one run twice\n"
+            "  run the command of A again and compare the new folder with it"
+        )
+    if same:
+        ctx.note("A and B are the same rows")
     found = compare(left, right, normalise)
     if calibrate:
         _calibrate(left, right, found, ctx)
@@ -169,10 +177,10 @@ def _print(left: Side, right: Side, found: Comparison, again: list[str], ctx: Co
     if any(cell.adjusted is not None for cell in found.cells) and not ctx.quiet:
         click.echo("~ less what the reference beside the samples says of the machine; A and B are as measured")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in found.counts().items())
-    click.echo(f"{len(found.cells)} cells: {counts}")
+    click.echo(f"{counted(len(found.cells), 'cell')}: {counts}")
     for name, cells in (("A", found.only_a), ("B", found.only_b)):
         if cells:
-            click.echo(f"only in {name}: {len(cells)} cells")
+            click.echo(f"only in {name}: {counted(len(cells), 'cell')}")
     if again and not ctx.quiet:
         click.echo("to decide the unclear cells, measure them again, then compare the new folders:")
         for line in again:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ctxbench import suite as suites
 from ctxbench.axes import parse_sizes
 from ctxbench.cli.common import Common, common_options, complete_methods
 from ctxbench.cli.described import print_method
@@ -35,6 +36,8 @@ def command(
     (device,) = parse_devices([device])
     if name not in registry.entries and _describe_suite(name, ctx):
         return
+    if name not in {*registry.entries, *(broken.name for broken in registry.broken)}:
+        raise unknown("method or suite", name, [*registry.entries, *suites.names()], "see `ctxbench list`")
     method = registry[name]
     description = describe(method, seq, mode, dtype, settings, device)
     if ctx.json:
@@ -57,9 +60,12 @@ def describe(
         for impl in method.impls:
             if impl.modes and mode not in impl.modes:
                 continue
-            cost = method.cost_of(impl.name, mode, causal, dims.position, params)
-            if cost is not None:
-                costs.append(_cost_entry(method, impl.name, cost, dims, params, DTYPE_BYTES[dtype], lengths))
+            try:
+                cost = method.cost_of(impl.name, mode, causal, dims.position, params)
+                if cost is not None:
+                    costs.append(_cost_entry(method, impl.name, cost, dims, params, DTYPE_BYTES[dtype], lengths))
+            except Exception as error:  # a plug-in's cost function may raise anything
+                costs.append({"impl": impl.name, "trouble": f"{type(error).__name__}: {error}"})
     return {
         **method_entry(method, device, dtype, mode),
         "device": device,
@@ -169,13 +175,11 @@ def _param_entry(spec: dataclasses.Field[Any], params: Params) -> dict[str, Any]
 
 
 def _describe_suite(name: str, ctx: Common) -> bool:
-    from ctxbench import suite
-
-    if name not in suite.names() and not name.endswith(".toml"):
+    if name not in suites.names() and not name.endswith(".toml"):
         return False
     import msgspec
 
-    loaded = msgspec.to_builtins(suite.load_suite(name))
+    loaded = msgspec.to_builtins(suites.load_suite(name))
     if ctx.json:
         ctx.emit(loaded)
         return True

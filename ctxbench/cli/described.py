@@ -81,15 +81,18 @@ def _print_impls(found: dict[str, Any]) -> None:
 
 
 def _print_costs(found: dict[str, Any], latex: bool) -> None:
-    dims, costs = found["dims"], found["costs"]
+    dims, costs = found["dims"], [cost for cost in found["costs"] if "trouble" not in cost]
     direction = "causal" if dims["causal"] else "bidirectional"
     sizes = ", ".join(f"{letter} = {dims[name]}" for letter, name in LETTERS.items())
     echo(f"\nCost in mode {found['mode']}, {direction}, position {dims['position']}, {found['dtype']}")
     echo(f"  T tokens, {sizes}, e = {DTYPE_BYTES[found['dtype']]} bytes an element; other names are parameters")
     if not found["mode_supported"]:
         echo(f"  {found['mode_reason']}")
-    elif not costs:
+    elif not found["costs"]:
         echo("  no formulas declared; `ctxbench run` traces FLOPs and peak memory instead")
+    for cost in found["costs"]:
+        if "trouble" in cost:
+            echo(f"  {cost['impl']}: the cost function failed: {cost['trouble']}")
     same = {name for name in ANY if len({_text(cost, name) for cost in costs}) == 1 < len(costs)}
     if same:
         echo("  every implementation")

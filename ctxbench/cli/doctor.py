@@ -12,6 +12,7 @@ import click
 
 from ctxbench.cli.common import Common, common_options, table
 from ctxbench.cli.listing import devices
+from ctxbench.config import parse_devices
 from ctxbench.errors import CtxbenchError, Exit
 
 CALIBRATIONS = 3
@@ -36,6 +37,7 @@ def command(device: str, quick: bool, ctx: Common) -> None:
     """Devices, versions, noise, meters and missing extras; exit code 5 where nothing could be measured."""
     from ctxbench import env
 
+    (device,) = parse_devices([device])
     fingerprint = env.fingerprint()
     findings = [*_machine(fingerprint), *_packages(), *_plugins(ctx)]
     findings += _measuring(device, quick)

@@ -12,7 +12,7 @@ from ctxbench.cli.common import Common, common_options, table
 from ctxbench.config import parse_devices
 from ctxbench.errors import unknown
 from ctxbench.method import Dims, Method
-from ctxbench.registry import Registry
+from ctxbench.registry import Registry, discover
 
 WHAT = ("methods", "impls", "suites", "metrics", "devices")
 METRICS = {
@@ -38,7 +38,7 @@ def command(what: str, device: str, ctx: Common) -> None:
     (device,) = parse_devices([device])
     rows: list[dict[str, Any]]
     if what in ("methods", "impls"):
-        registry = ctx.registry()
+        registry = ctx.registry() if ctx.json else discover(ctx.plugins)  # a table says itself what is broken
         methods = [method_entry(method, device) for method in registry]
         if what == "methods":
             rows = methods

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ctxbench.cli.common import Common, common_options
-from ctxbench.errors import EnvironmentUnusable, UserError, unknown
+from ctxbench.errors import UserError, unknown, unwritable
 from ctxbench.registry import discover
 
 TEMPLATE = "my_method"
@@ -38,9 +38,7 @@ def command(name: str, source: str | None, out: Path, ctx: Common) -> None:
         for path, text in files.items():
             (target / path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise EnvironmentUnusable(
-            f"cannot write {str(target)!r}: {error.strerror}\n  choose another folder with --out"
-        ) from error
+        raise unwritable(target, error, "--out FOLDER") from error
     if ctx.json:
         ctx.emit({"name": name, "path": str(target), "files": sorted(files)})
     elif not ctx.quiet:

@@ -105,7 +105,7 @@ def _line(planned: Planned) -> list[str]:
         format_flops(planned.figures.flops if planned.figures else None),
         format_seconds(expected.latency_s),
         format_bytes(expected.peak_bytes),
-        "" if planned.status == "planned" else f"{planned.status}: {planned.reason}",
+        f"{planned.status}: {planned.reason}" if planned.status != "planned" else planned.formula_error,
     ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -12,7 +13,6 @@ from ctxbench.cli.common import Common, common_options, table
 from ctxbench.errors import UserError
 from ctxbench.rows import Row
 from ctxbench.run.progress import describe
-from ctxbench.run.store import read_rows, read_run
 from ctxbench.text import explain
 from ctxbench.units import format_bytes, format_flops, format_seconds, format_tokens
 
@@ -45,8 +45,12 @@ def command(
 
         show(run, crossover, pareto, frontier, length, ctx)
         return
-    rows = read_rows(run)
-    header = read_run(run)
+    from ctxbench.analysis.runs import read_run
+
+    read = read_run(run)
+    for warning in read.warnings:
+        ctx.note(warning)
+    rows, header = list(read.rows), read.info
     if cell is None:
         from ctxbench.analysis.scaling import scalings
 
@@ -87,7 +91,7 @@ def _names(row: Row) -> tuple[str, ...]:
     return row.method, row.impl, row.mode, str(row.seq_len), format_tokens(row.seq_len)
 
 
-def _print_run(run: Path, header: dict[str, object], rows: list[Row]) -> None:
+def _print_run(run: Path, header: Mapping[str, Any], rows: list[Row]) -> None:
     click.echo(f"{run}  suite {header.get('suite', '?')}  {header.get('status', 'unknown')}")
     click.echo(f"{header.get('command', '')}")
     lines = []

@@ -14,7 +14,7 @@ from ctxbench.cost.figures import Evaluator
 from ctxbench.registry import Registry
 from ctxbench.rows import FAILURES, STATUSES, Row, cell_of
 from ctxbench.text import Warn, kind_of
-from ctxbench.units import format_seconds, format_tokens
+from ctxbench.units import counted, format_seconds, format_tokens
 
 SETTING = ("mode", "device", "dtype", "batch_size", "d_model", "num_heads", "d_ff")
 NAMED = ("batch_size", "d_model", "num_heads", "d_ff")
@@ -30,7 +30,7 @@ def print_summary(rows: list[Row], registry: Registry, console: Console) -> None
         console.print(_table(measured, len(settings) > 1, registry))
     counts = Counter(row.status for row in rows)
     shown = [f"{counts[status]} {status}" for status in STATUSES if counts[status]]
-    console.print(f"{len(rows)} cells: {', '.join(shown) or 'none'}", markup=False)
+    console.print(f"{counted(len(rows), 'cell')}: {', '.join(shown) or 'none'}", markup=False)
     for row in [row for row in rows if row.status in FAILURES][:10]:
         where = f"{row.method} / {row.impl} at {format_tokens(row.seq_len)}, {row.mode}"
         console.print(f"  {row.status}: {where}: {row.reason.splitlines()[0] if row.reason else ''}", markup=False)

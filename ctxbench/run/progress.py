@@ -52,7 +52,7 @@ class Plain(Progress):
             self._print(f"{self.done:>4}/{self.total}  {describe(row)}{self._eta()}")
 
     def _eta(self) -> str:
-        seconds = round(self.left_s or 0)
+        seconds = round(self.left_s or 0) if self.done < self.total else 0
         return f"  about {format_seconds(seconds)} left" if seconds else ""
 
     def _print(self, text: str) -> None:
@@ -100,8 +100,9 @@ def describe(row: Row) -> str:
     """One line about a row: ``dense / blocked  4k  fp32  forward  12.4 ms +-1.3 %  peak 212 MiB``."""
     memory = "" if row.memory is None else f"  memory {format_tokens(row.memory)}"
     head = f"{row.method} / {row.impl}  {format_tokens(row.seq_len)}{memory}  {row.dtype}  {row.mode}"
+    reason = row.reason.splitlines()[0] if row.reason else ""
     if row.latency_s is None:
-        return f"{head}  {row.status}: {row.reason}" if row.reason else f"{head}  {row.status}"
+        return f"{head}  {row.status}: {reason}" if reason else f"{head}  {row.status}"
     latency = row.latency_s
     spread = (
         "n=1"
@@ -110,7 +111,7 @@ def describe(row: Row) -> str:
     )
     peak = row.peak_bytes.allocated if row.peak_bytes else None
     seen = "" if peak is None else f"  peak {format_bytes(peak)}"
-    mark = f"  ({row.status}: {row.reason})" if row.status in (*FAILURES, "unstable") else ""
+    mark = f"  ({row.status}: {reason})" if row.status in (*FAILURES, "unstable") else ""
     return f"{head}  {format_seconds(latency.median)} {spread}{seen}{mark}"
 
 

@@ -252,7 +252,9 @@ class Store:
                 f"no space left for {self.folder}\n  every finished row is kept; free some space, then continue with "
                 f"`ctxbench run --out {self.folder}`"
             )
-        return EnvironmentUnusable(f"cannot write to {self.folder}: {error.strerror or error}\n  {_elsewhere()}")
+        return EnvironmentUnusable(
+            f"cannot write to {self.folder}: {error.strerror or error}\n  choose another folder with --out"
+        )
 
 
 def _read_lines(path: Path, decode: Callable[[bytes], _T]) -> tuple[list[_T], int]:

@@ -99,6 +99,13 @@ def test_a_calibration_is_stored_and_used(runs: Any, ctxbench: Any) -> None:
     assert (fine.code, "tighter than the noise floor of this machine, 1.0 %" in fine.err) == (2, True)
 
 
+def test_a_run_says_nothing_about_itself(runs: Any, ctxbench: Any) -> None:
+    a = runs("a")
+    refused = ctxbench("compare", a, a, "--calibrate")
+    assert (refused.code, "received one run twice" in refused.err) == (2, True)
+    assert "A and B are the same rows" in ctxbench("compare", a, a).err
+
+
 @pytest.mark.parametrize("gate", ["5%", "faster:5%", "slower:", "slower:200%", "slower:-1%"])
 def test_a_malformed_gate_is_a_usage_error(gate: str, runs: Any, ctxbench: Any) -> None:
     assert ctxbench("compare", runs("a"), runs("b"), f"--fail-on={gate}").code == 2

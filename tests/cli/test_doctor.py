@@ -32,6 +32,11 @@ def test_absent_cuda_is_an_unusable_environment(ctxbench):
     assert "torch sees no CUDA device" in result.out
 
 
+def test_an_unknown_device_is_a_usage_error(ctxbench):
+    result = ctxbench("doctor", "--device", "tpu")
+    assert (result.code, "unknown device 'tpu'" in result.err) == (Exit.USAGE, True)
+
+
 @pytest.mark.parametrize(
     ("rates", "level"),
     [([1.0e11, 1.02e11, 0.99e11], "ok"), ([1.0e11, 0.6e11, 1.0e11], "warning"), ([1.0e11], "warning"), ([], "warning")],

@@ -106,6 +106,17 @@ def test_support_is_that_of_the_device_dtype_and_mode_asked_for(ctxbench):
     assert "slabs: yes" in ctxbench("describe", "dense", "--dtype", "bf16").out
 
 
+def test_a_cost_function_that_raises_is_a_line_of_the_description_and_of_the_plan(ctxbench, tmp_path):
+    plugin = tmp_path / "costly.py"
+    plugin.write_text(
+        "from ctxbench.method import Method\nMETHOD = Method(name='costly', build=print, cost=lambda *a: 1 / 0)\n"
+    )
+    described = ctxbench("describe", "costly", "--plugin", str(plugin))
+    assert (described.code, "reference: the cost function failed: ZeroDivisionError" in described.out) == (0, True)
+    planned = ctxbench("plan", "--methods", "costly", "--seq", "64", "--plugin", str(plugin))
+    assert (planned.code, "ZeroDivisionError: division by zero" in planned.out) == (0, True)
+
+
 def test_describe_dense_states_the_quadratic_and_its_slope(ctxbench):
     described = ctxbench("describe", "dense", "--seq", "128k", "--json").json
     blocked = next(cost for cost in described["costs"] if cost["impl"] == "blocked")
@@ -128,6 +139,7 @@ def test_describe_dense_states_the_quadratic_and_its_slope(ctxbench):
         (["describe", "dense", "--device", "gpu"], "unknown device 'gpu'"),
         (["list", "impls", "--device", "cuda:x"], "unknown device 'cuda:x'"),
         (["describe", "dense", "--mode", "prefill"], "'prefill' is not one of"),
+        (["describe", "quikc"], "unknown method or suite 'quikc'; did you mean 'quick'?"),
         (["describe", "nowhere.toml"], "cannot read the suite 'nowhere.toml'"),
     ],
 )

@@ -74,7 +74,16 @@ def test_an_unknown_cell_or_folder_is_a_usage_error(folder: Path, ctxbench: Call
     missing = ctxbench("show", folder, "sparse/blocked")
     assert (missing.code, "no cell 'sparse/blocked'" in missing.err) == (2, True)
     nowhere = ctxbench("show", tmp_path / "nowhere")
-    assert (nowhere.code, "is not a run folder" in nowhere.err) == (2, True)
+    assert (nowhere.code, "not a run folder" in nowhere.err) == (2, True)
+
+
+def test_a_damaged_header_costs_the_header_alone(folder: Path, ctxbench: Callable[..., Any]) -> None:
+    (folder / "run.json").write_text("{torn")
+    result = ctxbench("show", folder)
+    assert (result.code, "run.json cannot be read" in result.err, "dense / blocked" in result.out) == (0, True, True)
+    (folder / "rows.jsonl").unlink()
+    empty = ctxbench("show", folder)
+    assert (empty.code, "continues an interrupted one" in empty.err) == (2, True)
 
 
 def test_growth_with_the_length_stands_below_the_cells(tmp_path: Path, ctxbench: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import subprocess
@@ -108,6 +109,16 @@ def test_parquet_keeps_the_columns(folder):
 def test_a_place_that_cannot_be_written_is_named(folder):
     with pytest.raises(RunFolderError, match=r"(?s)cannot write.*--out"):
         run(folder, "--to", "csv", "--out", folder / "absent" / "rows.csv")
+
+
+@pytest.mark.parametrize("closed", ["ENOSPC", "EROFS", "EACCES"])
+def test_a_full_or_closed_disk_is_the_environments_fault(folder, monkeypatch, closed):
+    def refuse(*_, **__):
+        raise OSError(getattr(errno, closed), "planted")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    with pytest.raises(EnvironmentUnusable, match=r"(?s)cannot write .*planted.*has room"):
+        run(folder, "--to", "csv")
 
 
 def test_binary_formats_do_not_go_to_standard_output(folder):

@@ -30,8 +30,9 @@ def console(terminal: bool) -> Console:
     [
         (measured(), "dense / blocked  4k  fp32  forward  12.4 ms +-1.6 %  peak 212 MiB"),
         (row_for(CELL, "oom", "no [memory]"), "dense / blocked  4k  fp32  forward  oom: no [memory]"),
+        (row_for(CELL, "error", "why\n  and more"), "dense / blocked  4k  fp32  forward  error: why"),
     ],
-    ids=["ok", "oom"],
+    ids=["ok", "oom", "two lines"],
 )
 def test_a_row_is_one_line(row: Any, line: str) -> None:
     assert describe(row) == line
@@ -53,14 +54,25 @@ def test_finished_cells_are_shown_and_markup_in_reasons_is_not_interpreted(termi
     assert "[red]x[/red] planted" in shown
 
 
+def test_the_last_cell_promises_no_more_time() -> None:
+    screen = console(terminal=False)
+    progress = Plain(screen)
+    progress.start(total=2, done=0)
+    for _ in range(2):
+        progress.current(CELL, "first process", 9.0)
+        progress.finished(measured())
+    first, last = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert ("left" in first, "left" in last) == (True, False)
+
+
 def test_plain_lines_say_what_was_done_before_and_how_long_it_will_take() -> None:
     screen = console(terminal=False)
     progress = Plain(screen)
-    progress.start(total=3, done=2)
+    progress.start(total=4, done=2)
     progress.current(CELL, "first process", 370.0)
     progress.finished(measured())
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
-    assert "2 of 3 cells are already measured" in shown
+    assert "2 of 4 cells are already measured" in shown
     assert "about 6m10s left" in shown
     assert "\x1b" not in shown
 

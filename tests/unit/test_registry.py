@@ -76,6 +76,12 @@ def test_a_syntax_error_is_listed(tmp_path: Path) -> None:
     assert "SyntaxError" in discover([str(target)]).broken[0].error
 
 
+def test_a_file_without_a_method_is_named_as_it_was_given(tmp_path: Path) -> None:
+    target = tmp_path / "mine.py"
+    target.write_text("METHOD = 3\n")
+    assert f"{target} must define METHOD" in discover([str(target)]).broken[0].error
+
+
 def test_an_import_that_hangs_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "IMPORT_LIMIT_S", 1)
     found = discover([str(PLUGINS / "broken" / "hangs.py")])

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ctxbench.errors import UserError
 from ctxbench.units import (
+    counted,
     format_bytes,
     format_flops,
     format_seconds,
@@ -64,6 +65,9 @@ def test_malformed_quantities_say_what_is_accepted(parse, text: str) -> None:
         (format_seconds(370), "6m10s"),
         (format_seconds(3720), "1h02m"),
         (format_seconds(None), "-"),
+        (format_seconds(0), "0 s"),
+        (counted(1, "cell"), "1 cell"),
+        (counted(0, "cell"), "0 cells"),
         (format_bytes(512), "512 B"),
         (format_bytes(2048), "2.00 KiB"),
         (format_bytes(198 * 2**20), "198 MiB"),
