@@ -1,4 +1,4 @@
-"""What a launch of the kernels in ``gathered`` really does, from how long its runs are; no torch, no triton here.
+"""What a launch of the kernels in ``gathered`` and ``choosing`` really does; no torch, no triton here.
 
 As ``tiles`` of the shared kernels: elements that a mask lets through, as often as a tile asks for them.
 """
@@ -61,3 +61,20 @@ def _by_keys(
         result = width * NUMBER if by_slot else row
         work += Work(steps, 0, steps * PRODUCTS["dkv"], loaded, 2 * own * result)
     return work
+
+
+def nearest(rows: int, columns: int, tokens: int, centroids: int, width: int, itemsize: int) -> Work:
+    """One launch of ``nearest_kernel`` for one head: every tile of tokens reads all centroids."""
+    started, steps = -(-tokens // rows), -(-centroids // columns)
+    loaded = (tokens + started * centroids) * width * itemsize
+    return Work(started * steps, started * (centroids // columns), started * steps, loaded, tokens * NUMBER)
+
+
+def taken(tokens: int, w: int, itemsize: int) -> Work:
+    """One launch of ``taken_kernel`` for one centroid: a histogram for each of four bytes, and who is in."""
+    return Work(loaded=5 * tokens * itemsize, stored=w * NUMBER)
+
+
+def added(tokens: int, slots: int, width: int, itemsize: int, of_result: int) -> Work:
+    """One launch of ``add_kernel`` for one head, from elements of ``itemsize`` bytes to those of ``of_result``."""
+    return Work(loaded=2 * tokens * NUMBER + slots * (NUMBER + width * itemsize), stored=tokens * width * of_result)

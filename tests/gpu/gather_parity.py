@@ -282,7 +282,10 @@ def main() -> None:
         check_integers(dtype == "fp16")
         print(json.dumps([name, dtype, CHECKS[name](DTYPES[dtype])]), flush=True)
     if INTERPRETED and not sys.argv[1:]:
-        counted.all_of(*(f"gathered.{name}" for name in ("forward", "dq", "dkv")), "gate.gate", "gate.gradient")
+        counted.all_of(
+            *(f"gathered.{name}" for name in ("forward", "dq", "dkv")), "gate.gate", "gate.gradient",
+            *(f"choosing.{name}" for name in ("nearest", "taken", "add")), "search.search", "search.gradient",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

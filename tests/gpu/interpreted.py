@@ -14,6 +14,7 @@ import torch
 from ctxbench.implementations._shared import cells_table, lines, relative_tiles, tiles
 from ctxbench.implementations._shared.flash_table import Config
 from ctxbench.implementations._shared.relative_table import Stair
+from ctxbench.implementations.memorizing import search_tiles
 from ctxbench.implementations.memory_bank import gate_tiles
 from ctxbench.implementations.routing import gathered_tiles
 
@@ -106,6 +107,10 @@ def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None
     """The closed form of one launch from its arguments; None for kernels that have none."""
     if module == "gathered":
         return of_gathered(name.removesuffix("_kernel"), given)
+    if module == "choosing":
+        return of_choosing(name, given)
+    if module == "search":
+        return of_search(name, given)
     if module == "gate":
         batch, tokens, width = given["READ"].shape
         return gate_tiles.gated(
@@ -195,3 +200,32 @@ def of_gathered(kernel: str, given: dict[str, Any]) -> tiles.Work:
             earlier=given["EARLIER"], without_self=given["WITHOUT_SELF"], by_slot=given["BY_SLOT"],
         )  # fmt: skip
     return work
+
+
+def of_choosing(name: str, given: dict[str, Any]) -> tiles.Work:
+    """The same for the kernels that choose tokens of clusters and add up what these give."""
+    if name == "taken_kernel":
+        rows = given["SIMILARITY"].numel() // given["T"]
+        return gathered_tiles.taken(given["T"], given["w"], given["SIMILARITY"].element_size()) * rows
+    if name == "nearest_kernel":
+        batch, heads, tokens, width = given["X"].shape
+        sizes = tokens, given["centroids"], width, given["X"].element_size()
+        return gathered_tiles.nearest(given["ROWS"], given["COLUMNS"], *sizes) * (batch * heads)
+    parts, out = given["PARTS"], given["OUT"]
+    batch, heads, tokens, width = out.shape
+    one = gathered_tiles.added(tokens, given["N"], width, parts.element_size(), out.element_size())
+    return one * (batch * heads)
+
+
+def of_search(name: str, given: dict[str, Any]) -> tiles.Work:
+    """The same for the search of the memory and its gradient, which follows what was picked."""
+    batch, heads, queries, width = given["OUT"].shape
+    sizes = width, given["OUT"].element_size()
+    if name == "gradient_kernel":
+        picked = int((given["WEIGHTS"] > 0).sum())
+        return search_tiles.gradient(batch * heads * queries, given["TOP"], picked, *sizes)
+    one = search_tiles.searched(
+        given["ROWS"], given["COLUMNS"], queries, given["N"], given["TOP"], given["past"], given["length"],
+        given["most"], *sizes, keep=given["KEEP"],
+    )  # fmt: skip
+    return one * (batch * heads)
