@@ -19,8 +19,9 @@ HEAD = """# Kernels
 What ptxas makes of the kernels in `implementations/_shared/flash*.py` and `cells.py`, by bytes of an element and padded
 head width, at the shipped launch parameters. Registers are those of a thread, shared memory is a block's in bytes,
 products are matrix instructions in the listing: HGMMA on sm_90 in 16 bits, HMMA elsewhere and for dK and dV of
-more than 128 channels, where tiles large enough for HGMMA would spill. A tile is queries x keys. Nothing
-spills: a test compiles a part of these rows and holds them against this page.
+more than 128 channels, where tiles large enough for HGMMA would spill. A tile is queries x keys. Heads of more than 128
+channels in fp32 take the channels of scores and their gradient 32 at a time. Nothing spills: a test compiles a part of
+these rows and holds them against this page.
 
 Forms: `band` is one range with a bound on both sides; `steps` is three ranges between lines of any kind; `slopes` and
 `table` are a band with ALiBi or T5's bias (kernel `table`: its gradient); `hidden` is a band with keys hidden by

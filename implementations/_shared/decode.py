@@ -22,18 +22,26 @@ import triton.language as tl
 
 from ctxbench.cost.formulas import formula
 from ctxbench.implementations._shared.decode_table import FEW, WIDEST, chunk, config, visible_pairs
+from ctxbench.implementations._shared.flash_table import chunk as chunk_of_channels
 from ctxbench.implementations._shared.flash_table import padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PARTS = 16  # parts that one step of the merge takes
 
 
+@triton.jit
+def _channels(base, rows, there, channel, D: tl.constexpr, CHUNK: tl.constexpr):
+    """CHUNK channels from one on of the rows that begin at ``rows``, zero where none is there and beyond D."""
+    column = channel + tl.arange(0, CHUNK)
+    return tl.load(base + rows[:, None] + column[None, :], mask=there[:, None] & (column < D)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["keys", "start", "chunk"])
 def partial_kernel(
     Q, K, V, OUT, LSE, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_part, o_batch, o_head, o_row, heads, T, capacity, keys, start, sinks, chunk, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, RING: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp over ``chunk`` keys. Grid: parts of the keys, batch x heads of keys, tiles of queries.
 
@@ -45,10 +53,10 @@ def partial_kernel(
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     token, head = row // GROUP, of_keys * GROUP + row % GROUP
     column, there = tl.arange(0, WIDTH), row < T * GROUP
-    inside = column[None, :] < D
 
     query = batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head + token * q_row
-    q = tl.load(Q + query[:, None] + column[None, :], mask=there[:, None] & inside, other=0.0)
+    if CHUNK == WIDTH:
+        q = _channels(Q, query, there, 0, D, WIDTH)
     K += batch.to(tl.int64) * k_batch + of_keys.to(tl.int64) * k_head
     V += batch.to(tl.int64) * v_batch + of_keys.to(tl.int64) * v_head
     top = tl.full([ROWS], float("-inf"), tl.float32)  # running maximum and sum, in units of base 2
@@ -60,9 +68,16 @@ def partial_kernel(
         place = key
         if RING:  # the order of the keys, wrapped around behind the sinks
             place = tl.where(key < sinks, key, sinks + (key - sinks + start) % (capacity - sinks))
-        known = (key < last)[:, None] & inside
-        k = tl.load(K + place.to(tl.int64)[:, None] * k_row + column[None, :], mask=known, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        place = place.to(tl.int64)
+        if CHUNK == WIDTH:
+            k = _channels(K, place * k_row, key < last, 0, D, WIDTH)
+            scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        else:  # see ``flash_rows``
+            scores = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for channel in range(0, WIDTH, CHUNK):
+                some = _channels(Q, query, there, channel, D, CHUNK)
+                k = _channels(K, place * k_row, key < last, channel, D, CHUNK)
+                scores += tl.dot(some, tl.trans(k), input_precision="tf32x3")
         seen = (key < last)[None, :]
         if CAUSAL:
             seen = seen & (key[None, :] <= (keys - T + token)[:, None])
@@ -72,14 +87,15 @@ def partial_kernel(
         p = tl.exp2(scores * to_base_2 - shift[:, None])
         shrink = tl.exp2(top - shift)
         total = total * shrink + tl.sum(p, 1)
-        v = tl.load(V + place.to(tl.int64)[:, None] * v_row + column[None, :], mask=known, other=0.0)
+        v = _channels(V, place * v_row, key < last, 0, D, WIDTH)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
         top = higher
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     written = tl.program_id(0).to(tl.int64) * o_part + batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
     written += token * o_row
-    tl.store(OUT + written[:, None] + column[None, :], acc.to(OUT.dtype.element_ty), mask=there[:, None] & inside)
+    inside = there[:, None] & (column < D)[None, :]
+    tl.store(OUT + written[:, None] + column[None, :], acc.to(OUT.dtype.element_ty), mask=inside)
     lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
     part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(LSE + (part * GROUP + row % GROUP) * T + token, lse, mask=there)
@@ -134,8 +150,8 @@ def _decode(
         partial_kernel[parts, B * heads, of_queries](
             q, k, v, partial, partial_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *partial.stride()[:4],
             heads, T, capacity, keys, start, sinks, part, scale, GROUP=group, ROWS=chosen.rows,
-            COLUMNS=chosen.columns, CAUSAL=causal and T > 1, RING=start > 0, num_warps=chosen.warps,
-            num_stages=chosen.stages, **shared,
+            COLUMNS=chosen.columns, CHUNK=chunk_of_channels(D, q.element_size()), CAUSAL=causal and T > 1,
+            RING=start > 0, num_warps=chosen.warps, num_stages=chosen.stages, **shared,
         )  # fmt: skip
         if parts > 1:
             merge_kernel[B * H * T,](

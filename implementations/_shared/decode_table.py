@@ -11,7 +11,7 @@ from ctxbench.method import DTYPE_BYTES, YES, Support, no
 # result has the same bits on every device.
 BLOCKS = 264
 FEW = 16  # queries of one call that are taken as decoding: with more, rows of queries fill a device by themselves
-WIDEST = {2: 256, 4: 128}  # channels of a head by bytes of an element
+WIDEST = {2: 256, 4: 256}  # channels of a head by bytes of an element
 
 
 class Config(NamedTuple):

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from ctxbench.implementations._shared import lines
+from ctxbench.implementations._shared.flash_rows import _dot, _held, _load, _product, _store, _weighted, _whole
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 OPEN, LEVEL, SLOPE = (tl.constexpr(kind) for kind in (lines.OPEN, lines.LEVEL, lines.SLOPE))
@@ -181,38 +182,10 @@ def _risen(scores, row, column, S, SINCE, KNOWN: tl.constexpr):
 
 
 @triton.jit
-def _load(base, start, stride, count, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows ``start .. start + ROWS`` of a ``[count, D]`` matrix as ``[ROWS, WIDTH]``, zero beyond either edge."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    base += tl.cast(start, tl.int64) * stride
-    mask = row[:, None] < count - start
-    if D < WIDTH:
-        mask = mask & (column[None, :] < D)
-    return tl.load(base + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(base, start, stride, count, value, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Write what ``_load`` would read."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    base += tl.cast(start, tl.int64) * stride
-    mask = row[:, None] < count - start
-    if D < WIDTH:
-        mask = mask & (column[None, :] < D)
-    tl.store(base + row[:, None] * stride + column[None, :], value.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _dot(a, b):
-    """``a @ b`` in float32; float32 operands as three products of TF32, whose error is float32's own."""
-    return tl.dot(a, b, input_precision="tf32x3")
-
-
-@triton.jit
 def _attend_range(
     q, top, total, acc, keys, biases, farthest, batch, head, start, T, to_base_2,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, BIAS: tl.constexpr, KNOWN: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BIAS: tl.constexpr, KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Running maximum, sum and weighted values of a tile of queries, after one more range of keys."""
     K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, group, S, low, high, every, ahead, SINCE = keys
@@ -228,11 +201,11 @@ def _attend_range(
     for part in tl.static_range(2):  # inside the range, then its edges, which alone need a mask
         for step in range(0, _count(first, inner, near, past, outer, last, part == 1)):
             tile = _tile(step, first, inner, near, past, outer, part == 1, BIAS)
-            k = _load(K, tile * COLUMNS, k_row, S, COLUMNS, D, WIDTH)
+            k = _held(K, tile * COLUMNS, k_row, S, COLUMNS, D, WIDTH, CHUNK)
             column = tile * COLUMNS + tl.arange(0, COLUMNS)
             scores = _biased(
-                _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, tile * COLUMNS,
-                every, ahead, to_base_2, part == 1, BIAS,
+                _product(q, k, ROWS, COLUMNS, D, WIDTH, CHUNK), biases, farthest, row[:, None], column[None, :], start,
+                tile * COLUMNS, every, ahead, to_base_2, part == 1, BIAS,
             )  # fmt: skip
             scores = _risen(scores, row[:, None], column[None, :], S, SINCE, KNOWN)
             if part == 1:
@@ -251,13 +224,13 @@ def _attend_range(
 @triton.jit
 def forward_kernel(
     Q, OUT, LSE, BIASES, ranges, q_batch, q_head, q_row, o_batch, o_head, o_row, heads, T, farthest, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KINDS: tl.constexpr,
-    RANGES: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    KINDS: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of queries. Grid: tiles of queries, batch x heads."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # causal: the rows with most keys begin first
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    q = _load(Q + batch * q_batch + head * q_head, start, q_row, T, ROWS, D, WIDTH)
+    q = _held(Q + batch * q_batch + head * q_head, start, q_row, T, ROWS, D, WIDTH, CHUNK)
     top = tl.full([ROWS], float("-inf"), tl.float32)  # running maximum and sum, in units of base 2
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -265,7 +238,7 @@ def forward_kernel(
     for which in tl.static_range(RANGES):
         top, total, acc = _attend_range(
             q, top, total, acc, ranges[which], biases, farthest, batch, head, start, T, scale * LOG2_E,
-            D, WIDTH, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1], KINDS[which][2], KINDS[which][3],
+            D, WIDTH, CHUNK, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1], KINDS[which][2], KINDS[which][3],
         )  # fmt: skip
     empty = total == 0.0  # queries that see no key: output 0, log-sum-exp -inf
     acc = acc / tl.where(empty, 1.0, total)[:, None]
@@ -278,8 +251,8 @@ def forward_kernel(
 @triton.jit
 def _dq_range(
     acc, q, grad, lse, delta, keys, biases, farthest, batch, head, start, T, to_base_2,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, BIAS: tl.constexpr, KNOWN: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BIAS: tl.constexpr, KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, before the scale, with what one range of keys adds."""
     K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, group, S, low, high, every, ahead, SINCE = keys
@@ -295,19 +268,19 @@ def _dq_range(
     for part in tl.static_range(2):
         for step in range(0, _count(first, inner, near, past, outer, last, part == 1)):
             tile = _tile(step, first, inner, near, past, outer, part == 1, BIAS)
-            k = _load(K, tile * COLUMNS, k_row, S, COLUMNS, D, WIDTH)
-            v = _load(V, tile * COLUMNS, v_row, S, COLUMNS, D, WIDTH)
+            k = _held(K, tile * COLUMNS, k_row, S, COLUMNS, D, WIDTH, CHUNK)
+            v = _held(V, tile * COLUMNS, v_row, S, COLUMNS, D, WIDTH, CHUNK)
             column = tile * COLUMNS + tl.arange(0, COLUMNS)
             scores = _biased(
-                _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, tile * COLUMNS,
-                every, ahead, to_base_2, part == 1, BIAS,
+                _product(q, k, ROWS, COLUMNS, D, WIDTH, CHUNK), biases, farthest, row[:, None], column[None, :], start,
+                tile * COLUMNS, every, ahead, to_base_2, part == 1, BIAS,
             )  # fmt: skip
             scores = _risen(scores, row[:, None], column[None, :], S, SINCE, KNOWN)
             if part == 1:
                 scores = _seen(scores, row, column, S, low, high, LOW, HIGH)
             p = tl.exp2(scores * factor - lse[:, None])
-            ds = p * (_dot(grad, tl.trans(v)) - delta[:, None])
-            acc += _dot(ds.to(k.dtype), k)
+            ds = p * (_product(grad, v, ROWS, COLUMNS, D, WIDTH, CHUNK) - delta[:, None])
+            acc += _weighted(ds, k, COLUMNS, D, WIDTH, CHUNK)
     return acc
 
 
@@ -315,18 +288,18 @@ def _dq_range(
 def dq_kernel(
     Q, OUT, GRAD, LSE, GRAD_LSE, DELTA, BIASES, DQ, ranges, q_batch, q_head, q_row, o_batch, o_head, o_row,
     g_batch, g_head, g_row, dq_batch, dq_head, dq_row, heads, T, farthest, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KINDS: tl.constexpr,
-    RANGES: tl.constexpr, THROUGH_LSE: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    KINDS: tl.constexpr, RANGES: tl.constexpr, THROUGH_LSE: tl.constexpr,
 ):  # fmt: skip
     """Gradient dQ of one tile of queries, and for ``dkv_kernel`` the row sums of ``grad * output``. Grid as forward."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     of_rows = tl.program_id(1).to(tl.int64) * T
     row = start + tl.arange(0, ROWS)
-    q = _load(Q + batch * q_batch + head * q_head, start, q_row, T, ROWS, D, WIDTH)
-    grad = _load(GRAD + batch * g_batch + head * g_head, start, g_row, T, ROWS, D, WIDTH)
+    q = _held(Q + batch * q_batch + head * q_head, start, q_row, T, ROWS, D, WIDTH, CHUNK)
+    grad = _held(GRAD + batch * g_batch + head * g_head, start, g_row, T, ROWS, D, WIDTH, CHUNK)
     o = _load(OUT + batch * o_batch + head * o_head, start, o_row, T, ROWS, D, WIDTH)
-    delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
+    delta = tl.sum(_whole(grad, ROWS, D, WIDTH, CHUNK).to(tl.float32) * o.to(tl.float32), 1)
     if THROUGH_LSE:
         delta -= tl.load(GRAD_LSE + of_rows + row, mask=row < T, other=0.0)
     tl.store(DELTA + of_rows + row, delta, mask=row < T)
@@ -337,7 +310,7 @@ def dq_kernel(
     for which in tl.static_range(RANGES):
         acc = _dq_range(
             acc, q, grad, lse, delta, ranges[which], biases, farthest, batch, head, start, T, scale * LOG2_E,
-            D, WIDTH, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1], KINDS[which][2], KINDS[which][3],
+            D, WIDTH, CHUNK, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1], KINDS[which][2], KINDS[which][3],
         )  # fmt: skip
     _store(DQ + batch * dq_batch + head * dq_head, start, dq_row, T, acc * scale, ROWS, D, WIDTH)
 
@@ -346,8 +319,8 @@ def dq_kernel(
 def dkv_kernel(
     Q, GRAD, LSE, DELTA, BIASES, DK, DV, keys, q_batch, q_head, q_row, g_batch, g_head, g_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, heads, T, farthest, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, BIAS: tl.constexpr, KNOWN: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BIAS: tl.constexpr, KNOWN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradients dK and dV of one tile of keys over the GROUP query heads that share it; scores: ``[COLUMNS, ROWS]``.
 
@@ -358,8 +331,8 @@ def dkv_kernel(
     shared = heads // GROUP
     batch, head = (tl.program_id(1) // shared).to(tl.int64), (tl.program_id(1) % shared).to(tl.int64)
     column = start + tl.arange(0, COLUMNS)
-    k = _load(K + batch * k_batch + head * k_head, start, k_row, S, COLUMNS, D, WIDTH)
-    v = _load(V + batch * v_batch + head * v_head, start, v_row, S, COLUMNS, D, WIDTH)
+    k = _held(K + batch * k_batch + head * k_head, start, k_row, S, COLUMNS, D, WIDTH, CHUNK)
+    v = _held(V + batch * v_batch + head * v_head, start, v_row, S, COLUMNS, D, WIDTH, CHUNK)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH], tl.float32)
     first, inner, near, past, outer, last = _tiles_of_keys(
@@ -377,21 +350,21 @@ def dkv_kernel(
             for step in range(0, _count(first, inner, near, past, outer, last, part == 1)):
                 tile = _tile(step, first, inner, near, past, outer, part == 1, BIAS)
                 row = tile * ROWS + tl.arange(0, ROWS)
-                q = _load(queries, tile * ROWS, q_row, T, ROWS, D, WIDTH)
-                grad = _load(grads, tile * ROWS, g_row, T, ROWS, D, WIDTH)
+                q = _held(queries, tile * ROWS, q_row, T, ROWS, D, WIDTH, CHUNK)
+                grad = _held(grads, tile * ROWS, g_row, T, ROWS, D, WIDTH, CHUNK)
                 lse = tl.load(LSE + of_rows + row, mask=row < T, other=0.0) * LOG2_E
                 lse = tl.where(lse == float("-inf"), 0.0, lse)
                 delta = tl.load(DELTA + of_rows + row, mask=row < T, other=0.0)
                 scores = _biased(
-                    _dot(k, tl.trans(q)), biases, farthest, row[None, :], column[:, None], tile * ROWS, start,
-                    every, ahead, scale * LOG2_E, part == 1, BIAS,
+                    _product(k, q, COLUMNS, ROWS, D, WIDTH, CHUNK), biases, farthest, row[None, :], column[:, None],
+                    tile * ROWS, start, every, ahead, scale * LOG2_E, part == 1, BIAS,
                 )  # fmt: skip
                 scores = _risen(scores, row[None, :], column[:, None], S, SINCE, KNOWN)
                 if part == 1:
                     scores = _seen_by(scores, row, column, T, low, high, LOW, HIGH)
                 p = tl.exp2(scores * factor - lse[None, :])
-                dv += _dot(p.to(grad.dtype), grad)
-                ds = p * (_dot(v, tl.trans(grad)) - delta[None, :])
-                dk += _dot(ds.to(q.dtype), q)
+                dv += _weighted(p, grad, ROWS, D, WIDTH, CHUNK)
+                ds = p * (_product(v, grad, COLUMNS, ROWS, D, WIDTH, CHUNK) - delta[None, :])
+                dk += _weighted(ds, q, ROWS, D, WIDTH, CHUNK)
     _store(DK + batch * dk_batch + head * dk_head, start, dk_row, S, dk * scale, COLUMNS, D, WIDTH)
     _store(DV + batch * dv_batch + head * dv_head, start, dv_row, S, dv, COLUMNS, D, WIDTH)

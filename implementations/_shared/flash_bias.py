@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ctxbench.implementations._shared.flash import LOG2_E, TABLE, _biased, _count, _dot, _load, _risen, _seen, _tile
+from ctxbench.implementations._shared.flash import LOG2_E, TABLE, _biased, _count, _risen, _seen, _tile
 from ctxbench.implementations._shared.flash import _tiles_of_rows as tiles_of_rows
+from ctxbench.implementations._shared.flash_rows import _held, _product
 
 
 @triton.jit
@@ -37,8 +38,8 @@ def _add_diagonals(SUMS, ds, diagonal, column, there, place, farthest):
 @triton.jit
 def _table_range(
     left, right, q, grad, lse, delta, SUMS, keys, biases, farthest, batch, head, start, T, to_base_2,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, KNOWN: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, KNOWN: tl.constexpr,
 ):  # fmt: skip
     """What is too far on either side, by rows; every nearer diagonal is added where SUMS points."""
     K, V, k_batch, k_head, k_row, v_batch, v_head, v_row, group, S, low, high, every, ahead, SINCE = keys
@@ -52,17 +53,17 @@ def _table_range(
     for part in tl.static_range(2):
         for step in range(0, _count(first, inner, near, past, outer, last, part == 1)):
             tile = _tile(step, first, inner, near, past, outer, part == 1, TABLE)
-            k = _load(K, tile * COLUMNS, k_row, S, COLUMNS, D, WIDTH)
-            v = _load(V, tile * COLUMNS, v_row, S, COLUMNS, D, WIDTH)
+            k = _held(K, tile * COLUMNS, k_row, S, COLUMNS, D, WIDTH, CHUNK)
+            v = _held(V, tile * COLUMNS, v_row, S, COLUMNS, D, WIDTH, CHUNK)
             column = tile * COLUMNS + tl.arange(0, COLUMNS)
             scores = _biased(
-                _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, tile * COLUMNS,
-                every, ahead, to_base_2, part == 1, TABLE,
+                _product(q, k, ROWS, COLUMNS, D, WIDTH, CHUNK), biases, farthest, row[:, None], column[None, :], start,
+                tile * COLUMNS, every, ahead, to_base_2, part == 1, TABLE,
             )  # fmt: skip
             scores = _risen(scores, row[:, None], column[None, :], S, SINCE, KNOWN)
             if part == 1:
                 scores = _seen(scores, row, column, S, low, high, LOW, HIGH)
-            ds = tl.exp2(scores - lse[:, None]) * (_dot(grad, tl.trans(v)) - delta[:, None])
+            ds = tl.exp2(scores - lse[:, None]) * (_product(grad, v, ROWS, COLUMNS, D, WIDTH, CHUNK) - delta[:, None])
             if part == 0:  # all on one side
                 side = tile * COLUMNS + ahead < start
                 left += tl.where(side, tl.sum(ds, 1), 0.0)
@@ -79,16 +80,16 @@ def _table_range(
 @triton.jit
 def table_kernel(
     Q, GRAD, LSE, DELTA, BIASES, SUMS, ranges, q_batch, q_head, q_row, g_batch, g_head, g_row, heads, T,
-    farthest, scale, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    KINDS: tl.constexpr, RANGES: tl.constexpr,
+    farthest, scale, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, KINDS: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """Adds to SUMS ``[tiles of queries, batch x heads, 2 farthest + 1]``, zeros before. Grid as forward."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     of_rows = tl.program_id(1).to(tl.int64) * T
     row = start + tl.arange(0, ROWS)
-    q = _load(Q + batch * q_batch + head * q_head, start, q_row, T, ROWS, D, WIDTH)
-    grad = _load(GRAD + batch * g_batch + head * g_head, start, g_row, T, ROWS, D, WIDTH)
+    q = _held(Q + batch * q_batch + head * q_head, start, q_row, T, ROWS, D, WIDTH, CHUNK)
+    grad = _held(GRAD + batch * g_batch + head * g_head, start, g_row, T, ROWS, D, WIDTH, CHUNK)
     delta = tl.load(DELTA + of_rows + row, mask=row < T, other=0.0)
     lse = tl.load(LSE + of_rows + row, mask=row < T, other=0.0) * LOG2_E
     lse = tl.where(lse == float("-inf"), 0.0, lse)
@@ -99,7 +100,8 @@ def table_kernel(
         if KINDS[which][2] == TABLE:
             left, right = _table_range(
                 left, right, q, grad, lse, delta, SUMS, ranges[which], BIASES + head * width, farthest, batch, head,
-                start, T, scale * LOG2_E, D, WIDTH, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1], KINDS[which][3],
+                start, T, scale * LOG2_E, D, WIDTH, CHUNK, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1],
+                KINDS[which][3],
             )  # fmt: skip
     tl.store(SUMS, tl.sum(left, 0))
     tl.store(SUMS + 2 * farthest, tl.sum(right, 0))

@@ -12,8 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ctxbench.implementations._shared.flash import LOG2_E, PLAIN, TABLE, _biased, _dot, _load, _store
+from ctxbench.implementations._shared.flash import LOG2_E, PLAIN, TABLE, _biased
 from ctxbench.implementations._shared.flash_bias import _add_diagonals, _diagonals
+from ctxbench.implementations._shared.flash_rows import _dot, _held, _load, _product, _store, _weighted, _whole
 
 
 @triton.jit
@@ -28,7 +29,8 @@ def _piece(entry, LISTED, size, count, pieces, BLOCK: tl.constexpr):
 def listed_forward_kernel(
     Q, K, V, OUT, LSE, BIASES, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, heads, T, S, size, ahead, farthest, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of a block of queries. Grid: tiles of all blocks, batch x heads."""
     pieces, of_keys = tl.cdiv(size, ROWS), tl.cdiv(size, COLUMNS)
@@ -38,7 +40,7 @@ def listed_forward_kernel(
     K += batch * k_batch + head * k_head
     V += batch * v_batch + head * v_head
     row = start + tl.arange(0, ROWS)
-    q = _load(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH)
+    q = _held(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH, CHUNK)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -50,10 +52,10 @@ def listed_forward_kernel(
     for entry in range(tl.load(at) * of_keys, tl.load(at + 1) * of_keys):
         first, last = _piece(entry, LISTED, size, S, of_keys, COLUMNS)
         column = first + tl.arange(0, COLUMNS)
-        k = _load(K, first, k_row, last, COLUMNS, D, WIDTH)
+        k = _held(K, first, k_row, last, COLUMNS, D, WIDTH, CHUNK)
         scores = _biased(
-            _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, first, 1, ahead,
-            scale * LOG2_E, True, BIAS,
+            _product(q, k, ROWS, COLUMNS, D, WIDTH, CHUNK), biases, farthest, row[:, None], column[None, :], start,
+            first, 1, ahead, scale * LOG2_E, True, BIAS,
         )  # fmt: skip
         scores = tl.where((column < last)[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1) * factor)
@@ -76,7 +78,8 @@ def listed_dq_kernel(
     Q, K, V, OUT, GRAD, LSE, DELTA, BIASES, DQ, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, o_batch, o_head, o_row, g_batch, g_head, g_row, dq_batch, dq_head, dq_row,
     heads, T, S, size, ahead, farthest, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradient dQ of one tile, and the row sums of ``grad * output``. Grid as forward."""
     pieces, of_keys = tl.cdiv(size, ROWS), tl.cdiv(size, COLUMNS)
@@ -87,10 +90,10 @@ def listed_dq_kernel(
     V += batch * v_batch + head * v_head
     of_rows = tl.program_id(1).to(tl.int64) * T
     row = start + tl.arange(0, ROWS)
-    q = _load(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH)
-    grad = _load(GRAD + batch * g_batch + head * g_head, start, g_row, end, ROWS, D, WIDTH)
+    q = _held(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH, CHUNK)
+    grad = _held(GRAD + batch * g_batch + head * g_head, start, g_row, end, ROWS, D, WIDTH, CHUNK)
     o = _load(OUT + batch * o_batch + head * o_head, start, o_row, end, ROWS, D, WIDTH)
-    delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
+    delta = tl.sum(_whole(grad, ROWS, D, WIDTH, CHUNK).to(tl.float32) * o.to(tl.float32), 1)
     tl.store(DELTA + of_rows + row, delta, mask=row < end)
     lse = tl.load(LSE + of_rows + row, mask=row < end, other=0.0) * LOG2_E
     lse = tl.where(lse == float("-inf"), 0.0, lse)
@@ -103,16 +106,16 @@ def listed_dq_kernel(
     for entry in range(tl.load(at) * of_keys, tl.load(at + 1) * of_keys):
         first, last = _piece(entry, LISTED, size, S, of_keys, COLUMNS)
         column = first + tl.arange(0, COLUMNS)
-        k = _load(K, first, k_row, last, COLUMNS, D, WIDTH)
-        v = _load(V, first, v_row, last, COLUMNS, D, WIDTH)
+        k = _held(K, first, k_row, last, COLUMNS, D, WIDTH, CHUNK)
+        v = _held(V, first, v_row, last, COLUMNS, D, WIDTH, CHUNK)
         scores = _biased(
-            _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, first, 1, ahead,
-            scale * LOG2_E, True, BIAS,
+            _product(q, k, ROWS, COLUMNS, D, WIDTH, CHUNK), biases, farthest, row[:, None], column[None, :], start,
+            first, 1, ahead, scale * LOG2_E, True, BIAS,
         )  # fmt: skip
         scores = tl.where((column < last)[None, :], scores, float("-inf"))
         p = tl.exp2(scores * factor - lse[:, None])
-        ds = p * (_dot(grad, tl.trans(v)) - delta[:, None])
-        acc += _dot(ds.to(k.dtype), k)
+        ds = p * (_product(grad, v, ROWS, COLUMNS, D, WIDTH, CHUNK) - delta[:, None])
+        acc += _weighted(ds, k, COLUMNS, D, WIDTH, CHUNK)
     _store(DQ + batch * dq_batch + head * dq_head, start, dq_row, end, acc * scale, ROWS, D, WIDTH)
 
 
@@ -121,7 +124,8 @@ def listed_dkv_kernel(
     Q, K, V, GRAD, LSE, DELTA, BIASES, DK, DV, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, g_batch, g_head, g_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     heads, T, S, size, ahead, farthest, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of a block of keys, from the rows that list it. Grid: tiles of keys, batch x heads."""
     pieces, of_rows = tl.cdiv(size, COLUMNS), tl.cdiv(size, ROWS)
@@ -133,8 +137,8 @@ def listed_dkv_kernel(
     LSE += tl.program_id(1).to(tl.int64) * T
     DELTA += tl.program_id(1).to(tl.int64) * T
     column = start + tl.arange(0, COLUMNS)
-    k = _load(K + batch * k_batch + head * k_head, start, k_row, end, COLUMNS, D, WIDTH)
-    v = _load(V + batch * v_batch + head * v_head, start, v_row, end, COLUMNS, D, WIDTH)
+    k = _held(K + batch * k_batch + head * k_head, start, k_row, end, COLUMNS, D, WIDTH, CHUNK)
+    v = _held(V + batch * v_batch + head * v_head, start, v_row, end, COLUMNS, D, WIDTH, CHUNK)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH], tl.float32)
     factor = scale * LOG2_E
@@ -145,20 +149,20 @@ def listed_dkv_kernel(
     for entry in range(tl.load(at) * of_rows, tl.load(at + 1) * of_rows):
         first, last = _piece(entry, LISTED, size, T, of_rows, ROWS)
         row = first + tl.arange(0, ROWS)
-        q = _load(Q, first, q_row, last, ROWS, D, WIDTH)
-        grad = _load(GRAD, first, g_row, last, ROWS, D, WIDTH)
+        q = _held(Q, first, q_row, last, ROWS, D, WIDTH, CHUNK)
+        grad = _held(GRAD, first, g_row, last, ROWS, D, WIDTH, CHUNK)
         lse = tl.load(LSE + row, mask=row < last, other=0.0) * LOG2_E
         lse = tl.where(lse == float("-inf"), 0.0, lse)
         delta = tl.load(DELTA + row, mask=row < last, other=0.0)
         scores = _biased(
-            _dot(k, tl.trans(q)), biases, farthest, row[None, :], column[:, None], first, start, 1, ahead,
-            scale * LOG2_E, True, BIAS,
+            _product(k, q, COLUMNS, ROWS, D, WIDTH, CHUNK), biases, farthest, row[None, :], column[:, None], first,
+            start, 1, ahead, scale * LOG2_E, True, BIAS,
         )  # fmt: skip
         scores = tl.where((row < last)[None, :], scores, float("-inf"))
         p = tl.exp2(scores * factor - lse[None, :])
-        dv += _dot(p.to(grad.dtype), grad)
-        ds = p * (_dot(v, tl.trans(grad)) - delta[None, :])
-        dk += _dot(ds.to(q.dtype), q)
+        dv += _weighted(p, grad, ROWS, D, WIDTH, CHUNK)
+        ds = p * (_product(v, grad, COLUMNS, ROWS, D, WIDTH, CHUNK) - delta[None, :])
+        dk += _weighted(ds, q, ROWS, D, WIDTH, CHUNK)
     _store(DK + batch * dk_batch + head * dk_head, start, dk_row, end, dk * scale, COLUMNS, D, WIDTH)
     _store(DV + batch * dv_batch + head * dv_head, start, dv_row, end, dv, COLUMNS, D, WIDTH)
 
@@ -167,7 +171,7 @@ def listed_dkv_kernel(
 def listed_table_kernel(
     Q, K, V, GRAD, LSE, DELTA, BIASES, SUMS, OFFSETS, LISTED, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, g_batch, g_head, g_row, heads, T, S, size, ahead, farthest, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Adds the gradient of a table to SUMS ``[tiles, batch x heads, 2 farthest + 1]``, zeros before. Grid as forward.
 
@@ -181,8 +185,8 @@ def listed_table_kernel(
     V += batch * v_batch + head * v_head
     of_rows = tl.program_id(1).to(tl.int64) * T
     row = start + tl.arange(0, ROWS)
-    q = _load(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH)
-    grad = _load(GRAD + batch * g_batch + head * g_head, start, g_row, end, ROWS, D, WIDTH)
+    q = _held(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH, CHUNK)
+    grad = _held(GRAD + batch * g_batch + head * g_head, start, g_row, end, ROWS, D, WIDTH, CHUNK)
     delta = tl.load(DELTA + of_rows + row, mask=row < end, other=0.0)
     lse = tl.load(LSE + of_rows + row, mask=row < end, other=0.0) * LOG2_E
     lse = tl.where(lse == float("-inf"), 0.0, lse)
@@ -195,14 +199,14 @@ def listed_table_kernel(
     for entry in range(tl.load(at) * of_keys, tl.load(at + 1) * of_keys):
         first, last = _piece(entry, LISTED, size, S, of_keys, COLUMNS)
         column = first + tl.arange(0, COLUMNS)
-        k = _load(K, first, k_row, last, COLUMNS, D, WIDTH)
-        v = _load(V, first, v_row, last, COLUMNS, D, WIDTH)
+        k = _held(K, first, k_row, last, COLUMNS, D, WIDTH, CHUNK)
+        v = _held(V, first, v_row, last, COLUMNS, D, WIDTH, CHUNK)
         scores = _biased(
-            _dot(q, tl.trans(k)), biases, farthest, row[:, None], column[None, :], start, first, 1, ahead,
-            scale * LOG2_E, True, TABLE,
+            _product(q, k, ROWS, COLUMNS, D, WIDTH, CHUNK), biases, farthest, row[:, None], column[None, :], start,
+            first, 1, ahead, scale * LOG2_E, True, TABLE,
         )  # fmt: skip
         scores = tl.where((column < last)[None, :], scores, float("-inf"))
-        ds = tl.exp2(scores - lse[:, None]) * (_dot(grad, tl.trans(v)) - delta[:, None])
+        ds = tl.exp2(scores - lse[:, None]) * (_product(grad, v, ROWS, COLUMNS, D, WIDTH, CHUNK) - delta[:, None])
         distance, place = column[None, :] + ahead - row[:, None], first + ahead - start
         left += tl.sum(tl.where(distance <= -farthest, ds, 0.0), 1)
         right += tl.sum(tl.where(distance >= farthest, ds, 0.0), 1)

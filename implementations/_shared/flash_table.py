@@ -34,6 +34,7 @@ CONFIGS: dict[int, dict[tuple[int, int], tuple[Config, Config, Config]]] = {
         (4, 32): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
         (4, 64): (Config(64, 32, 4, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 2)),
         (4, 128): (Config(16, 32, 4, 2), Config(16, 32, 8, 1), Config(32, 16, 8, 1)),
+        (4, 256): (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 16, 8, 1)),
     },
     80: {
         (2, 16): (Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
@@ -45,6 +46,7 @@ CONFIGS: dict[int, dict[tuple[int, int], tuple[Config, Config, Config]]] = {
         (4, 32): (Config(64, 32, 4, 2), Config(64, 16, 4, 2), Config(16, 64, 4, 2)),
         (4, 64): (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
         (4, 128): (Config(16, 32, 4, 1), Config(16, 32, 8, 1), Config(32, 16, 8, 1)),
+        (4, 256): (Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
     },
 }
 # Where CONFIGS would spill with several ranges, hidden keys or a bias: by architecture, kernel, bytes and width.
@@ -72,17 +74,24 @@ LISTED = {
 # products.
 OF_TABLE = {
     2: {256: Config(32, 32, 4, 1), 512: Config(16, 16, 4, 1)},
-    4: {256: Config(16, 16, 4, 1), 512: Config(16, 16, 8, 1)},
+    4: {256: Config(16, 16, 4, 1), 512: Config(16, 16, 8, 1), 1024: Config(16, 16, 4, 1)},
 }
+# Channels that products of rows take at a time, by bytes and width, where operands with all of them would spill.
+CHUNKS = {(4, 256): 32}
 MOST_HEADS = 65535  # blocks along the second axis of a grid
 KERNELS = ("forward", "dq", "dkv")
-WIDEST = {2: 256, 4: 128}  # channels of a head by bytes of an element: beyond them, registers spill
+WIDEST = {2: 256, 4: 256}  # channels of a head by bytes of an element: the kernels have no tiles beyond
 NARROW = {2: 128, 4: 64}  # the same where a kernel gathers rows beside
 
 
 def padded(width: int) -> int:
     """The power of two, at least 16, that a head of ``width`` channels takes in a tile."""
     return max(16, 1 << (width - 1).bit_length())
+
+
+def chunk(width: int, itemsize: int) -> int:
+    """Channels of a head that products of rows take at a time: all but where CHUNKS says otherwise."""
+    return CHUNKS.get((itemsize, padded(width)), padded(width))
 
 
 def config(

@@ -9,7 +9,7 @@ import triton
 
 from ctxbench.cost.formulas import formula
 from ctxbench.implementations._shared import flash_lists as kernels
-from ctxbench.implementations._shared.flash_table import BACKWARD, listed_config, padded
+from ctxbench.implementations._shared.flash_table import BACKWARD, chunk, listed_config, padded
 from ctxbench.implementations._shared.lines import PLAIN, SLOPES, TABLE
 from ctxbench.implementations._shared.ranges import _farthest, _like, _rows, _strides, architecture_of
 
@@ -86,8 +86,8 @@ def attend_listed(
 def _options(kernel: str, q: torch.Tensor, size: int, kind: int) -> tuple[Any, dict[str, Any]]:
     chosen = listed_config(kernel, q.shape[3], q.element_size(), architecture_of(q.device), size, kind == TABLE)
     return chosen, {
-        "D": q.shape[3], "WIDTH": padded(q.shape[3]), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
-        "num_warps": chosen.warps, "num_stages": chosen.stages,
+        "D": q.shape[3], "WIDTH": padded(q.shape[3]), "CHUNK": chunk(q.shape[3], q.element_size()), "ROWS": chosen.rows,
+        "COLUMNS": chosen.columns, "num_warps": chosen.warps, "num_stages": chosen.stages,
     }  # fmt: skip
 
 

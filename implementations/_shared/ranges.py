@@ -29,6 +29,7 @@ from ctxbench.implementations._shared.flash_table import (
     MOST_RANGES,
     WIDEST,
     Config,
+    chunk,
     config,
     padded,
 )
@@ -128,8 +129,8 @@ def _options(
     width, heavy = q.shape[3], len(kinds) > 1 or any(bias != PLAIN or not known for *_, bias, known in kinds)
     chosen = config(kernel, width, q.element_size(), architecture_of(q.device), heavy, grouped)
     return chosen, {
-        "D": width, "WIDTH": padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
-        "num_warps": chosen.warps, "num_stages": chosen.stages,
+        "D": width, "WIDTH": padded(width), "CHUNK": chunk(width, q.element_size()), "ROWS": chosen.rows,
+        "COLUMNS": chosen.columns, "num_warps": chosen.warps, "num_stages": chosen.stages,
     }  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ctxbench.implementations._shared.flash import LOG2_E, _dot, _store
+from ctxbench.implementations._shared.flash import LOG2_E
+from ctxbench.implementations._shared.flash_rows import _dot, _store
 
 
 @triton.jit

@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ctxbench.implementations._shared.flash_table import Config, padded
+from ctxbench.implementations._shared.flash_table import Config, chunk, padded
 from ctxbench.implementations._shared.lines import LEVEL, OPEN, PLAIN, SLOPES, TABLE, Placed
 
 NUMBER = 4  # bytes of a bias, of a row's log-sum-exp or sum, and of an entry of a list
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "table": 2}  # of a tile
-# Of each row of queries, once: rows of channels loaded, numbers loaded, rows stored, numbers stored.
-ONCE = {"forward": (1, 0, 1, 1), "dq": (3, 1, 1, 1), "table": (2, 2, 0, 0)}
+# Of each row of queries, once: numbers loaded, rows of channels stored, numbers stored.
+ONCE = {"forward": (0, 1, 1), "dq": (1, 1, 1), "table": (2, 0, 0)}
+# Rows of channels loaded: a tile's own once, its own again for each tile of the other side that it meets, and those of
+# that tile; and the same where products take channels in chunks, before all of them are needed side by side.
+LOADED = {"forward": (1, 0, 2), "dq": (3, 0, 2), "dkv": (2, 0, 2), "table": (2, 0, 2)}
+CHUNKED = {"forward": (0, 1, 2), "dq": (2, 2, 3), "dkv": (0, 2, 4), "table": (0, 2, 2)}
 
 
 class Work(NamedTuple):
@@ -88,33 +92,34 @@ def attended(
     ``group`` of them share a head of keys; ``farthest`` is the reach of a table of biases; ``through_lse``: dQ gets a
     gradient of the log-sum-exp too.
     """
-    row = width * itemsize
+    row, once = width * itemsize, _rows_loaded(kernel, width, itemsize)[0]
     if kernel == "dkv":
         (one,) = ranges
-        once = 2 * one.keys * row
-        return _of_keys(chosen, queries, one, row, farthest) * heads + Work(loaded=once, stored=once) * (heads // group)
-    rows, numbers, rows_stored, numbers_stored = ONCE[kernel]
+        own = Work(loaded=once * one.keys * row, stored=2 * one.keys * row)
+        return _of_keys(chosen, queries, one, width, itemsize, farthest) * heads + own * (heads // group)
+    numbers, rows_stored, numbers_stored = ONCE[kernel]
     work = Work(
-        loaded=queries * (rows * row + (numbers + through_lse) * NUMBER),
+        loaded=queries * (once * row + (numbers + through_lse) * NUMBER),
         stored=queries * (rows_stored * row + numbers_stored * NUMBER),
     )
     if kernel == "table":  # what is too far on either side, by tile of queries
         work += Work(stored=2 * NUMBER * -(-queries // chosen.rows))
         ranges = [one for one in ranges if one.bias == TABLE]
     for one in ranges:
-        work += _of_rows(kernel, chosen, queries, one, row, farthest)
+        work += _of_rows(kernel, chosen, queries, one, width, itemsize, farthest)
     return work * heads
 
 
 def listed(
     kernel: str, chosen: Config, queries: int, keys: int, size: int, entries: int, last: int, width: int,
     itemsize: int, *, heads: int = 1, batch: int = 1, bias: int = PLAIN, farthest: int = 0,
-    apart: Mapping[int, int] | None = None,
+    apart: Mapping[int, int] | None = None, lasting: int = 0,
 ) -> Work:  # fmt: skip
     """One launch over lists of blocks of ``size`` tokens with ``entries`` in the lists of all heads.
 
     ``last`` of the entries are the last block of keys, for ``dkv`` in the list of the last block of queries: it may be
-    shorter. For ``table``: how many entries begin each number of tokens after the block of queries that lists them.
+    shorter. ``lasting``: those of the other side's last block, where products take channels in chunks. ``apart``, for
+    ``table``: how many entries begin each number of tokens after the block of queries that lists them.
     """
     row, heads = width * itemsize, batch * heads
     own, other = (keys, queries) if kernel == "dkv" else (queries, keys)
@@ -135,13 +140,16 @@ def listed(
         )
         loaded += NUMBER * batch * diagonals
         stored = NUMBER * (batch * diagonals + 2 * programs)
-    loaded += seen * (2 * row + 2 * NUMBER * (kernel == "dkv"))
+    once_rows, again, others = _rows_loaded(kernel, width, itemsize)
+    own_seen = batch * -(-size // theirs) * (size * entries - (-(-own // size) * size - own) * lasting)
+    loaded += seen * (others * row + 2 * NUMBER * (kernel == "dkv")) + own_seen * again * row
     if kernel == "dkv":
-        once = Work(loaded=2 * own * row, stored=2 * own * row)
+        once = Work(loaded=once_rows * own * row, stored=2 * own * row)
     else:
-        rows, numbers, rows_stored, numbers_stored = ONCE[kernel]
+        numbers, rows_stored, numbers_stored = ONCE[kernel]
         once = Work(
-            loaded=own * (rows * row + numbers * NUMBER), stored=own * (rows_stored * row + numbers_stored * NUMBER)
+            loaded=own * (once_rows * row + numbers * NUMBER),
+            stored=own * (rows_stored * row + numbers_stored * NUMBER),
         )
     return once * heads + Work(steps, 0, steps * PRODUCTS[kernel], loaded, stored)
 
@@ -158,17 +166,25 @@ def decoded(
     steps = heads * -(-group * queries // rows) * -(-keys // columns)
     read = heads * -(-group * queries // rows) * keys
     kept = row if parts == 1 else width * NUMBER  # partial results are in float32
+    again = -(-keys // columns) if chunk(width, itemsize) < padded(width) else parts  # times that queries are loaded
     partial = Work(
-        steps, 0, 2 * steps, loaded=2 * read * row + parts * packed * row, stored=parts * packed * (kept + NUMBER)
+        steps, 0, 2 * steps, loaded=2 * read * row + again * packed * row, stored=parts * packed * (kept + NUMBER)
     )
     if parts == 1:
         return partial, Work()
     return partial, Work(loaded=packed * parts * (width + 1) * NUMBER, stored=packed * (row + NUMBER))
 
 
-def _of_rows(kernel: str, chosen: Config, queries: int, one: Keys, row: int, farthest: int) -> Work:
+def _rows_loaded(kernel: str, width: int, itemsize: int) -> tuple[int, int, int]:
+    return (CHUNKED if chunk(width, itemsize) < padded(width) else LOADED)[kernel]
+
+
+def _of_rows(
+    kernel: str, chosen: Config, queries: int, one: Keys, width: int, itemsize: int, farthest: int
+) -> Work:  # fmt: skip
     """What tiles of queries, of one head, do with one range."""
-    work, block = Work(), chosen.columns
+    work, block, row = Work(), chosen.columns, width * itemsize
+    _once, again, others = _rows_loaded(kernel, width, itemsize)
     for start in range(0, queries, chosen.rows):
         final = min(start + chosen.rows, queries) - 1
         first, all_first = (_key_at(one.low, at, one.keys, 0) for at in (start, final))
@@ -178,7 +194,8 @@ def _of_rows(kernel: str, chosen: Config, queries: int, one: Keys, row: int, far
             near = max(start - one.ahead - farthest + 1, 0), max(final - one.ahead + farthest, 0)
         met = _met(first, end, all_first, all_end, *near, block)
         seen = min(met.last * block, one.keys) - met.first * block if met.tiles else 0
-        loaded = seen * (2 * row + NUMBER * (not one.known)) + _biases(met, one.bias, chosen)
+        loaded = seen * (others * row + NUMBER * (not one.known)) + _biases(met, one.bias, chosen)
+        loaded += met.tiles * (final + 1 - start) * again * row
         stored = 0
         if kernel == "table":
             places = (tile * block + one.ahead - start for tile in met.edges())
@@ -199,9 +216,10 @@ def seen_by_rows(start: int, side: int, queries: int, one: Keys) -> tuple[int, i
     return (met.first, met.inner, met.outer, met.last) if first < end else (0, 0, 0, 0)
 
 
-def _of_keys(chosen: Config, queries: int, one: Keys, row: int, farthest: int) -> Work:
+def _of_keys(chosen: Config, queries: int, one: Keys, width: int, itemsize: int, farthest: int) -> Work:
     """What tiles of keys do with the queries of one head."""
-    work, block = Work(), chosen.rows
+    work, block, row = Work(), chosen.rows, width * itemsize
+    _once, again, others = _rows_loaded("dkv", width, itemsize)
     for start in range(0, one.keys, chosen.columns):
         final = min(start + chosen.columns, one.keys) - 1
         first, all_first = (_row_past(one.high, at, queries, 0) for at in (start, final))
@@ -211,8 +229,8 @@ def _of_keys(chosen: Config, queries: int, one: Keys, row: int, farthest: int) -
             near = max(start + one.ahead - farthest + 1, 0), max(final + one.ahead + farthest, 0)
         met = _met(first, end, all_first, all_end, *near, block)
         seen = min(met.last * block, queries) - met.first * block if met.tiles else 0
-        hidden = met.tiles * (final + 1 - start) * NUMBER * (not one.known)
-        loaded = seen * (2 * row + 2 * NUMBER) + hidden + _biases(met, one.bias, chosen)
+        own = met.tiles * (final + 1 - start) * (again * row + NUMBER * (not one.known))
+        loaded = seen * (others * row + 2 * NUMBER) + own + _biases(met, one.bias, chosen)
         work += Work(met.tiles, met.unmasked, met.tiles * PRODUCTS["dkv"], loaded)
     return work
 

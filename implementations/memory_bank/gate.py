@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations._shared.flash import _dot
+from ctxbench.implementations._shared.flash_rows import _dot
 
 
 class Tile(NamedTuple):

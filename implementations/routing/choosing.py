@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations._shared.flash import _dot, _load
+from ctxbench.implementations._shared.flash_rows import _dot, _load
 from ctxbench.implementations._shared.flash_table import padded
 from ctxbench.implementations._shared.ranges import _rows, _strides
 from ctxbench.implementations.routing.gathered import Lists

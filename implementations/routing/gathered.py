@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations._shared.flash import LOG2_E, _dot
+from ctxbench.implementations._shared.flash import LOG2_E
+from ctxbench.implementations._shared.flash_rows import _dot
 from ctxbench.implementations._shared.flash_table import BACKWARD, padded
 from ctxbench.implementations._shared.ranges import _rows, _strides, architecture_of
 from ctxbench.implementations.routing.launch import config

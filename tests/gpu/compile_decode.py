@@ -12,32 +12,31 @@ from typing import Any
 from compile_flash import compile_function, report
 
 from ctxbench.implementations._shared import decode, decode_table
-from ctxbench.implementations._shared.flash_table import padded
+from ctxbench.implementations._shared.flash_table import chunk, padded
 
 SIZES = ("heads", "T", "capacity", "keys", "start", "sinks", "chunk", "parts")
-WARPS = {"partial": 4, "merge": 1}
 
 
 def compile_kernel(kernel: str, width: int, itemsize: int, architecture: int) -> Any:
     """Pointers and strides are marked as multiples of 16, as they are at run time."""
     function, chosen = getattr(decode, f"{kernel}_kernel"), decode_table.config(width, itemsize)
     constants = {
-        "D": width, "WIDTH": padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns, "GROUP": 4, "CAUSAL": True,
-        "RING": True, "PARTS": decode.PARTS,
+        "D": width, "WIDTH": padded(width), "CHUNK": chunk(width, itemsize), "ROWS": chosen.rows,
+        "COLUMNS": chosen.columns, "GROUP": 4, "CAUSAL": True, "RING": True, "PARTS": decode.PARTS,
     }  # fmt: skip
     pointers = {"LSE": "*fp32", "PARTIAL_LSE": "*fp32", "PARTIAL": "*fp32"}
     if kernel == "partial":
         pointers["OUT"] = "*fp32"
     return compile_function(
-        function, constants, {2: "bf16", 4: "fp32"}[itemsize], pointers, SIZES, architecture, WARPS[kernel],
-        chosen.stages,
+        function, constants, {2: "bf16", 4: "fp32"}[itemsize], pointers, SIZES, architecture,
+        chosen.warps if kernel == "partial" else 1, chosen.stages,
     )  # fmt: skip
 
 
 def asked(wanted: list[str]) -> Iterator[tuple[dict[str, Any], Any]]:
     for item in wanted:
         architecture, itemsize, width = map(int, item.split(":"))
-        for kernel in WARPS:
+        for kernel in ("partial", "merge"):
             row = {"kernel": kernel, "architecture": architecture, "itemsize": itemsize, "width": width}
             yield row, compile_kernel(kernel, width, itemsize, architecture)
 

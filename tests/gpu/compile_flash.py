@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ctxbench.implementations._shared import flash, flash_bias, flash_lists, flash_table, lines
+from ctxbench.method import DTYPE_BYTES
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FORMS = {  # kinds of the lines of each range
@@ -58,9 +59,10 @@ def compile_kernel(
     if form.startswith("lists"):
         function = getattr(flash_lists, f"listed_{kernel}_kernel")
     constants = {
-        "D": width, "WIDTH": flash_table.padded(width), "ROWS": chosen.rows, "COLUMNS": chosen.columns,
-        "KINDS": kinds, "RANGES": len(kinds), "LOW": kinds[0][0], "HIGH": kinds[0][1], "BIAS": kinds[0][2],
-        "KNOWN": kinds[0][3], "GROUP": 4 if form == "groups" else 1, "THROUGH_LSE": True,
+        "D": width, "WIDTH": flash_table.padded(width), "CHUNK": flash_table.chunk(width, DTYPE_BYTES[dtype]),
+        "ROWS": chosen.rows, "COLUMNS": chosen.columns, "KINDS": kinds, "RANGES": len(kinds), "LOW": kinds[0][0],
+        "HIGH": kinds[0][1], "BIAS": kinds[0][2], "KNOWN": kinds[0][3], "GROUP": 4 if form == "groups" else 1,
+        "THROUGH_LSE": True,
     }  # fmt: skip
     line = ("i32",) * 4
     one = (f"*{dtype}", f"*{dtype}", *["i32"] * 8, line, line, "i32", "i32", "*i32")

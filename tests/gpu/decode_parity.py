@@ -29,6 +29,7 @@ CASES = {  # heads, heads of keys, queries, rows of the cache, keys in it, width
     "grouped, beyond a tile of queries": (4, 1, 5, 50, 50, 32, 0, 0, True),
     "ring": (1, 1, 1, 61, 61, 16, 17, 0, True),
     "ring, few queries": (2, 1, 4, 61, 61, 16, 44, 0, True),
+    "wide heads": (2, 1, 3, 40, 37, 136, 0, 0, True),
     "ring behind sinks": (2, 2, 2, 61, 61, 16, 30, 4, True),
 }
 SOME = ("one query", "grouped", "ring behind sinks")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ class Counted:
             return store(pointers, value, mask, *rest)
 
         def counting_dot(*operands: Any) -> Any:
-            self.products += 1
+            a, b, *_ = operands
+            self.volumes.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
             return dot(*operands)
 
         interpreter_builder.create_masked_load = counting_load
@@ -90,13 +92,17 @@ class Counted:
         interpreter_builder.create_dot = counting_dot
 
         def counting_run(function: Any, *arguments: Any, **options: Any) -> None:
-            self.products = self.loaded = self.stored = 0
+            self.volumes, self.loaded, self.stored = [], 0, 0
             run(function, *arguments, **options)
             given = dict(zip(function.arg_names, arguments, strict=False)) | options
             module = function.fn.__module__.rpartition(".")[2]
             work = expected(module, function.__name__, given)
             if work is not None:
-                received = self.products, self.loaded, self.stored
+                products = len(self.volumes)
+                if "CHUNK" in given:  # of tiles with all channels
+                    rows, columns = (given.get(name, given.get("SIDE")) for name in ("ROWS", "COLUMNS"))
+                    products = Fraction(sum(self.volumes), rows * columns * given["WIDTH"])
+                received = products, self.loaded, self.stored
                 assert received == work[2:], (function.__name__, received, work)
                 self.launches.append(f"{module}.{function.__name__.removesuffix('_kernel').rpartition('_')[2]}")
 
@@ -134,9 +140,11 @@ def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None
         rows = (given["OFFSETS"].diff(dim=1).flatten().cumsum(0)[None] <= torch.arange(blocks.numel())[:, None]).sum(1)
         rows %= given["OFFSETS"].shape[1] - 1  # of each entry: the row that lists it
         apart = Counter((blocks * size + given["ahead"] - rows * size).tolist())
+        lasting = int((rows == given["OFFSETS"].shape[1] - 2).sum())
         return tiles.listed(
             kernel, chosen, queries, keys, size, blocks.numel(), int((blocks == last).sum()), width, q.element_size(),
             heads=heads, batch=batch, bias=given.get("BIAS", lines.TABLE), farthest=given["farthest"], apart=apart,
+            lasting=lasting,
         )  # fmt: skip
     kinds = [(given["LOW"], given["HIGH"], given["BIAS"], given["KNOWN"])] if kernel == "dkv" else given["KINDS"]
     ranges = []

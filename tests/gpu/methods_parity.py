@@ -47,6 +47,9 @@ CASES: dict[str, tuple[Method, dict[str, Any], dict[str, Any]]] = {  # method, p
     "bigbird, table": (
         bigbird.METHOD, {"block_size": 20, "num_random": 1}, {"causal": False, "seq_len": 207, "num_heads": 1,
         "d_model": 16, "position": "t5"}),
+    "bigbird, wide heads": (
+        bigbird.METHOD, {"block_size": 20, "num_random": 1}, {"causal": False, "seq_len": 90, "num_heads": 1,
+        "d_model": 136, "position": "t5"}),
     "bigbird, three blocks": (bigbird.METHOD, {"block_size": 16, "num_random": 1}, {"causal": False}),
     "bigbird, one block": (bigbird.METHOD, {"block_size": 64}, {"causal": False}),
     "bigbird, external": (

@@ -12,7 +12,7 @@ from ctxbench.implementations._shared import flash_table
 
 SHARED = {90: 232448, 80: 101376}  # bytes a block may have; the second is what devices of capability 8.6 and 8.9 have
 # architecture:bytes of an element:width[/form]. The widest heads, where the limits bind, and a width that is padded.
-BINDING = ["90:2:64", "90:2:128", "80:2:128", "90:4:64", "80:4:64", "90:2:96", "90:2:256", "80:4:128"]
+BINDING = ["90:2:64", "90:2:128", "80:2:128", "90:4:64", "80:4:64", "90:2:96", "90:2:256", "80:4:128", "90:4:256"]
 FORMS = [
     "90:2:128/steps",
     "90:2:128/table",
@@ -20,6 +20,8 @@ FORMS = [
     "90:2:128/lists",
     "80:4:64/lists",
     "80:2:128/lists-table",
+    "80:4:256/steps",
+    "80:4:256/lists-table",
 ]
 DOCS = Path(__file__).parents[2] / "docs"
 

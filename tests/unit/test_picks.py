@@ -109,11 +109,15 @@ def test_a_line_says_where_it_holds() -> None:
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_every_table_picks_one_sound_impl_that_runs_wherever_one_does(method: Method) -> None:
     params = method.params()
-    shapes = itertools.product((1, 1024, 131072), (16, 64, 250, 256), (1, 4), method.causal or (True,))
+    causal = method.causal or (True,)
+    shapes = [
+        *itertools.product((1, 1024, 131072), (16, 64, 250, 256), (1, 4), causal, (1,)),
+        *itertools.product((1024,), (250,), (4,), causal, (1 << 15,)),  # more heads than one axis of a grid has blocks
+    ]
     used, runs = set(), set()
-    for length, width, layers, causal in shapes:
+    for length, width, layers, causal, batch in shapes:
         layers = max(layers, method.fewest_layers(params))
-        dims = Dims(length, d_model=4 * width, num_layers=layers, causal=causal, position=method.positions[0])
+        dims = Dims(length, batch, 4 * width, num_layers=layers, causal=causal, position=method.positions[0])
         for mode, (device, capability), dtype in itertools.product(
             MODES, (("cpu", None), ("cuda", None), ("cuda", 80), ("cuda", 90)), DTYPES
         ):
