@@ -57,6 +57,19 @@ class Part(NamedTuple):
     rows: slice
     heads: slice
 
+    @property
+    def items(self) -> int:
+        """Heads of rows of the batch."""
+        return (self.rows.stop - self.rows.start) * (self.heads.stop - self.heads.start)
+
+
+def parts(B: int, H: int, fit: int) -> Iterator[Part]:
+    """Cover a batch and its heads by at most ``fit`` items at a time; the first part is a largest one."""
+    rows, heads = max(1, fit // H), min(H, fit)
+    for row in range(0, B, rows):
+        for head in range(0, H, heads):
+            yield Part(slice(row, min(row + rows, B)), slice(head, min(head + heads, H)))
+
 
 class _Scratch:
     """Buffers that every part and slab use again."""
@@ -67,19 +80,11 @@ class _Scratch:
         self.q, self.k, self.v, self.bias, self.causal, self.scale = q, k, v, bias, causal, scale
         B, H, n, D = q.shape
         K, r = k.shape[2], min(n, BLOCK)
-        fit = max(1, SLAB // max(1, r * K))  # items whose scores stay in a cache
-        self.most_rows, self.most_heads = min(B, max(1, fit // H)), min(H, fit)
-        g = self.most_rows * self.most_heads
+        self.parts = list(parts(B, H, max(1, SLAB // max(1, r * K))))  # whose scores stay in a cache
+        g = self.parts[0].items
         self.keys, self.values = q.new_empty(g * K * D), q.new_empty(g * K * D)
         self.queries, self.scores = q.new_empty(g * r * D), q.new_empty(g * r * K)
         self.future = q.new_full((r, r), -math.inf).triu_(1) if causal else None
-
-    def parts(self) -> Iterator[Part]:
-        """Cover the batch and its heads."""
-        B, H = self.q.shape[:2]
-        for row in range(0, B, self.most_rows):
-            for head in range(0, H, self.most_heads):
-                yield Part(slice(row, min(row + self.most_rows, B)), slice(head, min(head + self.most_heads, H)))
 
     def slabs(self) -> Iterator[Slab]:
         """Cover the queries."""
@@ -91,8 +96,7 @@ class _Scratch:
     def seen(self, part: Part, slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a slab, ``[g, m, D]``: a fused kernel reads heads where they are, products copy them."""
         if slab.begin and not self.causal:  # as in the slab before
-            g = (part.rows.stop - part.rows.start) * (part.heads.stop - part.heads.start)
-            shape = (g, slab.keys, self.q.shape[3])
+            shape = (part.items, slab.keys, self.q.shape[3])
             return self.keys[: math.prod(shape)].view(shape), self.values[: math.prod(shape)].view(shape)
         keys = slice(slab.keys)
         return copied(self.k[:, :, keys], part, self.keys), copied(self.v[:, :, keys], part, self.values)
@@ -133,7 +137,7 @@ class _Products(torch.autograd.Function):
         B, H, n, D = q.shape
         out = q.new_empty(B, n, H, D).transpose(1, 2)
         scratch = _Scratch(q, k, v, bias, causal, scale)
-        for part in scratch.parts():
+        for part in scratch.parts:
             for slab in scratch.slabs():
                 rows, (keys, values) = slice(slab.begin, slab.end), scratch.seen(part, slab)
                 query = copied(q[:, :, rows], part, scratch.queries)
@@ -155,7 +159,7 @@ class _Products(torch.autograd.Function):
         dbias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[3] else None
         dkeys, dvalues = (torch.empty_like(scratch.keys, dtype=wide) for _ in range(2))
         product, drows, dscores = (torch.empty_like(a) for a in (scratch.keys, scratch.queries, scratch.scores))
-        for part in scratch.parts():
+        for part in scratch.parts:
             there = [into[part.rows, part.heads] for into in (dk, dv)]
             to_keys, to_values = (
                 total[: place.numel()].view(place.shape).flatten(0, 1).zero_()

@@ -31,5 +31,9 @@ def backward_scratch(queries: Expr | int, keys: Expr | int, rows: Expr | int = B
 def _items(queries: Expr | int, keys: Expr | int, rows: Expr | int) -> Expr:
     """Heads of rows of the batch that are computed together."""
     r = Min(sympify(queries), BLOCK)
-    fit = Max(1, floor(SLAB / Max(1, r * keys)))
+    return items(Max(1, floor(SLAB / Max(1, r * keys))), rows)
+
+
+def items(fit: Expr, rows: Expr | int = B) -> Expr:
+    """Of the largest of ``products.parts``."""
     return Min(rows, Max(1, floor(fit / h))) * Min(h, fit)

@@ -4,13 +4,14 @@ Keys and values are copied once so that a block is one row of a matrix. A slab i
 one where it is long; the blocks its rows see are gathered side by side, and since every row of a slab sees equally
 many, the slab is one batched product.
 The two rows next to the ends see one block less and are a slab of their own. Queries of the two global rows meet all
-keys, a few at a time. Only the last block may be shorter; every list ends with it, so the gathered keys are cut there
-and every executed pair is a visible one. The backward pass computes the probabilities again, as fused kernels do.
+keys, a few heads at a time. Only the last block may be shorter; every list ends with it, so the gathered keys are cut
+there and every executed pair is a visible one. The backward pass computes the probabilities again, as fused kernels do.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,11 +19,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctxbench.implementations._shared.positions import Bias, Position
+from ctxbench.implementations._shared.products import Part, parts
 from ctxbench.implementations._shared.slabs import attend_slabs
 from ctxbench.implementations.bigbird.layer import Plan
 
 SLAB = 256  # queries whose scores are alive together
-END = 64  # queries of a global row whose scores are alive together
+END = 128  # queries of global rows whose scores are alive together, for as many heads as
+END_SCORES = 1 << 20  # scores of them: few enough for a last-level cache, but of two heads at least
 
 
 def attend(
@@ -52,29 +55,46 @@ def slabs(plan: Plan) -> Iterator[Slab]:
         yield Slab(slice(start, min(start + step, stop)), plan.inner[:, start - 2 : start - 2 + step])
 
 
-def ends(plan: Plan, T: int) -> Iterator[slice]:
-    """Every token of the first and of the last block, once."""
-    for start, stop in ((0, plan.size), ((plan.num_blocks - 1) * plan.size, T)):
-        for piece in range(start, stop, END):
-            yield slice(piece, min(piece + END, stop))
+class End(NamedTuple):
+    """Queries of the first and of the last block, one or two ranges of tokens, in some heads of the batch."""
+
+    tokens: tuple[slice, ...]
+    part: Part
+
+    @property
+    def queries(self) -> int:
+        """Of all these heads together."""
+        return self.part.items * sum(a.stop - a.start for a in self.tokens)
+
+
+def ends(plan: Plan, B: int, H: int, T: int) -> Iterator[End]:
+    """Every token of the first and of the last block in every head, once."""
+    last = (plan.num_blocks - 1) * plan.size
+    tokens = plan.size + T - last
+    fit = max(2, END_SCORES // (min(tokens, END) * T))
+    for begin in range(0, tokens, END):
+        stop = min(begin + END, tokens)
+        near, skipped = slice(begin, min(stop, plan.size)), last - plan.size
+        far = slice(skipped + max(begin, plan.size), skipped + stop)
+        pieces = tuple(piece for piece in (near, far) if piece.start < piece.stop)
+        yield from (End(pieces, part) for part in parts(B, H, fit))
 
 
 class Biases(NamedTuple):
     """What is added to the scores of one slab: ``line: [H, 2 T - 1]`` by distance, and where keys and queries are.
 
-    ``keys: [H or 1, rows, m]`` are positions, ``queries: [rows]`` those of each row's first query.
+    Positions of ``keys: [g or 1, rows, m]`` and ``queries: [rows, b]``, seen by ``heads: [g]``.
     """
 
     line: torch.Tensor
+    heads: torch.Tensor
     keys: torch.Tensor
     queries: torch.Tensor
 
     def places(self, skipped: int, count: int) -> torch.Tensor:
-        """Where in the flat line the biases of ``count`` queries of each row lie: ``[H, rows, count, m]``."""
-        heads, length = self.line.shape
-        query = self.queries[:, None] + skipped + torch.arange(count, device=self.line.device)
-        begin = torch.arange(heads, device=self.line.device).view(-1, 1, 1, 1) * length
-        return begin + self.keys[:, :, None, :] - query[:, :, None] + length // 2
+        """Where in the flat line the biases of ``count`` queries of each row lie: ``[g, rows, count, m]``."""
+        length, queries = self.line.shape[1], self.queries[:, skipped : skipped + count]
+        return self.heads.view(-1, 1, 1, 1) * length + self.keys[:, :, None, :] - queries[:, :, None] + length // 2
 
 
 class Operands(NamedTuple):
@@ -84,24 +104,28 @@ class Operands(NamedTuple):
     keys: torch.Tensor  # [n, m, D], as values
     values: torch.Tensor
     scores: torch.Tensor  # flat
-    bias: Biases | None
+    bias: Biases | None = None
+    blocks: tuple[torch.Tensor, ...] = ()  # of keys and of values, whole: [n * columns, b * D]
 
 
 class _Scratch:
-    """Buffers that every slab uses again."""
+    """Buffers that every slab uses again. Slabs of one form, all but the first and the last, share their operands."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, line: torch.Tensor | None):
         self.plan, (self.B, self.H, self.T, self.D) = plan, q.shape
         self.line = line
         self.q, self.keys, self.values = q, self.by_block(k), self.by_block(v)
-        self.slabs = list(slabs(plan))
+        self.slabs, self.ends = list(slabs(plan)), list(ends(plan, self.B, self.H, self.T))
         rows = max(slab.columns.shape[1] for slab in self.slabs)
         blocks = self.B * self.H * max(slab.columns[0].numel() for slab in self.slabs)
         self.queries = q.new_empty(self.B * self.H * rows * plan.size * self.D)
         self.seen_keys, self.seen_values = (q.new_empty(blocks, plan.size * self.D) for _ in range(2))
-        of_end = self.B * self.H * min(plan.size, END) * self.T
+        of_end = self.ends[0].queries * self.T
         self.scores = q.new_empty(max(of_end, blocks * plan.size * min(plan.size, SLAB)))
         self.first = torch.arange(self.B * self.H, device=q.device).view(self.B, self.H, 1, 1) * plan.num_blocks
+        self.of_q = self.by_slab(q, self.queries)
+        self.indices = [(self.first + slab.columns).view(-1) for slab in self.slabs]
+        self._operands: dict[torch.Size, Operands] = {}
 
     def by_block(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, T, D]`` as ``[B * H * num_blocks, size * D]``; what the last block lacks is never read."""
@@ -110,47 +134,69 @@ class _Scratch:
         blocks[:, :, : self.T] = x
         return blocks.view(-1, plan.size * self.D)
 
-    def load(self, slab: Slab) -> tuple[Operands, torch.Tensor]:
-        """Copy the queries of a slab and gather the blocks they see; the rows of those come second."""
-        b, D, columns = self.plan.size, self.D, slab.columns.shape[2]
-        index = (self.first + slab.columns).flatten()
-        n = index.numel() // columns
-        m = (columns - 1) * b + self.T - (self.plan.num_blocks - 1) * b
-        queries = self.rows(self.q, self.queries, slab, write=False)
-        seen = []
-        for blocks, buffer in ((self.keys, self.seen_keys), (self.values, self.seen_values)):
-            gathered = torch.index_select(blocks, 0, index, out=buffer[: index.numel()])
-            seen.append(gathered.view(n, columns * b, D)[:, :m])
-        bias = None
-        if self.line is not None:
-            tokens = slab.columns[:, :, :, None] * b + torch.arange(b, device=index.device)
-            rows = torch.arange(self.plan.num_blocks, device=index.device)[slab.rows]
-            bias = Biases(self.line, tokens.flatten(2)[:, :, :m], rows * b)
-        return Operands(queries, seen[0], seen[1], self.scores, bias), index
+    def by_slab(self, x: torch.Tensor, buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The rows of each slab in ``x: [B, H, T, D]`` and in a flat buffer, both ``[B, H, rows, b, D]``: views."""
+        b = self.plan.size
+        between = x[:, :, : (self.plan.num_blocks - 1) * b].unflatten(2, (-1, b))
+        rows = [between[:, :, slab.rows] for slab in self.slabs]
+        return [(there, buffer[: there.numel()].view(there.shape)) for there in rows]
 
-    def load_end(self, tokens: slice) -> Operands:
-        """Copy some queries of a global row; their keys are all keys."""
-        keys, values = (self.by_token(blocks) for blocks in (self.keys, self.values))
+    def load(self, i: int) -> Operands:
+        """Copy the queries of slab i and gather the blocks they see."""
+        form = self.slabs[i].columns.shape[1:]
+        if form not in self._operands:
+            self._operands[form] = self._cut(*form)
+        part, (queries, place) = self._operands[form], self.of_q[i]
+        place.copy_(queries)
+        for blocks, buffer in zip((self.keys, self.values), part.blocks, strict=True):
+            torch.index_select(blocks, 0, self.indices[i], out=buffer)
+        return part if self.line is None else part._replace(bias=self._biases(self.slabs[i]))
+
+    def _cut(self, rows: int, columns: int) -> Operands:
+        n, b, D = self.B * self.H * rows, self.plan.size, self.D
+        m = self.T - (self.plan.num_blocks - columns) * b
+        blocks = tuple(a[: n * columns] for a in (self.seen_keys, self.seen_values))
+        keys, values = (a.view(n, columns * b, D)[:, :m] for a in blocks)
+        return Operands(self.queries[: n * b * D].view(n, b, D), keys, values, self.scores, blocks=blocks)
+
+    def _biases(self, slab: Slab) -> Biases:
+        assert self.line is not None
+        b, device = self.plan.size, self.q.device
+        inside = torch.arange(b, device=device)
+        tokens = (slab.columns[:, :, :, None] * b + inside).flatten(2)
+        rows = torch.arange(self.plan.num_blocks, device=device)[slab.rows]
+        heads = torch.arange(self.H, device=device)
+        keys = tokens[:, :, : self.T - (self.plan.num_blocks - slab.columns.shape[2]) * b]
+        return Biases(self.line, heads, keys, rows[:, None] * b + inside)
+
+    def load_end(self, end: End) -> Operands:
+        """Copy some queries of the global rows; their keys are all keys."""
+        keys, values = (self.by_token(blocks, end.part) for blocks in (self.keys, self.values))
         bias = None
         if self.line is not None:
             everywhere = torch.arange(self.T, device=self.q.device)
-            bias = Biases(self.line, everywhere.view(1, 1, -1), everywhere[tokens.start : tokens.start + 1])
-        return Operands(_copy(self.q, tokens), keys, values, self.scores, bias)
+            heads = torch.arange(self.H, device=self.q.device).expand(self.B, -1)[end.part].flatten()
+            queries = torch.cat([everywhere[tokens] for tokens in end.tokens])
+            bias = Biases(self.line, heads, everywhere.view(1, 1, -1), queries[None])
+        return Operands(read_end(self.q, end), keys, values, self.scores, bias)
 
-    def by_token(self, blocks: torch.Tensor) -> torch.Tensor:
-        """The matrix of all blocks as ``[B * H, T, D]``, a view."""
-        return blocks.view(self.B * self.H, -1, self.D)[:, : self.T]
+    def by_token(self, blocks: torch.Tensor, part: Part) -> torch.Tensor:
+        """Some heads of the matrix of all blocks as ``[g, T, D]``, a view."""
+        return blocks.view(self.B, self.H, -1, self.D)[part.rows, part.heads, : self.T].flatten(0, 1)
 
-    def rows(self, x: torch.Tensor, buffer: torch.Tensor, slab: Slab, write: bool) -> torch.Tensor:
-        """A slab's rows of ``x: [B, H, T, D]``, copied into a buffer or, to ``write``, out of it: ``[n, b, D]``."""
-        b = self.plan.size
-        by_block = x[:, :, : (self.plan.num_blocks - 1) * b].unflatten(2, (-1, b))[:, :, slab.rows]
-        place = buffer[: by_block.numel()].view(by_block.shape)
-        if write:
-            by_block.copy_(place)
-        else:
-            place.copy_(by_block)
-        return place.view(-1, b, self.D)
+
+def read_end(x: torch.Tensor, end: End) -> torch.Tensor:
+    """Copy an end's tokens of ``x: [B, H, T, D]``: ``[g, c, D]``."""
+    there = x[end.part]
+    return torch.cat([there[:, :, tokens] for tokens in end.tokens], dim=2).flatten(0, 1)
+
+
+def write_end(x: torch.Tensor, rows: torch.Tensor, end: End) -> None:
+    """Copy such rows back."""
+    there = x[end.part]
+    by_head = rows.view(*there.shape[:2], *rows.shape[1:])
+    for tokens, part in zip(end.tokens, by_head.split([a.stop - a.start for a in end.tokens], dim=2), strict=True):
+        there[:, :, tokens] = part
 
 
 def probabilities(query: torch.Tensor, slab: Operands, skipped: int = 0) -> torch.Tensor:
@@ -168,11 +214,6 @@ def probabilities(query: torch.Tensor, slab: Operands, skipped: int = 0) -> torc
     return torch.softmax(scores, dim=2, out=scores)
 
 
-def _copy(x: torch.Tensor, tokens: slice) -> torch.Tensor:
-    """Some tokens of ``x: [B, H, T, D]`` as ``[B * H, c, D]``."""
-    return x[:, :, tokens].clone(memory_format=torch.contiguous_format).flatten(0, 1)
-
-
 class _Blocks(torch.autograd.Function):
     """All rows, where there are any between the first and the last."""
 
@@ -185,15 +226,14 @@ class _Blocks(torch.autograd.Function):
         ctx.plan = plan
         out = q.new_empty(B, T, H, D).transpose(1, 2)
         scratch = _Scratch(q, k, v, plan, line)
-        for tokens in ends(plan, T):
-            part = scratch.load_end(tokens)
-            rows = part.queries.baddbmm_(probabilities(part.queries, part), part.values, beta=0)
-            out[:, :, tokens] = rows.view(B, H, -1, D)
-        for slab in scratch.slabs:
-            part, _ = scratch.load(slab)
+        for end in scratch.ends:
+            part = scratch.load_end(end)
+            write_end(out, part.queries.baddbmm_(probabilities(part.queries, part), part.values, beta=0), end)
+        for i, (rows, place) in enumerate(scratch.by_slab(out, scratch.queries)):
+            part = scratch.load(i)
             for piece, query in enumerate(part.queries.split(SLAB, dim=1)):
                 query.baddbmm_(probabilities(query, part, piece * SLAB), part.values, beta=0)
-            scratch.rows(out, scratch.queries, slab, write=True)
+            rows.copy_(place)
         return out
 
     @staticmethod
@@ -228,30 +268,32 @@ class _Sums:
     def add_ends(self, grad: torch.Tensor, dq: torch.Tensor) -> None:
         """The global rows; their part of ``dq`` is written."""
         scratch = self.scratch
-        columns = torch.empty_like(scratch.by_token(scratch.keys))
+        product = scratch.keys.new_empty(math.prod(scratch.by_token(scratch.keys, scratch.ends[0].part).shape))
+        for end in scratch.ends:
+            part, dout = scratch.load_end(end), read_end(grad, end)
+            columns = product[: part.keys.numel()].view(part.keys.shape)
+            self._add(part, part.queries, dout, columns, functools.partial(self._add_end, end, columns))
+            write_end(dq, dout, end)
 
-        def add(total: torch.Tensor) -> None:
-            scratch.by_token(total).add_(columns)
-
-        for tokens in ends(scratch.plan, scratch.T):
-            part, dout = scratch.load_end(tokens), _copy(grad, tokens)
-            self._add(part, part.queries, dout, columns, add)
-            dq[:, :, tokens] = dout.view(scratch.B, scratch.H, -1, scratch.D)
+    def _add_end(self, end: End, columns: torch.Tensor, total: torch.Tensor) -> None:
+        self.scratch.by_token(total, end.part).add_(columns)
 
     def add_slabs(self, grad: torch.Tensor, dq: torch.Tensor) -> None:
         """All other rows; their part of ``dq`` is written."""
         scratch = self.scratch
         drows, product = torch.empty_like(scratch.queries), torch.zeros_like(scratch.seen_keys)
-        for slab in scratch.slabs:
-            (part, index), drow = scratch.load(slab), scratch.rows(grad, drows, slab, write=False)
-            blocks = product[: index.numel()]
+        of_grad, of_dq = (scratch.by_slab(x, drows) for x in (grad, dq))
+        for i, index in enumerate(scratch.indices):
+            part, (rows, place) = scratch.load(i), of_grad[i]
+            drow = place.copy_(rows).flatten(0, 2)
+            blocks = product[: len(index)]
             n, m, D = part.keys.shape
             columns = blocks.view(n, -1, D)[:, :m]
             add = functools.partial(self._add_blocks, index, blocks)
             pieces = zip(part.queries.split(SLAB, dim=1), drow.split(SLAB, dim=1), strict=True)
             for piece, (query, dout) in enumerate(pieces):
                 self._add(part, query, dout, columns, add, piece * SLAB)
-            scratch.rows(dq, drows, slab, write=True)
+            of_dq[i][0].copy_(place)
 
     def _add_blocks(self, index: torch.Tensor, blocks: torch.Tensor, total: torch.Tensor) -> None:
         total.index_add_(0, index, blocks.to(self.wide))

@@ -15,11 +15,13 @@ from ctxbench.implementations._shared.forms import (
     stack_peak,
     trained,
 )
+from ctxbench.implementations._shared.products_forms import items
 from ctxbench.implementations.bigbird.etc_cost import etc_cost
 from ctxbench.implementations.bigbird.params import BigBirdParams
 from ctxbench.method import ROPE
 
-SLAB, END = Integer(256), Integer(64)  # queries of the blocked impl whose scores are alive together
+# Of the blocked impl: queries whose scores are alive together, in slabs and of global rows, and scores of these.
+SLAB, END, END_SCORES = Integer(256), Integer(128), Integer(1 << 20)
 b, r = param("block_size"), param("num_random")
 blocks = ceiling(T / b)
 last = T - (blocks - 1) * b  # tokens of the last block
@@ -56,20 +58,24 @@ def _peak(impl: str, mode: str, position: str) -> Expr:
     return rotated(most, mode) if rotates else most
 
 
-row, piece = tensor(B, T, d), tensor(B, Min(b, END), d)  # bytes of a sequence, and of some queries of a global row
+row = tensor(B, T, d)  # bytes of a sequence
+_few = Min(b + last, END)  # queries of the global rows, for some heads of the batch
+_heads = items(Max(2, floor(END_SCORES / (_few * T))))
+piece, end_keys = e * _heads * _few * d / h, e * _heads * T * d / h
 padded = tensor(B, blocks * b, d)
 _edges, _inner = Min(2, blocks - 2), Max(0, Min(Max(1, floor(SLAB / b)), blocks - 4))  # rows of each kind of slab
 few = blocks <= 2  # nothing between the ends: the fused impls are one call
 # The lists of the rows between the ends, int32: where each begins, and the blocks.
 _listed = _edges * (4 + Min(r, blocks - 4)) + Max(0, blocks - 4) * (5 + Min(r, blocks - 5))
 lists = 4 * h * (blocks - 1 + _listed)
+indices = 8 * B * h * _listed  # of the blocked impl: the blocks, numbered over the batch
 
 
 def _buffers(gathered: int, scores: int, queries: int) -> Expr:
     """Bytes of so many copies of what the largest slab needs: gathered blocks, scores, queries."""
     most, rows = _largest_slab(), Max(_edges, _inner)
-    of_scores = Max(tensor(B, h, most * b, Min(b, SLAB)), tensor(B, h, Min(b, END), T))
-    return gathered * tensor(B, most * b, d) + scores * of_scores + queries * tensor(B, rows * b, d)
+    of_scores = Max(tensor(B, h, most * b, Min(b, SLAB)), e * _heads * _few * T)
+    return indices + gathered * tensor(B, most * b, d) + scores * of_scores + queries * tensor(B, rows * b, d)
 
 
 def _largest_slab() -> Expr:
@@ -106,7 +112,7 @@ def _train_peak(impl: str, rotates: bool) -> Expr:
         converted = Piecewise((wide * _largest_slab(), e < 4), (0, True))
         by_block = 2 * padded + 2 * wide * blocks + _buffers(2, 2, 1)
         # Norm q k v, output, gradients of the mixed rows and of q; what all keys get from a few queries, or a slab's.
-        summed = by_block + Max(row + 2 * piece, _buffers(1, 0, 1) + converted)
+        summed = by_block + Max(end_keys + 2 * piece, _buffers(1, 0, 1) - indices + converted)
         attending = core + Piecewise((10 * row, few), (7 * row + summed, True))
     # Of rotated queries a fused call of all rows gives an output that merging heads copies.
     merged = Piecewise((row, few), (0, True)) if rotates and impl != "reference" else Integer(0)

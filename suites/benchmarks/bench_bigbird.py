@@ -114,13 +114,14 @@ def comparisons() -> list[Comparison]:
         others: dict[str, Callable[[], Any]] = {
             "transformers, block sparse": functools.partial(theirs, q, k, v),
             "bigbird/blocked": functools.partial(blocked.attend, q, k, v, plan(8192)),
-            # A bound: the same FLOPs, without softmax or gathering. Of 48 ms two threads spend 24 on products of the
-            # slabs and 5 on their softmax, 10 on the global rows, 6 on keys and values by block and gathering those a
-            # slab sees, 3 on the rest; 4 times the speed of the package (165) would leave 2 ms beside the first three.
-            # No gain: global rows by the fused kernel (9.7 ms) or by runs of keys merged afterwards (9.5); slabs as
-            # fused attention (33 to 40 for 30); one head at a time (nothing with 4 heads, 6 % with 8 in fp32, in bf16
-            # an eighth slower); values of window and global blocks read where they lie, as products of their own (5 %
-            # slower). Scores have to be one piece for a batched product, so keys cannot be read in place.
+            # A bound: the same FLOPs, without softmax or gathering. Of 46 ms two threads spend 24 on products of the
+            # slabs and 5 on their softmax, 9 on the global rows, 6 on keys and values by block and gathering those a
+            # slab sees, 2 on the rest; 4 times the speed of the package (165) would leave 3 ms beside the first three.
+            # No gain: global rows by the fused kernel; slabs as fused attention (33 to 40 for 30); one head at a time
+            # (1 % slower with 4 heads, 6 % faster with 8 in fp32, in bf16 an eighth slower); window, global and random
+            # blocks as products of their own, the first two read where they lie, with a softmax over all three by
+            # exp2 (2 % slower: four times the calls). Scores have to be one piece for a batched product, so keys cannot
+            # be read in place. Global rows by runs of keys with a softmax by exp2 take 8 ms, in fp32 alone.
             "visible pairs as one product": products(4 * WIDTH * HEADS * visible_pairs(8192), torch.float32),
         }
         floor, aim = {"bigbird/blocked": 4.0}, {"bigbird/blocked": 8.0}

@@ -207,6 +207,30 @@ def test_blocks_longer_than_a_slab_are_cut(blocks: tuple[int, int]) -> None:
         torch.testing.assert_close(seen, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("position", ["none", "t5"])
+def test_global_rows_are_computed_in_parts(position: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of queries that the last block continues, of fewer heads than there are."""
+    monkeypatch.setattr(blocked, "END", 3)
+    monkeypatch.setattr(blocked, "END_SCORES", 1)
+    params, length = BigBirdParams(block_size=4, num_random=1), 46
+    for rows, heads in ((2, 3), (3, 1)):
+        parts = list(blocked.ends(Plan(4, 12, torch.empty(0), torch.empty(0)), rows, heads, length))
+        seen = Counter(
+            (row, head, token)
+            for end in parts
+            for row in range(rows)[end.part.rows]
+            for head in range(heads)[end.part.heads]
+            for tokens in end.tokens
+            for token in range(length)[tokens]
+        )
+        assert seen == Counter(itertools.product(range(rows), range(heads), [0, 1, 2, 3, 44, 45]))
+        assert max(end.queries for end in parts) == parts[0].queries == 2 * 3
+        dims = Dims(
+            seq_len=length, batch_size=rows, d_model=4 * heads, num_heads=heads, causal=False, position=position
+        )
+        agreement(Case(METHOD, "blocked", params, dims, METHOD.modes))
+
+
 @pytest.mark.parametrize("mode", METHOD.modes)
 @pytest.mark.parametrize("impl", OPERATORS)
 @pytest.mark.parametrize(
