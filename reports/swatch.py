@@ -37,11 +37,16 @@ def swatch(style: Style, marker: bool = True) -> Markup:
 def legend(
     frame: pd.DataFrame, methods: Mapping[str, Style], series: Mapping[str, Style], shown: Collection[str]
 ) -> list[dict[str, Any]]:
-    """An entry a method with one chip for each of its series in the frame; ``shown`` are pressed at first."""
+    """An entry a method with one chip for each of its series in the frame; ``shown`` are pressed at first.
+
+    A series that was never timed has a chip in the first legend alone: only charts over the length draw it.
+    """
+    timed = set(frame.loc[frame["latency_s"].notna(), "series"])
     entries = []
     for name, rows in frame.groupby("method", sort=True):
         start = f"{printable(str(name))} / "
         chips = [{"label": label, "name": label.removeprefix(start), "impl": impl, "shown": label in shown,
+                  "timed": label in timed,
                   "line": swatch(series[label], marker=False)}
                  for label, impl in rows[["series", "impl"]].drop_duplicates().itertuples(index=False)]  # fmt: skip
         entries.append({"name": printable(str(name)), "swatch": swatch(methods[str(name)]), "series": chips})

@@ -55,7 +55,7 @@ const rowed = (spec, plot) => {
 };
 const draw = (plot) => {
   const spec = rowed(figures[keyOf(plot)] || { data: [], layout: {} }, plot);
-  Plotly.react(plot, ...paint(spec.layout.meta?.unit ? overview(spec) : linked(spec)), config);
+  Plotly.react(plot, ...paint(spec.layout.meta?.unit ? overview(spec, plot) : linked(spec)), config);
   plot.dataset.drawn = "";
 };
 const repaint = (wanted = () => true) => { if (window.Plotly) $$(".plot[data-drawn]").filter(wanted).forEach(draw); };

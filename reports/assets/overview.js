@@ -2,7 +2,9 @@
 // The legends, which all charts follow, and the charts over the length: scale, unit, baseline.
 $$("[data-methods]").forEach((list) => {
   const wanted = JSON.parse(list.dataset.methods);
-  list.append(...$$("#overview .legend li").filter((item) => wanted.includes($(".name", item).textContent)).map((item) => item.cloneNode(true)));
+  const items = $$("#overview .legend li").filter((item) => wanted.includes($(".name", item).textContent)).map((item) => item.cloneNode(true));
+  items.forEach((item) => $$("[data-untimed]", item).forEach((chip) => chip.remove()));
+  list.append(...items.filter((item) => $(".chip", item)));
 });
 const preset = JSON.parse($("#views").textContent), chips = $$(".chip");
 const methodOf = new Map(chips.map((chip) => [chip.dataset.series, $(".name", chip.closest("li")).textContent]));
@@ -30,7 +32,9 @@ const recall = () => {
 };
 
 // One chart over the length in the present state: which series, which unit, which scale.
-const overview = (spec) => {
+// On a phone the strip of missing points makes the chart taller instead of its curves lower.
+const phone = matchMedia("(max-width: 40rem)");
+const overview = (spec, plot) => {
   const { unit, lengths } = spec.layout.meta, relative = state.value.startsWith("/"), log = state.scale === "log";
   const base = relative ? spec.data.find((t) => t.meta.series === state.value.slice(1) && t.meta.role === "measured") : null;
   const factor = (x) => (!relative ? (state.value === "token" ? 1 / x : 1) : 1 / (base?.y[base.x.indexOf(x)] ?? NaN));
@@ -39,7 +43,7 @@ const overview = (spec) => {
   let lane = 0, lost = 0;
   const data = spec.data.map((trace) => {
     const copy = { ...trace, visible: shown.has(trace.meta.series) };
-    if (trace.meta.role === "missing") return { ...copy, y: trace.y.map(() => (copy.visible ? lane : 0)), lanes: copy.visible ? (lane += 1) : 0 };
+    if (trace.meta.role === "missing") return { ...copy, marker: { ...trace.marker, size: phone.matches ? 5 : 6 }, y: trace.y.map(() => (copy.visible ? lane : 0)), lanes: copy.visible ? (lane += 1) : 0 };
     copy.y = scaled(trace.y, trace.x);
     if (copy.visible) { seen.push(...copy.y.filter((y) => y > 0)); lost += trace.y.filter((y, i) => y !== null && copy.y[i] === null).length; }
     if (trace.error_y && copy.visible) seen.push(...copy.y.flatMap((y, i) => (y === null ? [] : [y + factor(trace.x[i]) * trace.error_y.array[i], y - factor(trace.x[i]) * trace.error_y.arrayminus[i]])).filter((y) => y > 0));
@@ -49,7 +53,8 @@ const overview = (spec) => {
     return copy;
   });
   const [low, high] = seen.length ? [Math.min(...seen), Math.max(...seen)] : [1, 10], room = (high / low) ** 0.06 * 1.15;
-  const span = log ? [low / room, high * room] : [0, high * 1.06], top = lane ? 1 - Math.min(0.4, 0.032 * lane + 0.02) : 1;
+  const span = log ? [low / room, high * room] : [0, high * 1.06], strip = phone.matches ? (7 * lane + 8) / (7 * lane + 242) : Math.min(0.33, 0.025 * lane + 0.02), top = lane ? 1 - strip : 1;
+  if (plot) plot.style.height = phone.matches && lane ? `calc(18rem + ${7 * lane}px)` : "";
   const values = ticks(...span, used, log), xs = spec.layout.xaxis.tickvals, end = Math.max(...lengths);
   const far = xs.filter((x) => log || x >= end / 9);
   const layout = { ...spec.layout,

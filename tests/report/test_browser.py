@@ -280,6 +280,33 @@ def test_labels_neither_collide_nor_leave_their_chart_on_wide_and_narrow_screens
         assert outside == 0
 
 
+def test_a_phone_has_room_for_curves_below_the_strip_and_short_legends(visit):
+    for width, least in ((390, 0.75), (1280, 0.65)):
+        page = visit("scaling", viewport={"width": width, "height": 800})
+        page.select_option("[name=impl]", "all")
+        shares, lanes = page.evaluate(
+            f"""(() => {{
+                const plots = [...document.querySelectorAll('{OVERVIEW}')];
+                const missing = plots[0].data.filter(trace => trace.meta.role === 'missing' && trace.visible);
+                return [plots.map(plot => plot.layout.yaxis.domain[1]), missing.length];
+            }})()"""
+        )
+        assert lanes > 5
+        assert min(shares) >= least
+    page = visit("scaling", viewport={"width": 390, "height": 800})
+    assert page.locator("#overview .chip:visible").count() > 5
+    assert page.locator("#roofline .legend .name:visible").count() == 5
+    assert page.locator("#roofline .chip:visible").count() == 0
+
+
+def test_later_legends_leave_out_what_was_never_timed(visit):
+    page = visit("scaling")
+    untimed = '.chip[data-series="longformer / triton"]'
+    assert page.locator(f"#overview {untimed}").count() == 1
+    assert page.locator(f"#roofline {untimed}").count() == 0
+    assert page.locator('#roofline .chip[data-series="longformer / blocked"]').count() == 1
+
+
 def test_on_a_narrow_screen_the_names_of_rows_stand_above_them_inside_the_chart(visit):
     page = visit("scaling", viewport={"width": 360, "height": 740})
     page.locator("#crossovers .plot").scroll_into_view_if_needed()
