@@ -183,7 +183,7 @@ class Meter(TorchDispatchMode):
 
     def _own(self, storage: torch.UntypedStorage, size: int) -> None:
         """Count a storage until it dies."""
-        reference = _Reference(storage, self._on_death)
+        reference = Reference(storage, self._on_death)
         reference.identity = identity = storage._cdata
         reference.size = size
         self._known[identity] = reference
@@ -191,12 +191,12 @@ class Meter(TorchDispatchMode):
         if self.live > self.peak:
             self.peak = self.live
 
-    def _release(self, reference: _Reference) -> None:
+    def _release(self, reference: Reference) -> None:
         self._known.pop(reference.identity, None)
         self.live -= reference.size
 
 
-class _Reference(weakref.ref[torch.UntypedStorage]):
+class Reference(weakref.ref[torch.UntypedStorage]):
     """A storage that is counted; lighter than a function of its own for each."""
 
     __slots__ = ("identity", "size")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +30,24 @@ class Outcome:
     works: tuple[Work, ...]
     rise: int  # most bytes alive at once above those before the call
     again: int = 0
+
+
+class Memory(dict[Any, Outcome]):
+    """Outcomes of one function or operator; ``describe`` says what of its arguments tells calls apart."""
+
+    __slots__ = ("describe",)
+
+    def __init__(self, describe: Callable[[Any], tuple[Any, ...] | None]):
+        super().__init__()
+        self.describe = describe
+
+    def key(self, args: Any, kwargs: Any, form: Any = None) -> tuple[Any, ...] | None:
+        """What distinguishes a call from others; None where that cannot be told."""
+        seen = self.describe(args)
+        if form is None and not kwargs:
+            return seen
+        named = self.describe(kwargs.items()) if kwargs else ()
+        return None if seen is None or named is None else (seen, named, form)
 
 
 class New(NamedTuple):
@@ -107,6 +126,26 @@ def metadata(values: Any) -> tuple[Any, ...] | None:
             elif not isinstance(value, (tuple, list)):
                 return None
             inside = metadata(value)
+            if inside is None:
+                return None
+            found.append(inside)
+    return tuple(found)
+
+
+def shapes(values: Any) -> tuple[Any, ...] | None:
+    """The same without strides, which are no matter where nothing is made."""
+    found: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind is _Tensor or kind is _Parameter:
+            dtype = value.dtype
+            if not value.is_meta or dtype.is_complex:
+                return None
+            found += value.shape, dtype
+        elif kind in PLAIN:
+            found += kind, value
+        else:
+            inside = shapes(value) if isinstance(value, (tuple, list)) else None
             if inside is None:
                 return None
             found.append(inside)

@@ -30,11 +30,23 @@ def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: Any) -> Result:
     return _like_first(x) if fits and type(value) is float and x.dtype.is_floating_point else None
 
 
-def _pointwise(a: torch.Tensor, b: Any, **kwargs: Any) -> Result:
-    """Two operands of one form, so that the result has it, too."""
-    if type(b) is not torch.Tensor or a.shape != b.shape or a.dtype is not b.dtype or not (_dense(a) and _dense(b)):
+def _pointwise(a: torch.Tensor, b: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Result:
+    """Two operands of one type, or a number that leaves the first its type; none of them turned round."""
+    if type(b) is torch.Tensor:
+        if a.dtype is not b.dtype or not (_dense(a) and _dense(b)):
+            return None
+        shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)
+        if len(shape) in (4, 5) and shape != a.shape and shape != b.shape:
+            return None
+    elif _dense(a) and (type(b) is int or (type(b) is float and a.dtype.is_floating_point)) and a.dtype != torch.bool:
+        shape = a.shape
+    else:
         return None
-    return torch.empty(a.shape, dtype=a.dtype, device=META)
+    return torch.empty(shape, dtype=dtype or a.dtype, device=META)
+
+
+def _compared(a: torch.Tensor, b: Any) -> Result:
+    return _pointwise(a, b, torch.bool)
 
 
 def _slice_backward(grad: torch.Tensor, sizes: Any, *args: Any) -> Result:
@@ -98,6 +110,13 @@ RULES: dict[int, Callable[..., Result]] = {  # by the id of the operator, whose 
         aten.bitwise_not.default: _like_first,
         aten.add.Tensor: _pointwise,
         aten.mul.Tensor: _pointwise,
+        aten.sub.Tensor: _pointwise,
+        aten.bitwise_and.Tensor: _pointwise,
+        aten.eq.Tensor: _compared,
+        aten.le.Tensor: _compared,
+        aten.ge.Tensor: _compared,
+        aten.lt.Tensor: _compared,
+        aten.eq.Scalar: _compared,
         aten.slice_backward.default: _slice_backward,
         aten.tril.default: _like_first,
         aten.triu.default: _like_first,

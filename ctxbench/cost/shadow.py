@@ -12,7 +12,6 @@ holds for single operators, and where no gradients are recorded for whole functi
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,11 +20,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from ctxbench.cost.meter import Meter, Trace, Traits, Work, tensors_in
-from ctxbench.cost.outcomes import New, NotRemembered, Operand, Outcome, Several, metadata, recipe_of
+from ctxbench.cost.meter import Meter, Reference, Trace, Traits, Work, tensors_in
+from ctxbench.cost.outcomes import Memory, New, NotRemembered, Operand, Outcome, Several, metadata, recipe_of, shapes
 from ctxbench.cost.rules import META, RULES
 
-_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+_UNSAFE_VIEW, _DETACH = torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # Functions that always give a view: no work and no storage, so no meter need see them.
@@ -38,15 +37,24 @@ _VIEWS = frozenset(
     for function in (getattr(torch.Tensor, name, None), getattr(torch, name, None))
     if function is not None
 ) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
+# Questions about a tensor: nothing to meter either.
+_QUERIES = frozenset(
+    getattr(torch.Tensor, name)
+    for name in "__len__ dim size stride storage_offset numel element_size is_contiguous untyped_storage".split()  # noqa: SIM905
+) | {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_meta", "requires_grad")}
+_DIRECT = _VIEWS | _QUERIES
 _DIFFERENTIATES = frozenset({torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad})
 _BASIC = frozenset({int, slice, type(None), type(Ellipsis)})
 _READ, _WRITE = torch.Tensor.__getitem__, torch.Tensor.__setitem__
-_Tensor, _empty, _no_dispatch = torch.Tensor, torch.empty_strided, torch._C._DisableTorchDispatch
-_grad_enabled = torch.is_grad_enabled
+_Tensor, _empty = torch.Tensor, torch.empty_strided
+_unheard, _no_dispatch = torch._C.DisableTorchFunction, torch._C._DisableTorchDispatch
+_grad_enabled, _hears = torch.is_grad_enabled, torch._C._is_torch_function_mode_enabled
 
 # Functions that change what is no part of a tensor's shape, stride and type.
-_CHANGES_FORM = frozenset({"set_", "requires_grad_", "detach_", "share_memory_"})
+_CHANGES_FORM = frozenset({"set_", "requires_grad_", "detach_", "share_memory_", "resize_", "resize_as_"})
 
+
+_OLD = frozenset({Operand, type(None)})  # recipes that make no tensor
 
 PATIENCE = 1024  # outcomes of one function after which those must have been met again on average
 
@@ -67,8 +75,7 @@ class ShadowMeter(Meter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[Any, Outcome] = {}
-        self._outcomes: dict[Any, list[Outcome]] = defaultdict(list)  # the same, by what was called
+        self._seen: dict[Any, Memory] = {}  # by what was called (operators by their id), then how
         self._log: list[Work] = []  # of the calls that are being watched
         self._watching = self._depth = 0
         self.passed: set[Any] = set()  # what is never remembered
@@ -102,25 +109,35 @@ class ShadowMeter(Meter):
 
     def result(self) -> Trace:
         """What was seen so far."""
-        for seen in self._seen.values():
-            for work in seen.works:
-                self._add(work, seen.again)
-            seen.again = 0
+        for outcomes in self._seen.values():
+            self._settle(outcomes)
         return super().result()
+
+    def _settle(self, outcomes: Memory) -> None:
+        """Count what was met again."""
+        for seen in outcomes.values():
+            for work in seen.works:
+                super()._add(work, seen.again)
+            seen.again = 0
 
     def recall(self, what: Any, args: Any, kwargs: Any, run: Callable[..., Any], form: Any = None) -> Any:
         """The results of ``run``, which calls ``what`` on these arguments; ``form`` stands for further ones."""
-        key = self._key(what, form, args, kwargs)
+        outcomes = self._seen.get(what)
+        if outcomes is None:
+            outcomes = self._seen[what] = Memory(shapes if _writes(what) else metadata)
+        key = outcomes.key(args, kwargs, form)
         if key is None:
             return run()
-        seen = self._seen.get(key)
+        seen = outcomes.get(key)
         if seen is None:
-            return self._watch(key, args, kwargs, run)
-        with _no_dispatch():
+            return self._watch(what, key, args, kwargs, run, form)
+        if type(seen.recipe) in _OLD:
+            return self._again(seen, args, kwargs)
+        with _no_dispatch():  # no mode may see how results are made
             return self._again(seen, args, kwargs)
 
     def _again(self, seen: Outcome, args: Any, kwargs: Any) -> Any:
-        """Count a remembered call and make its results; no mode may see how."""
+        """Count a remembered call and make its results."""
         seen.again += 1
         if self._watching:
             self._log += seen.works
@@ -131,45 +148,47 @@ class ShadowMeter(Meter):
         kind = type(recipe)
         if kind is New:
             return self._new(recipe)
+        if recipe is None:
+            return None
         if kind is Operand and recipe.number == 0 and args and type(args[0]) is _Tensor:
             return args[0]
         return self._make(recipe, tensors_in(args) + tensors_in(kwargs))
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch._C._is_torch_function_mode_enabled():  # asking a tensor for its shape would be such a call, too
-            with torch._C.DisableTorchFunction():
-                return self.dispatched(operator, args, kwargs or {})
-        return self.dispatched(operator, args, kwargs or {})
+        if _hears():  # asking a tensor for its shape would be a call of that mode, too
+            with _unheard():
+                return self.dispatched(operator, args, kwargs)
+        return self.dispatched(operator, args, kwargs)
 
     def dispatched(self, operator: Any, args: Any, kwargs: Any) -> Any:
         """Pass an operator on and count it, from memory where it was met before."""
-        what, key = id(operator), None  # its own hash is slow
-        if what not in self.passed:
-            key = self._key(what, None, args, kwargs)
-            if key is not None:
-                seen = self._seen.get(key)
-                if seen is not None:
-                    return self._again(seen, args, kwargs)
-        traits = self._traits.get(what) or self._learn(operator)
+        outcomes, key = self._seen.get(id(operator)), None  # its own hash is slow
+        if outcomes is not None:
+            key = outcomes.key(args, kwargs)
+            seen = outcomes.get(key)
+            if seen is not None:
+                return self._again(seen, args, kwargs)
+        elif operator is _DETACH:  # what torch does to each result that it keeps for the backward pass
+            return args[0].detach()
+        elif operator is _UNSAFE_VIEW:  # whose own recipe for meta tensors is slow
+            return args[0].view(args[1])
+        kwargs = kwargs or {}
+        traits = self._traits.get(id(operator)) or self._learn(operator)
         if traits.idle:
-            if operator is _UNSAFE_VIEW:  # whose own recipe for meta tensors is slow
-                return args[0].view(args[1])
             return operator(*args, **kwargs)
         if traits.composite:
             return super().dispatched(operator, args, kwargs)
         if key is None:
             return self._run(traits, args, kwargs)
-        return self._watch(key, args, kwargs, lambda: self._run(traits, args, kwargs))
+        return self._watch(id(operator), key, args, kwargs, lambda: self._run(traits, args, kwargs))
 
-    @staticmethod
-    def _key(what: Any, form: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
-        seen = metadata(args)
-        if not kwargs:
-            return None if seen is None else (what, form, seen)
-        named = metadata(kwargs.items())
-        return None if seen is None or named is None else (what, form, seen, named)
+    def _learn(self, operator: Any) -> Traits:
+        traits = super()._learn(operator)
+        if not traits.idle and not traits.composite:
+            self._seen[id(operator)] = Memory(shapes if traits.in_place else metadata)
+        return traits
 
-    def _watch(self, key: Any, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
+    def _watch(self, what: Any, key: Any, args: Any, kwargs: Any, run: Callable[..., Any], form: Any = None) -> Any:
         """Run a call for the first time; remember it if it can be."""
         live, peak, start = self.live, self.peak, len(self._log)
         self.peak, self._watching = live, self._watching + 1
@@ -180,27 +199,30 @@ class ShadowMeter(Meter):
             self.peak, self._watching = max(self.peak, peak), self._watching - 1
             if not self._watching:
                 self._log.clear()
-        what, form = key[:2]
+        outcomes = self._seen.get(what)
+        if outcomes is None:  # passed by since
+            return out
         try:
             recipe, fresh = recipe_of(out, tensors_in(args) + tensors_in(kwargs))
             if not works or getattr(what, "__name__", "").partition(".")[0] in _CHANGES_FORM:
                 raise NotRemembered
         except NotRemembered:
-            self.passed.add(what)
+            self.passes(what)
             return out
+        if outcomes.describe is shapes and (rise or recipe != (0,) or not _is_one_write(what, works)):
+            self._seen[what] = Memory(metadata)  # strides may matter
         # Nothing but the results may have stayed, and an operand that was written may not have been resized.
-        if self.live - live == fresh and (fresh or key == self._key(what, form, args, kwargs)):
-            self._seen[key] = Outcome(recipe, works, rise)
-            self._outcomes[what].append(self._seen[key])
-            if len(self._outcomes[what]) % PATIENCE == 0:
-                self._reconsider(what)
+        elif self.live - live == fresh and (fresh or key == outcomes.key(args, kwargs, form)):
+            outcomes[key] = Outcome(recipe, works, rise)
+            if len(outcomes) % PATIENCE == 0 and sum(seen.again for seen in outcomes.values()) < len(outcomes):
+                self.passes(what)  # it rarely comes again
         return out
 
-    def _reconsider(self, what: Any) -> None:
-        """Stop remembering what rarely comes again."""
-        outcomes = self._outcomes[what]
-        if sum(outcome.again for outcome in outcomes) < len(outcomes):
-            self.passed.add(what)
+    def passes(self, what: Any) -> None:
+        """Never remember this again."""
+        if what in self._seen:
+            self._settle(self._seen.pop(what))
+        self.passed.add(what)
 
     def _make(self, recipe: Any, known: list[torch.Tensor]) -> Any:
         """Results by their recipe; ``known`` as when it was written."""
@@ -215,7 +237,12 @@ class ShadowMeter(Meter):
     def _new(self, recipe: New) -> torch.Tensor:
         shape, stride, dtype, size = recipe
         out = _empty(shape, stride, dtype=dtype, device=META)
-        self._own(out.untyped_storage(), size)
+        storage = out.untyped_storage()
+        reference = Reference(storage, self._on_death)
+        reference.identity = identity = storage._cdata
+        reference.size = size
+        self._known[identity] = reference
+        self.live += size
         return out
 
     def _call(self, traits: Traits, args: Any, kwargs: Any) -> Any:
@@ -246,9 +273,13 @@ class MetaCalls(TorchFunctionMode):
         self.meter, self.redirected = meter, _device_constructors() if redirect else ()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _DIRECT or (function is _READ and _is_basic(args[1])):
+            return function(*args, **kwargs) if kwargs else function(*args)
+        if function is _WRITE and not (_grad_enabled() and _records(args)):
+            extent = _extent(args[1], args[0].shape)
+            if extent is not None:
+                return self.meter.recall(_WRITE, args[::2], kwargs, lambda: function(*args), extent)
         kwargs = kwargs or {}
-        if function in _VIEWS or (function is _READ and _is_basic(args[1])):
-            return function(*args, **kwargs)
         if function in _DIFFERENTIATES:
             with self._in_the_engine():
                 return function(*args, **kwargs)
@@ -258,10 +289,6 @@ class MetaCalls(TorchFunctionMode):
             kwargs["device"] = "meta"
         if function in self.meter.passed or (_grad_enabled() and _records(args, kwargs)):
             return function(*args, **kwargs)
-        if function is _WRITE:
-            extent = _extent(args[1], args[0].shape)
-            if extent is not None:
-                return self.meter.recall(_WRITE, args[::2], kwargs, lambda: function(*args), extent)
         return self.meter.recall(function, args, kwargs, lambda: function(*args, **kwargs))
 
     @contextlib.contextmanager
@@ -280,7 +307,18 @@ class MetaCalls(TorchFunctionMode):
             torch.autograd._engine_run_backward = run
 
 
-def _records(args: Any, kwargs: Any) -> bool:
+def _writes(function: Any) -> bool:
+    """Whether a function of torch writes its first operand, as its name says: then it makes nothing."""
+    name = getattr(function, "__name__", "")
+    return name.endswith("_") and not name.startswith("_") and name not in _CHANGES_FORM
+
+
+def _is_one_write(what: Any, works: tuple[Work, ...]) -> bool:
+    """Whether a call was one operator: the one itself, or the one that a function is named after."""
+    return len(works) == 1 and (type(what) is int or works[0].name == f"aten.{what.__name__}")
+
+
+def _records(args: Any, kwargs: Any = None) -> bool:
     """Whether gradients of a call would be recorded."""
     for value in args:
         if isinstance(value, _Tensor):

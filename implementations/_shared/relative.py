@@ -248,8 +248,9 @@ def _windows(stream: torch.Tensor, block: Block, first: int, width: int) -> torc
 def _strided(stream: torch.Tensor, count: int, step: int, first: int, width: int) -> torch.Tensor:
     """``count`` windows of ``width`` rows, each ``step`` rows further than the one before: ``[H * B, G, width, D]``."""
     matrix, row, column = stream.stride()
-    size = (len(stream), count, width, stream.shape[2])
-    return stream.as_strided(size, (matrix, step * row, row, column), stream.storage_offset() + first * row)
+    matrices, _, D = stream.shape
+    strides = (matrix, step * row, row, column)
+    return stream.as_strided((matrices, count, width, D), strides, stream.storage_offset() + first * row)
 
 
 def _queries(stream: torch.Tensor, block: Block) -> torch.Tensor:

@@ -125,11 +125,14 @@ class _Work:
         """Softmax over the visible tokens and cells, in the place of the scores."""
         for part in slab.parts:
             columns, span = scores[:, :, part.columns], self.scales[part.level].span
-            columns.fill_(math.log(span))
+            plain = span == 1 and self.line is None  # then what the buffer held before is overwritten
+            if not plain:
+                columns.fill_(math.log(span))
             if self.line is not None:
                 tile = self.line[:, self.steps(part, scores.shape[1])]
                 columns.unflatten(0, (-1, len(tile))).add_(tile)
-            columns.baddbmm_(query, self.levels[part.level][0][:, part.cells].transpose(1, 2))
+            keys = self.levels[part.level][0][:, part.cells].transpose(1, 2)
+            columns.baddbmm_(query, keys, beta=0 if plain else 1)
             for corner in part.corners:
                 scores[:, :, corner.columns].masked_fill_(self._mask(corner, scores.shape[1], span), float("-inf"))
         return torch.softmax(scores, dim=2, out=scores)

@@ -118,8 +118,9 @@ class MelodiLayer(nn.Module):
         normed = window if self.norm_mix is None else self.norm_mix(window)
         if self.mix_summary is not None:
             rows = torch.cat((tokens, u + self.mix_summary(normed)), dim=1)
-        k, v = (part[:, :, :0].clone() for part in (memory.k, memory.v))
-        if self.mix_short is not None:
+        if self.mix_short is None:
+            k, v = (part[:, :, :0].clone() for part in (memory.k, memory.v))
+        else:
             z = u + self.mix_short(normed) if self.residual else self.mix_short(window)
             k, v = self._remembered(z)
             k = self.position.rotate(k, 0)

@@ -34,6 +34,16 @@ CALLS = [
     (aten.add.Tensor, (A, A), {}),
     (aten.add.Tensor, (A, A), {"alpha": 2}),
     (aten.mul.Tensor, (MASK, MASK), {}),
+    (aten.add.Tensor, (A, meta(5)), {}),
+    (aten.add.Tensor, (A, 1.5), {}),
+    (aten.mul.Tensor, (meta(5, dtype=torch.int64), 3), {}),
+    (aten.sub.Tensor, (meta(7, 1), meta(5)), {}),
+    (aten.sub.Tensor, (meta(3, 1), meta(2, 1, 4)), {}),
+    (aten.add.Tensor, (meta(1, 2, 6, 7), meta(6, 7)), {}),
+    (aten.bitwise_and.Tensor, (MASK, meta(1, 5, dtype=torch.bool)), {}),
+    (aten.eq.Tensor, (meta(4, 3, 1, dtype=torch.int64), meta(5, dtype=torch.int64)), {}),
+    (aten.le.Tensor, (meta(6, dtype=torch.int64), meta(6, 1, dtype=torch.int64)), {}),
+    (aten.eq.Scalar, (A, float("-inf")), {}),
     (aten.slice_backward.default, (A, [2, 9, 5], 1, 3, 6, 1), {}),
     (aten.slice_backward.default, (A.transpose(0, 1), [3, 4, 5], 1, 0, 4, 2), {}),
     (aten.bmm.default, (A, B), {}),
@@ -47,8 +57,10 @@ REFUSED = [
     (aten._softmax.default, (NARROW, 1, False), {}),  # can be read as channels last, too
     (aten._softmax.default, (A, 1, True), {}),
     (aten.tril.default, (A.transpose(1, 2),), {}),
-    (aten.add.Tensor, (A, meta(5)), {}),
-    (aten.add.Tensor, (A, 1.5), {}),
+    (aten.add.Tensor, (meta(5, dtype=torch.int64), 1.5), {}),  # another type comes out
+    (aten.add.Tensor, (meta(2, 1, 4, 5), meta(3, 1, 1)), {}),  # the first could be read as channels last
+    (aten.mul.Tensor, (MASK, 2), {}),
+    (aten.eq.Tensor, (A, meta(5, dtype=torch.float64)), {}),
     (aten.mul.Tensor, (A, meta(2, 3, 5, dtype=torch.float64)), {}),
     (aten.mul.Tensor, (A.transpose(0, 1), A.transpose(0, 1)), {}),
     (aten.masked_fill.Scalar, (meta(5), MASK, 0.0), {}),  # the mask is the larger one
