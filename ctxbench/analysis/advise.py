@@ -6,30 +6,22 @@ marked as such, and a candidate whose interval reaches into that of the first is
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 
-from ctxbench.analysis.curves import curves
-from ctxbench.analysis.forecast import MEASURED, UNKNOWN, Estimate, Forecaster, disturbed, fits, latency
-from ctxbench.cost.model import big_o
-from ctxbench.cost.roofline import Ceilings
-from ctxbench.errors import UserError
+from ctxbench.analysis.forecast import MEASURED, UNKNOWN, Estimate, Forecaster, fits
 from ctxbench.plan import Planned
-from ctxbench.registry import Registry
 from ctxbench.rows import Row, cell_of
 from ctxbench.units import format_bytes, format_seconds, format_tokens
 
 BOUNDED = ("O(1)",)
-GOOD = 0.10  # an advised method is right when nothing is faster by more
 FATAL = ("oom", "killed", "gate_failed")
+GOOD = 0.10  # an advised method is right when nothing is faster by more
 NAMED = 4  # ties a headline names
-LEAST_SHORTER = 3  # lengths below the held-out one
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +52,23 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     refused: list[Candidate]
 
 
+class Considered(NamedTuple):
+    """What is known of a cell whatever is asked: ``objection`` speaks against it at any limit.
+
+    ``beside`` are the bytes that live beside its peak, ``growth`` how its state grows with the length.
+    """
+
+    planned: Planned
+    estimate: Estimate
+    beside: int
+    growth: str | None
+    objection: str
+
+    def verdict(self, limit: int | None) -> str:
+        """Whether it fits; see ``forecast.fits``."""
+        return fits(self.estimate, self.beside, limit)
+
+
 def advise(
     cells: Sequence[Planned],
     forecaster: Forecaster,
@@ -76,10 +85,19 @@ def advise(
         streaming: demand a state that stays bounded however long the stream is.
         rows: rows of the same run; those that failed speak against their series.
     """
+    return rank(consider(cells, forecaster, rows), limit, streaming)
+
+
+def consider(cells: Sequence[Planned], forecaster: Forecaster, rows: Iterable[Row] = ()) -> list[Considered]:
+    """What is known of cells, whatever limit and use they are then ranked for."""
     failures = _failures(rows)
-    found = [_candidate(planned, forecaster, limit, streaming, failures) for planned in cells]
-    admitted = [candidate for candidate in found if not candidate.refusal]
-    best = _best(admitted)
+    return [_considered(planned, forecaster, failures) for planned in cells]
+
+
+def rank(cells: Sequence[Considered], limit: int | None, streaming: bool = False) -> Advice:
+    """Rank cells for a memory limit and a use; see ``advise``."""
+    found = [_candidate(cell, limit, streaming) for cell in cells]
+    best = _best([candidate for candidate in found if not candidate.refusal])
     ranked = sorted(best, key=lambda candidate: candidate.estimate.latency_s or math.inf)
     named = {(candidate.method, candidate.memory) for candidate in ranked}
     refused = [c for c in found if c.refusal and (c.method, c.memory) not in named]
@@ -90,42 +108,32 @@ def advise(
     )
 
 
-def state_growth(planned: Planned) -> str | None:
-    """How the carried state grows with the length, by formula: ``O(1)``, ``O(T)``; None without a formula."""
-    cell, method = planned.cell, planned.method
-    try:
-        cost = method.cost_of(cell.impl, cell.mode, cell.causal, cell.position, cell.params_for(method))
-        return None if cost is None else big_o(cost.state_bytes)
-    except Exception:  # a plug-in's formula may raise anything
-        return None
-
-
-def _candidate(
-    planned: Planned, forecaster: Forecaster, limit: int | None, streaming: bool, failures: Mapping[Any, dict[int, Row]]
-) -> Candidate:
+def _considered(planned: Planned, forecaster: Forecaster, failures: Mapping[Any, dict[int, Row]]) -> Considered:
     cell = planned.cell
-    refusal = planned.reason if planned.status in ("unsupported", "error") else ""
-    growth = None if refusal else state_growth(planned)
-    estimate = (
-        Estimate(
+    if planned.status in ("unsupported", "error"):
+        unknown = Estimate(
             cell=cell.key, method=cell.method, impl=cell.impl, mode=cell.mode, device=cell.device, dtype=cell.dtype,
             seq_len=cell.seq_len, memory=cell.memory, source=UNKNOWN, basis="not supported",
-        )
-        if refusal
-        else forecaster.estimate(cell)
+        )  # fmt: skip
+        return Considered(planned, unknown, 0, None, planned.reason)
+    return Considered(
+        planned, forecaster.estimate(cell), forecaster.beside(cell), forecaster.state_growth(cell),
+        _failed(planned, failures),
     )  # fmt: skip
-    verdict = "unknown" if refusal else fits(estimate, forecaster.beside(cell), limit)
-    if not refusal:
-        refusal = (
-            _failed(planned, failures)
-            or _unbounded(streaming, growth, estimate)
-            or _too_large(verdict, estimate, forecaster.beside(cell), limit)
-        )
+
+
+def _candidate(known: Considered, limit: int | None, streaming: bool) -> Candidate:
+    cell, estimate, verdict = known.planned.cell, known.estimate, known.verdict(limit)
+    refusal = (
+        known.objection
+        or _unbounded(streaming, known.growth, estimate)
+        or _too_large(verdict, estimate, known.beside, limit)
+    )
     if not refusal and estimate.latency_s is None:
         refusal = f"its time is unknown: {estimate.basis}"
     return Candidate(
-        method=cell.method, impl=cell.impl, family=planned.method.family, memory=cell.memory, causal=cell.causal,
-        estimate=estimate, memory_verdict=verdict, forecast=estimate.source != MEASURED, state_growth=growth,
+        method=cell.method, impl=cell.impl, family=known.planned.method.family, memory=cell.memory, causal=cell.causal,
+        estimate=estimate, memory_verdict=verdict, forecast=estimate.source != MEASURED, state_growth=known.growth,
         refusal=refusal,
     )  # fmt: skip
 
@@ -207,94 +215,6 @@ def _ranked(candidate: Candidate, index: int, first: Candidate, high: float | No
     elif found.state_bytes and candidate.state_growth:
         reasons.append(f"state of {format_bytes(found.state_bytes)} that grows, {candidate.state_growth}")
     return msgspec.structs.replace(candidate, tied=tied, reasons=reasons)
-
-
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One held-out question: who is fastest at this length, asked of the shorter ones. Times were measured.
-
-    ``advised_low_s`` and ``best_high_s`` are the ends of their rows' intervals that speak for the advice.
-    """
-
-    seq_len: int
-    setting: str
-    advised: str
-    advised_s: float
-    best: str
-    best_s: float
-    candidates: int
-    advised_low_s: float
-    best_high_s: float
-
-    @property
-    def regret(self) -> float:
-        """How much slower the advised method is than the best."""
-        return self.advised_s / self.best_s - 1
-
-    @property
-    def shown_regret(self) -> float:
-        """How much slower it is at least, by the intervals of both measurements; 0 where they overlap."""
-        return max(0.0, self.advised_low_s / self.best_high_s - 1) if self.regret > 0 else 0.0
-
-
-def trials(rows: Sequence[Row], registry: Registry, ceilings: Ceilings, pairs: bool = False) -> list[Trial]:
-    """Ask who is fastest at each length at which at least two methods can be forecast from three shorter lengths.
-
-    With ``pairs`` the question is asked of every two of them, else of all together.
-
-    Raises:
-        UserError: these rows hold no such length.
-    """
-    quiet = [row for row in rows if row.measured and not disturbed(row)]
-    found = []
-    for length in sorted({row.seq_len for row in quiet}):
-        forecaster = Forecaster(registry, ceilings, [row for row in quiet if row.seq_len < length])
-        groups: dict[str, list[tuple[Row, float]]] = defaultdict(list)
-        for curve in curves(quiet):
-            here = next((row for row in curve.rows if row.seq_len == length), None)
-            if here is None or sum(row.seq_len < length for row in curve.rows) < LEAST_SHORTER:
-                continue
-            estimate = forecaster.estimate(cell_of(here))
-            if estimate.latency_s is not None:
-                groups[", ".join(f"{name} {value}" for name, value in curve.setting.items())].append(
-                    (here, estimate.latency_s)
-                )
-        for setting, group in groups.items():
-            methods = sorted({row.method for row, _ in group})
-            questions = itertools.combinations(methods, 2) if pairs else [methods] if len(methods) > 1 else []
-            for asked in questions:
-                of = [(row, expected_s) for row, expected_s in group if row.method in asked]
-                advised = min(of, key=lambda candidate: candidate[1])[0]
-                best = min((row for row, _ in of), key=latency)
-                found.append(
-                    Trial(
-                        seq_len=length, setting=setting, advised=cell_of(advised).label(), advised_s=latency(advised),
-                        best=cell_of(best).label(), best_s=latency(best), candidates=len(of),
-                        advised_low_s=_interval(advised)[0], best_high_s=_interval(best)[1],
-                    )
-                )  # fmt: skip
-    if not found:
-        noisy = sum(row.measured and disturbed(row) for row in rows)
-        busy = f" ({noisy} rows ran beside other work in every process)" if noisy else ""
-        raise UserError(
-            f"no length can be held out{busy}\n"
-            "  accepted: a run of two or more methods over at least four lengths, on a quiet machine"
-        )
-    return found
-
-
-def _interval(row: Row) -> tuple[float, float]:
-    assert row.latency_s is not None
-    return row.latency_s.low, row.latency_s.high
-
-
-def hit_rate(found: Sequence[Trial]) -> float:
-    """Share of trials whose advised method is within 10 % of the best."""
-    return float(np.mean([trial.regret <= GOOD for trial in found]))
-
-
-def unrefuted(found: Sequence[Trial]) -> float:
-    """Share of trials whose advised method is not shown to be slower than the best by more than 10 %."""
-    return float(np.mean([trial.shown_regret <= GOOD for trial in found]))
 
 
 def describe_request(cells: Sequence[Planned]) -> str:

@@ -27,6 +27,7 @@ from ctxbench.analysis.steady import Steady
 from ctxbench.cell import Cell
 from ctxbench.cost import roofline
 from ctxbench.cost.figures import Evaluator, Figures
+from ctxbench.cost.model import big_o
 from ctxbench.cost.roofline import Ceilings, Point
 from ctxbench.method import Method
 from ctxbench.plan import Planned, resident_bytes
@@ -110,6 +111,8 @@ class Forecaster:
         self.registry, self.ceilings, self.basis = registry, ceilings, basis
         self._evaluator = Evaluator()
         self._answers: dict[str, Estimate] = {}
+        self._figures: dict[str, Figures | None] = {}
+        self._growths: dict[Any, str | None] = {}
         self._rows: dict[Any, dict[int, Row]] = defaultdict(dict)
         measured = [row for row in rows if row.measured]
         self.steady = Steady(measured)
@@ -152,11 +155,26 @@ class Forecaster:
 
     def figures(self, cell: Cell) -> Figures | None:
         """What the formulas say; None where there are none, or they fail."""
-        method = self._method(cell)
-        try:
-            return None if method is None else self._evaluator.figures(method, cell)
-        except Exception:  # a plug-in's formula may raise anything
-            return None
+        if cell.key not in self._figures:
+            method = self._method(cell)
+            try:
+                self._figures[cell.key] = None if method is None else self._evaluator.figures(method, cell)
+            except Exception:  # a plug-in's formula may raise anything
+                self._figures[cell.key] = None
+        return self._figures[cell.key]
+
+    def state_growth(self, cell: Cell) -> str | None:
+        """How the carried state grows with the length, by formula: ``O(1)``, ``O(T)``; None without a formula."""
+        if cell.series not in self._growths:
+            method = self._method(cell)
+            try:
+                cost = method and method.cost_of(
+                    cell.impl, cell.mode, cell.causal, cell.position, cell.params_for(method)
+                )
+                self._growths[cell.series] = big_o(cost.state_bytes) if cost else None
+            except Exception:  # a plug-in's formula may raise anything
+                self._growths[cell.series] = None
+        return self._growths[cell.series]
 
     def _key(self, cell: Cell) -> tuple[Any, ...]:
         """The series of a cell, with parameters that its row does not name at their defaults.

@@ -3,6 +3,9 @@
 Runs are sorted into histories by machine, because a faster machine is not a faster method. A step is what
 ``ctxbench compare`` decides between two neighbouring runs of a cell; a drift too slow for any step shows in the verdict
 of the last run against the first.
+
+A shared host is not as fast in every run. Where the rows timed the reference product beside their samples, each moment
+also has its time at one speed, the typical one of all runs (``analysis.steady``), and ratios are of those.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from ctxbench.analysis import noise
 from ctxbench.analysis.compare import Compared, Side, Verdict, compare
 from ctxbench.analysis.processes import processes
 from ctxbench.analysis.runs import ROWS, Run, read_run
+from ctxbench.analysis.steady import Steady
 from ctxbench.errors import RunFolderError, UserError
 from ctxbench.rows import Row
 
@@ -28,6 +32,7 @@ CHANGES = (Verdict.FASTER, Verdict.SLOWER)
 class Moment(msgspec.Struct, kw_only=True):
     """One cell in one run. ``step`` compares it with the moment before, ``ratio`` over it with its 95 % interval.
 
+    ``steady_s`` is the median at the typical speed of all runs, None without the reference beside the samples;
     ``reference_s`` are the reference kernels.
     """
 
@@ -39,6 +44,7 @@ class Moment(msgspec.Struct, kw_only=True):
     low_s: float
     high_s: float
     n_processes: int
+    steady_s: float | None = None
     reference_s: dict[str, float] = {}
     step: str = ""
     ratio: float | None = None
@@ -47,7 +53,11 @@ class Moment(msgspec.Struct, kw_only=True):
 
 
 class Trend(msgspec.Struct, kw_only=True):
-    """One cell through all runs of a machine that measured it, oldest first. ``ratio`` is last over first."""
+    """One cell through all runs of a machine that measured it, oldest first.
+
+    ``ratio`` is last over first, of the times at one speed where they are known: a coefficient from processes of the
+    same run is not moved by what changed between the runs. ``raw_ratio`` is that of the medians as measured.
+    """
 
     cell: str
     method: str
@@ -59,6 +69,12 @@ class Trend(msgspec.Struct, kw_only=True):
     moments: list[Moment]
     verdict: str = ""
     ratio: float | None = None
+    raw_ratio: float | None = None
+
+    @property
+    def at_one_speed(self) -> bool:
+        """Whether every moment knows its time at one speed."""
+        return all(moment.steady_s is not None for moment in self.moments)
 
     @property
     def steps(self) -> list[Moment]:
@@ -131,20 +147,25 @@ def _trends(runs: Sequence[Run], device: str) -> list[Trend]:
     rows = [
         {row.cell: row for row in run.rows if row.measured and row.device == device and _own(row)} for run in runs
     ]  # fmt: skip
+    steady = Steady(row for measured in rows for row in measured.values())
     trends: dict[str, Trend] = {}
     for run, measured in zip(runs, rows, strict=True):
         for cell, row in measured.items():
             if sum(cell in others for others in rows) > 1:
                 trend = trends.setdefault(cell, _trend(row))
-                trend.moments.append(_at(run, row))
+                trend.moments.append(_at(run, row, steady))
     verdicts = _Verdicts(runs)
     for trend in trends.values():
         for before, after in zip(trend.moments, trend.moments[1:], strict=False):
             step = verdicts.of(before.run, after.run, trend.cell)
             after.step, after.ratio = str(step.verdict), step.ratio
             after.ratio_low, after.ratio_high = step.low, step.high
-        whole = verdicts.of(trend.moments[0].run, trend.moments[-1].run, trend.cell)
+        first, last = trend.moments[0], trend.moments[-1]
+        whole = verdicts.of(first.run, last.run, trend.cell)
         trend.verdict, trend.ratio = str(whole.verdict), whole.ratio
+        trend.raw_ratio = last.median_s / first.median_s
+        if first.steady_s and last.steady_s:
+            trend.ratio = last.steady_s / first.steady_s
     order = ("method", "impl", "mode", "dtype", "seq_len")
     return sorted(trends.values(), key=lambda trend: tuple(getattr(trend, name) for name in order))
 
@@ -173,7 +194,7 @@ def _trend(row: Row) -> Trend:
     return Trend(**{name: getattr(row, name) for name in names}, moments=[])
 
 
-def _at(run: Run, row: Row) -> Moment:
+def _at(run: Run, row: Row, steady: Steady) -> Moment:
     assert row.latency_s is not None
     environment, versions = run.info.get("environment") or {}, run.info.get("versions") or {}
     references = processes(row).references
@@ -186,5 +207,6 @@ def _at(run: Run, row: Row) -> Moment:
         low_s=row.latency_s.low,
         high_s=row.latency_s.high,
         n_processes=row.latency_s.n_processes,
+        steady_s=steady.seconds(row) if len(steady.off(row)) else None,
         reference_s={name: float(np.median(values)) for name, values in references.items()},
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ctxbench.analysis.advise import BOUNDED, GOOD, Advice, state_growth
+from ctxbench.analysis.advise import BOUNDED, GOOD, Advice
 from ctxbench.analysis.forecast import MEASURED, PEAK_SHARE, Estimate, Forecaster
 from ctxbench.cost.figures import Evaluator
 from ctxbench.plan import Planned
@@ -125,7 +125,7 @@ def bounded_streams(field: Field, methods: Sequence[str]) -> Answer:
     parts: list[tuple[bool | None, str]] = []
     for method in methods:
         streams = field.of(method, "stream")
-        growth = state_growth(streams[0]) if streams else None
+        growth = field.forecaster.state_growth(streams[0].cell) if streams else None
         size = field.forecaster.estimate(streams[0].cell).state_bytes if streams else None
         if not streams:
             parts.append((False, f"{method} has no stream mode here"))
@@ -146,7 +146,7 @@ def constant_memory(field: Field, methods: Sequence[str]) -> Answer:
             parts.append((None, f"the peak of {method} as a stream is unknown"))
             continue
         longer = msgspec.structs.replace(chosen.cell, seq_len=4 * chosen.cell.seq_len)
-        grown, growth = field.forecaster.estimate(longer).peak_bytes, state_growth(chosen)
+        grown, growth = field.forecaster.estimate(longer).peak_bytes, field.forecaster.state_growth(chosen.cell)
         if grown is None or growth is None or not found.peak_bytes:
             parts.append((None, f"the growth of {method}'s memory is unknown"))
             continue

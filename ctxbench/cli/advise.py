@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from ctxbench.suite import Suite
 from ctxbench.units import format_bytes, format_seconds, format_tokens
 
 if TYPE_CHECKING:
-    from ctxbench.analysis.advise import Advice, Trial
+    from ctxbench.analysis.advise import Advice
+    from ctxbench.analysis.questions import Questions, Trial
     from ctxbench.analysis.use_cases import Judged
 
 
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
     "--streaming", is_flag=True, help="An endless stream: segment by segment, with a state that stays bounded."
 )
 @click.option("--run", "folder", type=click.Path(path_type=Path), help="Answer from the rows of this run.")
-@click.option("--check", is_flag=True, help="Hold out each length of the run, ask who is fastest there, and compare.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Hold out each length of the run, ask all that can be asked about it, and compare with what was measured.",
+)
 @common_options
 def command(
     suite: str | None, flags: Suite, print_config: bool, streaming: bool, folder: Path | None, check: bool, ctx: Common
@@ -36,7 +42,8 @@ def command(
     What the run did not measure is forecast and marked. --device h200 asks about a machine by its datasheet. Below
     the ranking, the use-case recommendations of the source documents are checked at this length.
     """
-    from ctxbench.analysis.advise import advise, trials
+    from ctxbench.analysis.advise import advise
+    from ctxbench.analysis.questions import Questions
     from ctxbench.analysis.use_cases import judge
     from ctxbench.cli.target import target
 
@@ -52,8 +59,7 @@ def command(
         show_config(asked.config, ctx)
         return
     if check:
-        measured = asked.rows, registry, asked.ceilings
-        _print_check(trials(*measured), trials(*measured, pairs=True), ctx)
+        _print_check(Questions(asked.rows, registry, asked.ceilings), ctx)
         return
     for name, values in (("--seq", asked.config.seq_len), ("--mode", asked.config.mode)):
         if len(values) > 1:
@@ -95,28 +101,94 @@ def _print(advice: Advice, judged: list[Judged], asked: Any, ctx: Common) -> Non
     click.echo("time and memory alone: what a method learns is not measured here")
 
 
-def _print_check(found: list[Trial], between_two: list[Trial], ctx: Common) -> None:
-    from ctxbench.analysis.advise import hit_rate, unrefuted
+def _print_check(found: Questions, ctx: Common) -> None:
+    from ctxbench.analysis.forecast import latency
+    from ctxbench.analysis.questions import hit_rate, misses, summary
 
+    plain = [question.judged(latency) for question in found.plain]
+    kinds = {
+        "of all methods, one a length": found.plain,
+        "of every two methods": found.pairs,
+        "of all options without a memory limit": [question for question in found.every if not question.limited],
+        "of all options with a memory limit": [question for question in found.every if question.limited],
+    }
+    judged = {kind: [question.judged(latency) for question in asked] for kind, asked in kinds.items() if asked}
+    steady = found.steady
+    at_one_speed = {kind: hit_rate([q.judged(steady) for q in kinds[kind]]) for kind in judged} if steady else {}
     if ctx.json:
-        trials = [
-            {**msgspec.to_builtins(trial), "regret": trial.regret, "shown_regret": trial.shown_regret}
-            for trial in found
-        ]
-        rates = [{"within_10_percent": hit_rate(of), "unrefuted": unrefuted(of)} for of in (found, between_two)]
-        ctx.emit({"trials": trials, **rates[0], "between_two": {"questions": len(between_two), **rates[1]}})
+        ctx.emit(
+            {
+                "trials": [
+                    {**msgspec.to_builtins(trial), "regret": trial.regret, "shown_regret": trial.shown_regret}
+                    for trial in plain
+                ],
+                "questions": {
+                    kind: summary(trials) | {"at_one_speed_within_10_percent": at_one_speed.get(kind)}
+                    for kind, trials in judged.items()
+                },
+                "misses": {
+                    kind: [
+                        {
+                            **msgspec.to_builtins(trial),
+                            "regret": trial.regret if trial.fits else None,
+                            "asked_so": count,
+                        }
+                        for trial, count in misses(trials)
+                    ]
+                    for kind, trials in judged.items()
+                },
+            }
+        )
         return
     lines = [
         [
             format_tokens(trial.seq_len), str(trial.candidates), trial.advised, format_seconds(trial.advised_s),
-            trial.best, format_seconds(trial.best_s), f"{100 * trial.regret:.1f} %",
-            f"{100 * trial.shown_regret:.1f} %",
+            trial.best, format_seconds(trial.best_s), _percent(trial.regret), _percent(trial.shown_regret),
         ]
-        for trial in found
+        for trial in plain
     ]  # fmt: skip
     click.echo(table(["LENGTH", "OF", "ADVISED", "TIME", "BEST", "TIME", "SLOWER BY", "AT LEAST"], lines))
-    for of, asked in ((found, "held-out questions"), (between_two, "questions between two methods")):
-        click.echo(
-            f"within 10 % of the best in {100 * hit_rate(of):.0f} % of {len(of)} {asked}; "
-            f"not slower by more beyond both intervals in {100 * unrefuted(of):.0f} %"
-        )
+    for kind, title in (
+        ("of all options without a memory limit", "without"),
+        ("of all options with a memory limit", "with"),
+    ):
+        wrong = misses(judged.get(kind, []))
+        if wrong:
+            click.echo(f"\nwrong {title} a memory limit, one line an answer")
+            click.echo(
+                table(MISSES, [_miss(trial, count) for trial, count in (wrong if ctx.verbose else wrong[:SHOWN])])
+            )
+            if len(wrong) > SHOWN and not ctx.verbose:
+                click.echo(f"{len(wrong) - SHOWN} more (-v lists them)")
+    click.echo("\nadvised within 10 % of the best, of held-out questions")
+    lines = []
+    for kind, trials in judged.items():
+        counts = summary(trials)
+        lines.append(
+            [
+                kind, str(counts["count"]), _percent(counts["within_10_percent"], 0),
+                _percent(at_one_speed[kind], 0) if steady else "-", _percent(counts["unrefuted"], 0),
+                f"{_percent(counts['answers_within_10_percent'], 0)} of {counts['answers']}",
+                _percent(counts["cautious"], 0), str(counts["did_not_fit"]),
+            ]
+        )  # fmt: skip
+    click.echo(table(RATES, lines))
+
+
+SHOWN = 12  # wrong answers without -v
+MISSES = ["LENGTH", "ASKED", "TIMES", "ADVISED", "BEST", "SLOWER BY", "AT LEAST", "WHY"]
+RATES = [
+    "QUESTIONS", "COUNT", "RIGHT", "AT ONE SPEED", "NOT REFUTED", "DIFFERENT ANSWERS", "TOO CAUTIOUS", "DID NOT FIT",
+]  # fmt: skip
+
+
+def _miss(trial: Trial, count: int) -> list[str]:
+    reason = "the best may not fit" if trial.cautious else "" if trial.fits else "it did not fit"
+    return [
+        format_tokens(trial.seq_len), trial.asked or "-", str(count), trial.advised or "none", trial.best,
+        _percent(trial.regret), _percent(trial.shown_regret), reason or "forecast",
+    ]  # fmt: skip
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %" if math.isfinite(share) else "-"

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from ctxbench.analysis.history import History, Trend
 
 BARS = "▁▂▃▄▅▆▇█"
-HEADERS = ["", "METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "RUNS", "FIRST", "LAST", "RATIO", "TREND", "SINCE", "STEPS"]
+RAW = "AS MEASURED"
+HEADERS = [
+    "", "METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "RUNS", "FIRST", "LAST", "RATIO", RAW, "TREND", "SINCE", "STEPS",
+]  # fmt: skip
 
 
 @click.command()
@@ -27,7 +30,9 @@ def command(places: tuple[Path, ...], changed: bool, ctx: Common) -> None:
     """Show how cells went from run to run on each machine: FOLDER holds runs, default runs/.
 
     SINCE compares the last run with the first, STEPS names the runs at which a cell changed; both by the rules of
-    `ctxbench compare`. Bars go from the fastest to the slowest run of a cell. `ctxbench report RUN RUN ...` plots them.
+    `ctxbench compare`. Bars go from the fastest to the slowest run of a cell. Where rows timed the reference beside
+    their samples, RATIO and bars are at one speed of the machine, and AS MEASURED is the ratio without that.
+    `ctxbench report RUN RUN ...` plots them.
     """
     from ctxbench.analysis.history import find_runs, histories
 
@@ -55,10 +60,12 @@ def _print(history: History) -> None:
     if not history.trends:
         click.echo("no cell changed\n")
         return
-    click.echo(table(HEADERS, [_line(trend) for trend in history.trends]) + "\n")
+    timed = any(trend.at_one_speed for trend in history.trends)
+    headers = [name for name in HEADERS if timed or name != RAW]
+    click.echo(table(headers, [_line(trend, timed) for trend in history.trends]) + "\n")
 
 
-def _line(trend: Trend) -> list[str]:
+def _line(trend: Trend, timed: bool) -> list[str]:
     return [
         SIGNS.get(trend.verdict, ""),
         f"{trend.method} / {trend.impl}",
@@ -69,7 +76,8 @@ def _line(trend: Trend) -> list[str]:
         format_seconds(trend.moments[0].median_s),
         format_seconds(trend.moments[-1].median_s),
         "-" if trend.ratio is None else f"{trend.ratio:.3f}",
-        bars([moment.median_s for moment in trend.moments]),
+        *(["-" if trend.raw_ratio is None else f"{trend.raw_ratio:.3f}"] if timed else []),
+        bars([(trend.at_one_speed and moment.steady_s) or moment.median_s for moment in trend.moments]),
         trend.verdict,
         ", ".join(f"{moment.step} x{moment.ratio:.2f} at {moment.run}" for moment in trend.steps) or "-",
     ]

@@ -65,9 +65,16 @@ def command(run: Path, count: int, seed: int | None, budget: str | None, out: Pa
 
 
 def _print(found: Verification) -> None:
+    timed = any(cell.speed for cell in found.cells)
     headers = ["", "METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "THEN", "EXPECTED", "NOW", "N", "PEAK", "WHY"]
-    click.echo(table(headers, [_line(cell) for cell in found.cells]))
+    headers[7:7] = ["REFERENCE"] if timed else []
+    click.echo(table(headers, [_line(cell, timed) for cell in found.cells]))
     click.echo(f"{found.inside} of {found.judged} cells are where {found.run} expects them  (--seed {found.seed})")
+    if found.raw_inside is not None:
+        click.echo(
+            f"{found.raw_inside} of {found.judged} without the reference: EXPECTED is at the machine's speed now, "
+            "REFERENCE is what the product beside the samples takes now over then"
+        )
     outside = found.judged - found.inside
     if outside:
         verdict = "more than" if found.p < 0.01 else "no more than"
@@ -83,7 +90,7 @@ def _print(found: Verification) -> None:
     click.echo(f"rows    {Path(found.again) / 'rows.jsonl'}")
 
 
-def _line(cell: Repeat) -> list[str]:
+def _line(cell: Repeat, timed: bool) -> list[str]:
     expected = "-" if cell.low is None else f"{format_seconds(cell.low)} to {format_seconds(cell.high)}"
     return [
         "?" if cell.disturbed else {True: "=", False: "!", None: "?"}[cell.inside],
@@ -93,6 +100,7 @@ def _line(cell: Repeat) -> list[str]:
         cell.mode,
         format_seconds(cell.then_s),
         expected,
+        *([f"x{cell.speed:.2f}" if cell.speed else "-"] if timed else []),
         format_seconds(cell.now_s) if cell.now_s is not None else cell.status,
         f"{cell.n_then}, {cell.n_now}",
         {True: "same", False: "other", None: "-"}[cell.same_peak],

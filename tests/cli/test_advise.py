@@ -36,7 +36,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
                 assert figures is not None
                 time = 2e-4 + figures.flops / 1e11
                 latency = Latency(median=time, low=time, high=time, samples=[[time]] * 3, n_processes=3)
-                peak = PeakBytes(allocated=figures.peak_bytes, resident=figures.peak_bytes)
+                assert figures.peak_bytes is not None
+                taken = int(figures.peak_bytes * (1 + 0.2 * METHODS.split(",").index(name)))
+                peak = PeakBytes(allocated=taken, resident=taken)
                 store.append_row(row_for(cell, "ok", latency_s=latency, peak_bytes=peak))
     return "run"
 
@@ -68,8 +70,18 @@ def test_a_limit_refuses_and_a_datasheet_answers(ctxbench: Callable[..., Any]) -
 
 
 def test_the_check_says_how_often_the_advice_was_right(run: str, ctxbench: Callable[..., Any]) -> None:
-    assert "within 10 % of the best in 100 % of 2 held-out questions" in ctxbench("advise", "--run", run, "--check").out
-    assert ctxbench("advise", "--run", run, "--check", "--json").json["within_10_percent"] == 1
+    shown = ctxbench("advise", "--run", run, "--check").out
+    assert "advised within 10 % of the best, of held-out questions" in shown
+    for part in ("of all methods, one a length", "of every two methods", "of all options with a memory limit"):
+        assert part in shown
+    found = ctxbench("advise", "--run", run, "--check", "--json").json
+    plain, pairs, free, limited = (found["questions"][kind] for kind in found["questions"])
+    assert (plain["count"], plain["within_10_percent"]) == (2, 1)
+    assert (pairs["count"], pairs["within_10_percent"]) == (6, 1)
+    assert free["count"] > plain["count"]
+    assert limited["count"] > 0
+    assert plain["at_one_speed_within_10_percent"] is None
+    assert len(found["trials"]) == 2
 
 
 @pytest.mark.parametrize(

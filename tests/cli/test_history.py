@@ -71,6 +71,44 @@ def test_rows_of_another_machine_in_a_merged_run_are_left_out(write: Any, ctxben
     assert {len(trend["moments"]) for trend in history["trends"]} == {2}
 
 
+def test_a_slower_minute_of_the_machine_is_no_change_and_the_raw_ratio_stands_beside(write: Any, ctxbench: Any) -> None:
+    speeds = (1.0, 1.04, 0.98, 1.02)  # of one run's processes: calls follow the reference
+
+    def restless(name: str, day: int, slower: float) -> None:
+        with Store.open(Path("runs") / name) as store:
+            for length in (1024, 2048, 4096):
+                found = row(1.0, length)
+                assert found.latency_s is not None
+                medians = [1e-6 * length * slower * speed for speed in speeds[: 2 + length // 2048]]
+                found.latency_s.samples = [[median] * 3 for median in medians]
+                found.latency_s.median, found.latency_s.n_processes = sorted(medians)[1], len(medians)
+                beats = [[[taken, 1e-3 * slower * speed] for taken in range(4)] for speed in speeds]
+                found.env_delta = {"processes": [{"reference_beside_s": beat} for beat in beats[: len(medians)]]}
+                store.append_row(found)
+            environment = {"cpu": {"model": "Here", "cores_usable": 2}}
+            store.write_header({"created_at": f"2026-11-{day:02d}T00:00:00Z", "environment": environment})
+
+    restless("a", 1, 1.0), restless("b", 2, 1.3), restless("c", 3, 1.3)
+    (history,) = ctxbench("history", "--json").json
+    for trend in history["trends"]:
+        assert trend["raw_ratio"] == pytest.approx(1.3, rel=0.03)
+        assert trend["ratio"] == pytest.approx(1.0, abs=0.01)
+        assert [moment["steady_s"] for moment in trend["moments"]] == pytest.approx(
+            [trend["moments"][0]["steady_s"]] * 3, rel=0.01
+        )
+    shown = ctxbench("history").out
+    assert "AS MEASURED" in shown
+    assert "1.300" in shown
+    assert "▁▁▁" in shown
+
+
+def test_without_a_reference_the_ratio_is_the_one_measured(write: Any, ctxbench: Any) -> None:
+    write("a", 1, 1.0), write("b", 2, 1.5)
+    (history,) = ctxbench("history", "--json").json
+    assert {moment["steady_s"] for trend in history["trends"] for moment in trend["moments"]} == {None}
+    assert "AS MEASURED" not in ctxbench("history").out
+
+
 def test_what_has_no_history_is_refused(write: Any, ctxbench: Any) -> None:
     assert "not a run folder" in ctxbench("history", "nowhere").err
     a = write("a", 1, 1.0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from sympy import Integer
 
 from ctxbench import suite as suites
+from ctxbench.cell import Cell
 from ctxbench.config import Config, resolve
 from ctxbench.cost import Cost
 from ctxbench.cost.roofline import Ceilings
@@ -19,14 +22,15 @@ from ctxbench.cost.symbols import B, T, d
 from ctxbench.cost.symbols import param as symbol
 from ctxbench.method import Impl, Method, Params, no, param
 from ctxbench.plan import Plan, build
-from ctxbench.registry import Entry, Registry
-from ctxbench.rows import Gate
+from ctxbench.registry import Entry, Registry, discover
+from ctxbench.rows import Gate, Latency, Row, row_for
 from ctxbench.run.progress import Progress
 from ctxbench.run.store import Store
 from ctxbench.run.supervisor import Summary, Supervisor
 from ctxbench.run.tasks import Memory, Outcome, Samples, Task
 from ctxbench.suite import Axes, Limits, Protocol, Suite
 
+PRODUCT_S = 1.3e-3  # of the reference on a machine of usual speed
 CEILINGS = Ceilings(flops_per_s={"fp32": 1e11}, bytes_per_s=1e10, calibrated=True)
 
 
@@ -191,3 +195,39 @@ class Lab:
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     return Lab(tmp_path)
+
+
+class Host:
+    """A machine whose speed differs from process to process; a call follows the reference by ``coefficient``."""
+
+    def __init__(self, coefficient: float, sigma: float = 0.01, seed: int = 0):
+        self.coefficient, self.sigma, self.random = coefficient, sigma, np.random.default_rng(seed)
+
+    def row(self, seconds: float, slower: Sequence[float], seq_len: int = 1024, method: str = "dense") -> Row:
+        """A row whose processes ran while the reference took ``exp(slower)`` of its time."""
+        medians = [
+            seconds * math.exp(self.coefficient * off + self.random.normal(0, self.sigma)) for off in slower
+        ]  # fmt: skip
+        beats = [[[taken, PRODUCT_S * math.exp(off)] for taken in range(4)] for off in slower]
+        found = discover()[method]
+        params = found.params().as_dict()
+        cell = Cell(method=method, impl="blocked", seq_len=seq_len, params=params, position=found.positions[0],
+                    memory=params.get(found.memory_parameter or ""))  # fmt: skip
+        latency = Latency(
+            median=float(np.median(medians)), low=min(medians), high=max(medians),
+            samples=[[median] * 3 for median in medians], n_processes=len(medians),
+        )  # fmt: skip
+        return row_for(
+            cell, "ok", latency_s=latency,
+            env_delta={"processes": [{"reference_beside_s": beat} for beat in beats]},
+        )  # fmt: skip
+
+    def run(self, restless: float = 0.1, count: int = 12) -> list[Row]:
+        """Two processes of one cell at many lengths."""
+        return [self.row(0.01, self.random.normal(0, restless, 2), 256 * (index + 1)) for index in range(count)]
+
+
+@pytest.fixture
+def restless_host() -> type[Host]:
+    """Machines whose speed changes."""
+    return Host

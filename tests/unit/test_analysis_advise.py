@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
 import pytest
 from sympy import Integer, Min
 
-from ctxbench.analysis.advise import GOOD, Trial, advise, headline, hit_rate, trials, unrefuted
-from ctxbench.analysis.forecast import Forecaster
+from ctxbench.analysis.advise import GOOD, advise, headline
+from ctxbench.analysis.forecast import Forecaster, latency
+from ctxbench.analysis.questions import Questions, Trial, hit_rate, misses, summary, unrefuted
 from ctxbench.analysis.use_cases import HOLDS, NOT_MEASURED, RULES, UNDECIDED, VIOLATED, judge
 from ctxbench.cell import Cell
 from ctxbench.cost import Cost
@@ -109,20 +111,86 @@ def test_the_advised_method_is_within_a_tenth_of_the_best_on_held_out_lengths() 
 
 
 def test_a_run_checks_its_own_advice() -> None:
-    found = [trial for seed in range(8) for trial in trials(world(seed)[0], REGISTRY, CEILINGS)]
-    assert {trial.seq_len for trial in found} == set(LENGTHS[3:])
-    assert {trial.candidates for trial in found} == {4}
-    assert hit_rate(found) >= 0.9
-    assert any(trial.best.startswith("dense") for trial in found)
-    assert any(trial.best.startswith(("longformer", "transformer_xl")) for trial in found)
-    between = [trial for seed in range(8) for trial in trials(world(seed)[0], REGISTRY, CEILINGS, pairs=True)]
-    assert len(between) == 6 * len(found)  # pairs of four methods
+    asked = [Questions(world(seed)[0], REGISTRY, CEILINGS) for seed in range(8)]
+    plain = [question.judged(latency) for each in asked for question in each.plain]
+    assert {trial.seq_len for trial in plain} == set(LENGTHS[3:])
+    assert {trial.candidates for trial in plain} == {4}
+    assert hit_rate(plain) >= 0.9
+    assert any(trial.best.startswith("dense") for trial in plain)
+    assert any(trial.best.startswith(("longformer", "transformer_xl")) for trial in plain)
+    between = [question.judged(latency) for each in asked for question in each.pairs]
+    assert len(between) == 6 * len(plain)  # pairs of four methods
     assert {trial.candidates for trial in between} == {2}
     assert hit_rate(between) >= 0.9
     assert any(trial.regret > 0 for trial in between)
     assert all(trial.shown_regret <= trial.regret for trial in between)
+    assert {each.steady for each in asked} == {None}  # these rows have no reference
     with pytest.raises(UserError, match="at least four lengths"):
-        trials([each for each in world(1)[0] if each.method == "dense"], REGISTRY, CEILINGS)
+        Questions([each for each in world(1)[0] if each.method == "dense"], REGISTRY, CEILINGS)
+
+
+def needs(rows: list[Row], **bytes_a_token: int) -> list[Row]:
+    """The rows with peaks of so many bytes a token; others stay."""
+    for each in rows:
+        if each.method in bytes_a_token:
+            peak = bytes_a_token[each.method] * each.seq_len
+            each.peak_bytes = PeakBytes(allocated=peak, resident=peak)
+    return rows
+
+
+def test_every_option_of_the_command_is_asked_once_and_what_qualifies_follows_from_the_rows() -> None:
+    rows = needs(world(4)[0], dense=80 * 256, memory_bank=40 * 256)
+    every = [question for question in Questions(rows, REGISTRY, CEILINGS).every if question.seq_len == 65536]
+    options = {question.asked for question in every}
+    assert len(options) == len(every)
+    assert "" in options
+    assert any(asked.startswith("--methods -") for asked in options)
+    assert {word for asked in options for word in asked.split() if word.startswith("--")} >= {
+        "--causal", "--memory-limit", "--methods", "--streaming",
+    }  # fmt: skip
+    assert "--impls" not in " ".join(options)  # there is one impl: naming it asks nothing new
+    for question in every:
+        methods = {row.method for row in question.qualified}
+        assert len(methods) > 1
+        assert methods <= ({"transformer_xl", "longformer", "memory_bank"} if question.limited else set(LAWS))
+        assert "longformer" not in methods or "--causal" not in question.asked
+        if "--streaming" in question.asked:
+            assert not methods & {"dense"}
+        if question.asked.startswith("--methods -"):
+            assert question.asked.split()[1][1:] not in methods
+
+
+def limited_trials(**bytes_a_token: int) -> list[Trial]:
+    """The questions with a memory limit at the longest length, whose peaks no shorter length announced."""
+    rates = dict.fromkeys(LAWS, (1e9, 1e9)) | {"longformer": (1e11, 1e11)}
+    rows = [row(name, n, truth(name, n, rates)) for name in LAWS for n in LENGTHS]
+    needs([each for each in rows if each.seq_len == LENGTHS[-1]], **bytes_a_token)
+    every = Questions(rows, REGISTRY, CEILINGS).every
+    return [question.judged(latency) for question in every if question.limited and question.seq_len == LENGTHS[-1]]
+
+
+def test_advice_that_does_not_fit_is_wrong_however_fast_it_is() -> None:
+    found = limited_trials(longformer=100 * 256)
+    with_it = [trial for trial in found if "-longformer" not in trial.asked]
+    assert with_it
+    assert all(trial.advised.startswith("longformer") and not trial.fits for trial in with_it)
+    assert {trial.regret for trial in with_it} == {math.inf}
+    assert all(trial.fits for trial in found if trial not in with_it)
+    counted = summary(found)
+    assert counted["did_not_fit"] == len(with_it)
+    assert counted["within_10_percent"] <= 1 - len(with_it) / len(found)
+    assert misses(found)[0][0].regret == math.inf
+
+
+def test_no_answer_is_wrong_where_something_fits_and_caution_is_named_as_the_reason() -> None:
+    """What a forecast reserves does not fit below a limit 1 % above the measured need of the fastest."""
+    found = limited_trials(dense=21 * 256, transformer_xl=21 * 256)
+    assert found
+    assert all(not trial.advised and trial.cautious and trial.regret == math.inf for trial in found)
+    assert summary(found) | {"answers": 1} == {
+        "count": len(found), "within_10_percent": 0, "unrefuted": 0, "answers": 1, "answers_within_10_percent": 0,
+        "cautious": 1, "did_not_fit": 0,
+    }  # fmt: skip
 
 
 def test_advice_is_refuted_by_what_both_intervals_show() -> None:

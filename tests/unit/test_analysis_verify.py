@@ -148,3 +148,46 @@ def test_another_machine_is_refused(planted: Planted) -> None:
     other = {"environment": {"cpu": {"model": "There", "cores_usable": 64}}}
     with pytest.raises(UserError, match=r"another machine: cpu .*, here There.*\n.*compare --normalise"):
         check_machine(then, other, then.rows)
+
+
+def test_a_machine_at_another_speed_moves_what_is_expected_and_hides_no_slower_code(restless_host: Any) -> None:
+    host = restless_host(0.7, sigma=0.02, seed=3)
+    measure = lambda factor, off: [  # noqa: E731
+        host.row(factor * 0.01, host.random.normal(off, 0.05, 4), 256 * (index + 1)) for index in range(24)
+    ]
+    then = Run(Path("then"), tuple(measure(1.0, 0.0)))
+    found = verify(then, then.rows, measure(1.0, 0.3), "again", seed=0)
+    assert found.judged == 24
+    assert found.raw_inside < 0.5 * found.judged
+    assert found.inside >= 0.9 * found.judged
+    assert not found.failed
+    assert np.mean([cell.speed for cell in found.cells]) == pytest.approx(math.exp(0.3), rel=0.05)
+    assert all(cell.raw_low < cell.low < cell.now_s for cell in found.cells if cell.inside)
+    worse = verify(then, then.rows, measure(1.5, 0.3), "again", seed=0)
+    assert (worse.inside, worse.failed) == (0, True)
+    unchanged = verify(then, then.rows, measure(1.0, 0.0), "again", seed=0)
+    widths = [(math.log(cell.high / cell.low), math.log(cell.raw_high / cell.raw_low)) for cell in unchanged.cells]
+    assert np.mean([narrow < wide for narrow, wide in widths]) > 0.9  # the spread of the machine is not the program's
+
+
+def test_cells_that_follow_the_reference_unequally_are_inside_in_95_percent(restless_host: Any) -> None:
+    inside = judged = 0
+    for seed in range(8):
+        hosts = [restless_host(0.0, sigma=0.02, seed=100 * seed + index) for index in range(24)]
+        for host in hosts:
+            host.coefficient = host.random.normal(0.65, 0.3)
+        measure = lambda off, hosts=hosts: [  # noqa: E731
+            host.row(0.01, host.random.normal(off, 0.08, 3), 256 * (i + 1)) for i, host in enumerate(hosts)
+        ]
+        then = Run(Path("then"), tuple(measure(0.0)))
+        found = verify(then, then.rows, measure(0.2 * (seed % 3 - 1)), "again", seed=seed)
+        inside, judged = inside + found.inside, judged + found.judged
+    assert inside / judged >= 0.95
+
+
+def test_without_the_reference_beside_the_samples_nothing_is_said_of_speed(planted: Planted) -> None:
+    then = planted.measure("run")
+    chosen = choose(then, 6, seed=0)
+    found = verify(then, chosen, planted.measure("again", {row.cell for row in chosen}).rows, "again", seed=0)
+    assert found.raw_inside is None
+    assert all((cell.speed, cell.raw_low, cell.raw_high) == (None, cell.low, cell.high) for cell in found.cells)
