@@ -9,6 +9,7 @@ from typing import Any
 
 from ctxbench.config import Config
 from ctxbench.plan import Plan, Planned
+from ctxbench.rows import Gate
 
 # Seconds of a process beside its calls, by its kind, before any has ended: start, import of the method, build; then
 # the gate, or the tracer.
@@ -31,7 +32,7 @@ class Pace:
     cells: list[Planned] = field(default_factory=list)  # of the whole plan
     fixed_s: dict[str, float] = field(default_factory=dict)
     seen: Counter[str] = field(default_factory=Counter)  # processes that have taught, by kind
-    passed: set[Any] = field(default_factory=set)  # series one cell of which has passed its gate
+    passed: dict[Any, list[Gate]] = field(default_factory=dict)  # by series: a longer cell's gate is often the same
 
     def __post_init__(self) -> None:
         devices = [FIXED_S[device.partition(":")[0]] for device in self.config.device]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from ctxbench.cost.roofline import Ceilings
 from ctxbench.errors import Exit
 from ctxbench.pace import Pace, groups, processes_for
 from ctxbench.plan import Forecaster, Plan, Planned
-from ctxbench.rows import FAILURES, Gate, Row
+from ctxbench.rows import FAILURES, Row
 from ctxbench.run import assemble, tasks
 from ctxbench.run.progress import Progress
 from ctxbench.run.store import Entry, Store, now
@@ -122,7 +122,6 @@ class Supervisor:
         self.random = random.Random(plan.config.protocol.seed)
         self.started = self.deadline = self.grace_s = 0.0
         self.by_key = {planned.cell.key: planned for planned in plan.cells}
-        self.passed: dict[Any, list[Gate]] = defaultdict(list)  # by series: a longer cell's gate is often the same
 
     def run(self, rerun: str = "", on_start: Callable[[Supervisor], None] | None = None) -> Summary:
         """Measure what is left of the plan; ``rerun`` is ``failed`` or ``all`` for cells that already have a row.
@@ -293,7 +292,8 @@ class Supervisor:
         cell, gated = planned.cell, kind == "time" and process == 0 and self.config.protocol.gate
         task = Task(
             kind=kind, cell=cell, origin=planned.origin, protocol=protocol_of(self.config), gate=gated,
-            passed=list(self.passed[planned.series]) if gated else [], process=process, expected_s=work.call_s,
+            passed=list(self.pace.passed.get(planned.series, [])) if gated else [], process=process,
+            expected_s=work.call_s,
         )  # fmt: skip
         executor = self.executor("timing" if kind == "time" else "memory", cell.device)
         timeout = min(self.config.cell_timeout_s, left)
@@ -302,8 +302,7 @@ class Supervisor:
             return None
         self.store.append_outcome(Entry(cell=cell.key, kind=kind, process=process, outcome=outcome))
         if outcome.gate is not None and outcome.gate.ok and not outcome.gate.stands_for:
-            self.passed[planned.series].append(outcome.gate)
-            self.pace.passed.add(planned.series)
+            self.pace.passed.setdefault(planned.series, []).append(outcome.gate)
         if kind == "time" and outcome.samples is not None:
             calls = sum(outcome.samples.samples) + sum(outcome.samples.warmup)
             computed = outcome.gate is not None and not outcome.gate.stands_for

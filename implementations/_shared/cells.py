@@ -39,18 +39,21 @@ def _numbers(first, SIZE: tl.constexpr, DIGITS: tl.constexpr, POOL: tl.constexpr
 
 @triton.jit
 def _of_level(
-    level, which, first, channel, T, shift, SIZE: tl.constexpr, SPAN: tl.constexpr, DIGITS: tl.constexpr,
-    POOL: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, MEAN: tl.constexpr, RAGGED: tl.constexpr,
+    levels, LEVEL: tl.constexpr, which, first, channel, T, shift, LEVELS: tl.constexpr, POOL: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Pointers to a tile of cells ``[SIZE, WIDTH]``, which of them there are, and what their sums are multiplied by."""
-    cell, inside = _numbers(first, SIZE, DIGITS, POOL, PADDED)
-    row = (which * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * level[1] + cell
-    there = (inside & (cell < level[1]))[:, None] & (channel < D)
+    SIZE: tl.constexpr = ROWS // PADDED**LEVEL
+    SPAN: tl.constexpr = POOL**LEVEL
+    CELLS, count = levels[LEVEL - 1]
+    cell, inside = _numbers(first, SIZE, LEVELS - LEVEL, POOL, PADDED)
+    row = (which * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * count + cell
+    there = (inside & (cell < count))[:, None] & (channel < D)
     weight = tl.full((SIZE, 1), 1.0 / SPAN if MEAN else 1.0, tl.float32)
     if MEAN and RAGGED:
         held = tl.minimum((cell + 1) * SPAN, T + shift) - cell * SPAN
         weight = 1.0 / tl.maximum(held, 1).to(tl.float32)[:, None]
-    return level[0] + row[:, None] * D + channel, there, weight
+    return CELLS + row[:, None] * D + channel, there, weight
 
 
 @triton.jit
@@ -82,9 +85,8 @@ def gather_kernel(
         for level in tl.static_range(1, LEVELS + 1):
             total = tl.sum(tl.reshape(total, (ROWS // PADDED**level, PADDED, WIDTH)), 1)
             pointers, there, weight = _of_level(
-                levels[level - 1], which, first, channel, T, shift, ROWS // PADDED**level, POOL**level, LEVELS - level,
-                POOL, PADDED, D, MEAN, RAGGED,
-            )  # fmt: skip
+                levels, level, which, first, channel, T, shift, LEVELS, POOL, PADDED, D, ROWS, MEAN, RAGGED
+            )
             tl.store(pointers, (total * weight).to(pointers.dtype.element_ty), mask=there)
 
 
@@ -101,9 +103,8 @@ def spread_kernel(
         total = tl.zeros((ROWS // PADDED**LEVELS, WIDTH), tl.float32)
         for done in tl.static_range(LEVELS):
             pointers, there, weight = _of_level(
-                levels[LEVELS - 1 - done], which, first, channel, T, shift, ROWS // PADDED ** (LEVELS - done),
-                POOL ** (LEVELS - done), done, POOL, PADDED, D, MEAN, RAGGED,
-            )  # fmt: skip
+                levels, LEVELS - done, which, first, channel, T, shift, LEVELS, POOL, PADDED, D, ROWS, MEAN, RAGGED
+            )
             total += tl.load(pointers, mask=there, other=0.0).to(tl.float32) * weight
             total = tl.broadcast_to(total[:, None, :], (ROWS // PADDED ** (LEVELS - done), PADDED, WIDTH))
             total = tl.reshape(total, (ROWS // PADDED ** (LEVELS - 1 - done), WIDTH))
