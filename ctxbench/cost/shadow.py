@@ -73,8 +73,10 @@ class NotShadowed(Exception):
 class ShadowMeter(Meter):
     """A meter for meta tensors that remembers the outcomes of calls whose results are new tensors or their operands."""
 
-    def __init__(self) -> None:
+    def __init__(self, makes_values: bool = True) -> None:
+        """``makes_values``: whether tensors with values may be made."""
         super().__init__()
+        self._makes_values = makes_values
         self._seen: dict[Any, Memory] = {}  # by what was called (operators by their id), then how
         self._log: list[Work] = []  # of the calls that are being watched
         self._watching = self._depth = 0
@@ -91,12 +93,14 @@ class ShadowMeter(Meter):
     def __enter__(self) -> ShadowMeter:
         """Let views go from autograd straight to their kernels: half of what a training step dispatches are views.
 
-        Nobody else in the process sees them meanwhile either.
+        Nobody else in the process sees them meanwhile either. Attention is sent to the CPU's operator here where its
+        call is not heard by ``MetaCalls``.
         """
         if not self._depth:
             self._passing = torch.library.Library("aten", "IMPL")
             for name in _UNSEEN:
                 self._passing.impl(name, torch.library.fallthrough_kernel, "Python")
+            self._passing.impl("scaled_dot_product_attention", _attend, "AutogradMeta")
         self._depth += 1
         super().__enter__()
         return self
@@ -253,7 +257,10 @@ class ShadowMeter(Meter):
             out = rule(*args, **kwargs)
             if out is not None:
                 return out
-        return super()._call(traits, args, kwargs)
+        out = super()._call(traits, args, kwargs)
+        if not self._makes_values and not all(made.is_meta or not made.dim() for made in tensors_in(out)):
+            raise NotShadowed(f"{traits.name} makes values")
+        return out
 
     def _add(self, work: Work, times: int = 1) -> None:
         super()._add(work, times)

@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +25,21 @@ RAGGED = 76  # tokens after the last boundary
 RARELY = 50_000  # new objects between two looks of the collector
 
 
+class Way(NamedTuple):
+    """How the fast engine follows a module.
+
+    ``unheard``: functions of torch are not heard but inside of custom autograd functions: where gradients are recorded
+    there is nothing to remember of them. ``redirect``: see ``MetaCalls``.
+    """
+
+    unheard: bool = False
+    redirect: bool = False
+
+
+HEARD = Way()
+WAYS = Way(unheard=True), Way(redirect=True), HEARD
+
+
 def trace(
     method: Method, dims: Dims, params: Params, impl: str, mode: str = "forward", dtype: str = "fp32",
     device: str = "cpu",
@@ -36,18 +51,18 @@ def trace(
     subject = (method, params, impl, mode, dtype)
     with _older_objects_uncollected():
         if device == "cpu" and mode != "decode":
-            variant = _agreement(dims, *subject)
-            found = None if variant is None else _trace_shadow(dims, *subject, variant)
+            way = _agreement(dims, *subject)
+            found = None if way is None else _trace_shadow(dims, *subject, way)
             if found is not None:
                 return found
         return _trace_fake(dims, *subject, device)
 
 
-_AGREED: dict[tuple[Any, ...], tuple[Method, bool | None]] = {}  # the method is kept, so that its id is not used again
+_AGREED: dict[tuple[Any, ...], tuple[Method, Way | None]] = {}  # the method is kept, so that its id is not used again
 
 
-def _agreement(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> bool | None:
-    """How the fast engine follows a cell: with redirected tensors or without; None where it may not be used.
+def _agreement(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> Way | None:
+    """How the fast engine follows a cell; None where it may not be used.
 
     Both engines trace a probe, which is worth its time for lengths well beyond it. The answer holds for every length.
     """
@@ -61,17 +76,17 @@ def _agreement(dims: Dims, method: Method, params: Params, impl: str, mode: str,
     return _AGREED[key][1]
 
 
-def _compare(short: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> bool | None:
+def _compare(short: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> Way | None:
     """The first way of the fast engine whose trace is that of fake tensors; None where there is none."""
     subject = (method, params, impl, mode, dtype)
     try:
         fake = _trace_fake(short, *subject, "cpu")
     except Exception:  # a length that the module does not take: its own will say the same, or be traced
         return None
-    for redirect in (True, False):
-        probe = _trace_shadow(short, *subject, redirect)
+    for way in WAYS if mode == "train" else WAYS[1:]:
+        probe = _trace_shadow(short, *subject, way)
         if probe is not None and _same(probe, fake):
-            return redirect
+            return way
     return None
 
 
@@ -103,15 +118,16 @@ def _trace_fake(dims: Dims, method: Method, params: Params, impl: str, mode: str
 
 
 def _trace_shadow(
-    dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str, redirect: bool = False
+    dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str, way: Way = HEARD
 ) -> Trace | None:
     """The same on meta tensors; None where this engine cannot follow the module."""
-    meter = ShadowMeter()
+    meter = ShadowMeter(makes_values=not way.unheard)
     try:
         work = workload.prepare(method, dims, params, impl, mode, dtype, "meta", rotate=1)
         parameters, carried = _describe(work, dims)
         _ignore_live(meter, work)
-        with _meta_takes_fast_paths(), CustomFunctions(meter), MetaCalls(meter, redirect), meter:
+        unheard = torch._C.DisableTorchFunction() if way.unheard else contextlib.nullcontext()
+        with _meta_takes_fast_paths(), CustomFunctions(meter), MetaCalls(meter, way.redirect), meter, unheard:
             y = work.call()
         del y
     except Exception:  # whatever stopped it, fake tensors give the answer or the reason

@@ -26,6 +26,8 @@ CASES = [
     if not impl.defects and impl.name != "flex"
 ]
 
+MAKE_VALUES = {("compressive_memory", impl) for impl in ("blocked", "slabs", "triton")}  # small plans on the CPU
+
 
 @pytest.mark.parametrize(("method", "impl", "mode"), CASES, ids=lambda value: getattr(value, "name", value))
 def test_both_engines_agree_on_every_method(method, impl, mode):
@@ -36,12 +38,11 @@ def test_both_engines_agree_on_every_method(method, impl, mode):
         position=method.positions[0],
     )  # fmt: skip
     subject = (dims, method, params, impl, mode, "fp32")
-    quick, fake = tracing._trace_shadow(*subject), tracing._trace_fake(*subject, "cpu")
-    assert quick is not None
-    assert quick.by_op == fake.by_op
-    assert quick.peak_bytes == fake.peak_bytes
-    assert quick.num_parameters == fake.num_parameters
-    assert quick.uncounted == fake.uncounted
+    fake = tracing._trace_fake(*subject, "cpu")
+    for way in (tracing.WAYS[0], tracing.HEARD) if mode == "train" else (tracing.HEARD,):
+        quick = tracing._trace_shadow(*subject, way)
+        assert (quick is None) == (way.unheard and (method.name, impl) in MAKE_VALUES)
+        assert quick is None or tracing._same(quick, fake)
 
 
 def test_a_module_that_behaves_otherwise_on_meta_tensors_is_traced_on_fake_ones():
@@ -229,6 +230,32 @@ def test_what_never_comes_again_is_no_longer_remembered(monkeypatch):
     assert meter.result().flops == sum(2 * i * 3 * 30 for i in range(1, 30))
 
 
+def test_a_module_that_makes_values_is_heard():
+    class Masked(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.ones(x.shape[1], 1).tril().to(x.device)
+
+    class Plain(torch.nn.Module):
+        def forward(self, x):
+            return x @ x.transpose(1, 2) @ x
+
+    for module, way in ((Masked, tracing.WAYS[1]), (Plain, tracing.WAYS[0])):
+        method = Method(name="module", build=lambda *_, module=module: module())
+        dims = Dims(seq_len=90, d_model=16, num_heads=1)
+        assert tracing._compare(dims, method, method.params(), "reference", "train", "fp32") == way
+
+
+def test_attention_in_a_training_step_that_is_not_heard_is_the_operator_of_the_cpu():
+    meter, q = tracing.ShadowMeter(makes_values=False), torch.empty(1, 2, 8, 4, device="meta", requires_grad=True)
+    with shadow.MetaCalls(meter), meter, torch._C.DisableTorchFunction():
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+    assert set(meter.result().by_op) == {
+        "aten._scaled_dot_product_flash_attention_for_cpu",
+        "aten._scaled_dot_product_flash_attention_for_cpu_backward",
+    }
+    assert torch.nn.functional.scaled_dot_product_attention(q, q, q).is_meta  # torch's own again
+
+
 def test_values_on_the_cpu_stay_values():
     """Only meta tensors are made from memory: a module may plan with small tensors of its own."""
     with torch.no_grad(), shadow.MetaCalls(meter := tracing.ShadowMeter()), meter:
@@ -247,7 +274,7 @@ def test_a_mask_made_row_by_row_on_the_cpu_is_followed():
     method = Method(name="rows", build=lambda *_: Rows())
     subject = (method, method.params(), "reference", "forward", "fp32")
     short = Dims(seq_len=90, d_model=16, num_heads=1)
-    quick = tracing._trace_shadow(short, *subject, redirect=True)
+    quick = tracing._trace_shadow(short, *subject, tracing.Way(redirect=True))
     assert tracing._same(quick, tracing._trace_fake(short, *subject, "cpu"))
     seen = tracing.trace(method, Dims(seq_len=32768, d_model=16, num_heads=1), method.params(), "reference")
     assert seen.flops == 2 * 32768**2 * 16
