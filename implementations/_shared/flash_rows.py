@@ -22,12 +22,15 @@ def _load(base, start, stride, count, ROWS: tl.constexpr, D: tl.constexpr, WIDTH
 
 @triton.jit
 def _channels(
-    base, start, stride, count, channel, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Of what ``_load`` gives, CHUNK channels from one on."""
+    base, start, stride, count, channel, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BEFORE: tl.constexpr = False,
+):  # fmt: skip
+    """Of what ``_load`` gives, CHUNK channels from one on; BEFORE: ``start`` may be negative."""
     row, column = tl.arange(0, ROWS), channel + tl.arange(0, CHUNK)
     base += tl.cast(start, tl.int64) * stride
     mask = row[:, None] < count - start
+    if BEFORE:
+        mask = ((row >= -start) & (row < count - start))[:, None]
     if D < WIDTH:
         mask = mask & (column[None, :] < D)
     return tl.load(base + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
@@ -51,27 +54,39 @@ def _dot(a, b):
 
 
 @triton.jit
-def _held(base, start, stride, count, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows for ``_product``: what ``_load`` gives, or where they lie if it takes CHUNK channels at a time."""
-    return (base, start, stride, count) if CHUNK < WIDTH else _load(base, start, stride, count, ROWS, D, WIDTH)
+def _held(
+    base, start, stride, count, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BEFORE: tl.constexpr = False,
+):  # fmt: skip
+    """Rows for ``_product``: as ``_load`` gives them, or where they lie if it takes CHUNK channels at a time."""
+    held = base, start, stride, count
+    if CHUNK == WIDTH:
+        held = _channels(base, start, stride, count, 0, ROWS, D, WIDTH, WIDTH, BEFORE)
+    return held
 
 
 @triton.jit
-def _whole(held, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+def _whole(
+    held, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BEFORE: tl.constexpr = False
+):
     """Rows that are held, with all their channels."""
-    return _load(held[0], held[1], held[2], held[3], ROWS, D, WIDTH) if CHUNK < WIDTH else held
+    whole = held
+    if CHUNK < WIDTH:
+        whole = _channels(held[0], held[1], held[2], held[3], 0, ROWS, D, WIDTH, WIDTH, BEFORE)
+    return whole
 
 
 @triton.jit
 def _product(
-    a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
-):
-    """``a @ b.T`` of ROWS rows and COLUMNS rows that are held."""
+    a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BEFORE: tl.constexpr = False,
+):  # fmt: skip
+    """``a @ b.T`` of ROWS rows and COLUMNS rows that are held; BEFORE: ``b`` may begin before row 0."""
     if CHUNK < WIDTH:
         product = tl.zeros([ROWS, COLUMNS], tl.float32)
         for channel in range(0, WIDTH, CHUNK):
             left = _channels(a[0], a[1], a[2], a[3], channel, ROWS, D, WIDTH, CHUNK)
-            right = _channels(b[0], b[1], b[2], b[3], channel, COLUMNS, D, WIDTH, CHUNK)
+            right = _channels(b[0], b[1], b[2], b[3], channel, COLUMNS, D, WIDTH, CHUNK, BEFORE)
             product += _dot(left, tl.trans(right))
     else:
         product = _dot(a, tl.trans(b))
@@ -79,7 +94,10 @@ def _product(
 
 
 @triton.jit
-def _weighted(weights, held, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+def _weighted(
+    weights, held, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BEFORE: tl.constexpr = False,
+):  # fmt: skip
     """``weights @ rows`` of ROWS rows that are held."""
-    rows = _whole(held, ROWS, D, WIDTH, CHUNK)
+    rows = _whole(held, ROWS, D, WIDTH, CHUNK, BEFORE)
     return _dot(weights.to(rows.dtype), rows)

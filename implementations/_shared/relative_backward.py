@@ -13,8 +13,15 @@ import triton
 import triton.language as tl
 
 from ctxbench.implementations._shared.flash import LOG2_E
-from ctxbench.implementations._shared.flash_rows import _dot, _store
-from ctxbench.implementations._shared.relative_kernels import entries_seen, rows_of, rows_seen, skew, vector_of
+from ctxbench.implementations._shared.flash_rows import _dot, _held, _product, _store, _weighted, _whole
+from ctxbench.implementations._shared.relative_kernels import (
+    entries_seen,
+    raised,
+    raised_product,
+    rows_of,
+    rows_seen,
+    skew,
+)
 
 
 @triton.jit
@@ -27,21 +34,24 @@ def probabilities(content, by_distance, to_base_2, lse, seen):
 @triton.jit
 def dq_tile(
     dq, upper, carried, content, position, grad, lse, delta, low, high, key, walked, distance, K, V, R, k_row, v_row,
-    r_row, S, distances, to_base_2, D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr,
+    r_row, S, distances, to_base_2, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys; ``carried``: gradients by distance that the next tile completes."""
-    k = rows_of(K, key, k_row, S, SIDE, D, WIDTH)
-    lower = _dot(position, tl.trans(rows_of(R, distance - SIDE, r_row, distances, SIDE, D, WIDTH)))
+    k = _held(K, key, k_row, S, SIDE, D, WIDTH, CHUNK, True)
+    r = _held(R, distance - SIDE, r_row, distances, SIDE, D, WIDTH, CHUNK, True)
+    lower = raised_product(position, r, SIDE, D, WIDTH, CHUNK)
     keys = key + tl.arange(0, SIDE)[None, :]
     seen = (keys >= low[:, None]) & (keys < high[:, None])
-    p = probabilities(_dot(content, tl.trans(k)), skew(upper, lower, walked, SIDE), to_base_2, lse, seen)
-    ds = p * (_dot(grad, tl.trans(rows_of(V, key, v_row, S, SIDE, D, WIDTH))) - delta[:, None])
-    dq += _dot(ds.to(k.dtype), k)
+    scores = raised_product(content, k, SIDE, D, WIDTH, CHUNK)
+    p = probabilities(scores, skew(upper, lower, walked, SIDE), to_base_2, lse, seen)
+    v = _held(V, key, v_row, S, SIDE, D, WIDTH, CHUNK, True)
+    ds = p * (_product(grad, v, SIDE, SIDE, D, WIDTH, CHUNK, True) - delta[:, None])
+    dq += _weighted(ds, k, SIDE, D, WIDTH, CHUNK, True)
     by_distance = skew(ds, ds, walked, SIDE)
     first = tl.arange(0, SIDE)[None, :] <= tl.arange(0, SIDE)[:, None]
-    done = tl.where(first, by_distance, 0.0).to(k.dtype) + carried
+    done = tl.where(first, by_distance, 0.0).to(carried.dtype) + carried
     dq += _dot(done, rows_of(R, distance, r_row, distances, SIDE, D, WIDTH))
-    return dq, lower, tl.where(first, 0.0, by_distance).to(k.dtype)
+    return dq, lower, tl.where(first, 0.0, by_distance).to(carried.dtype)
 
 
 @triton.jit
@@ -50,8 +60,8 @@ def relative_dq_kernel(
     v_head, v_row, far_k_batch, far_k_head, far_k_row, far_v_batch, far_v_head, far_v_row, o_batch, o_head, o_row,
     g_batch, g_head, g_row, dq_batch, dq_head, dq_row, r_head, r_row,
     heads, T, S, distances, nearest, past, phase, segment, memory, entries, known, capacity, rate, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr, BAND: tl.constexpr, CAUSAL: tl.constexpr,
-    FAR: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, SIDE: tl.constexpr, BAND: tl.constexpr,
+    CAUSAL: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Gradient dQ of one tile of rows, and for the other kernels the row sums of ``grad * output``. Grid as forward."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * SIDE
@@ -65,11 +75,11 @@ def relative_dq_kernel(
     R += head * r_head
     of_rows = tl.program_id(1).to(tl.int64) * T
 
-    q = rows_of(Q, start, q_row, T, SIDE, D, WIDTH)
-    content = (q + vector_of(U + head * D, D, WIDTH)).to(q.dtype)
-    position = (q + vector_of(W + head * D, D, WIDTH)).to(q.dtype)
-    grad = rows_of(GRAD, start, g_row, T, SIDE, D, WIDTH)
-    delta = tl.sum(grad.to(tl.float32) * rows_of(OUT, start, o_row, T, SIDE, D, WIDTH).to(tl.float32), 1)
+    q = _held(Q, start, q_row, T, SIDE, D, WIDTH, CHUNK, True)
+    content, position = raised(q, U + head * D, D, WIDTH, CHUNK), raised(q, W + head * D, D, WIDTH, CHUNK)
+    grad = _held(GRAD, start, g_row, T, SIDE, D, WIDTH, CHUNK, True)
+    whole = _whole(grad, SIDE, D, WIDTH, CHUNK)
+    delta = tl.sum(whole.to(tl.float32) * rows_of(OUT, start, o_row, T, SIDE, D, WIDTH).to(tl.float32), 1)
     row = start + tl.arange(0, SIDE)
     tl.store(DELTA + of_rows + row, delta, mask=row < T)
     lse = tl.load(LSE + of_rows + row, mask=row < T, other=0.0) * LOG2_E
@@ -81,13 +91,14 @@ def relative_dq_kernel(
     first, _ = rows_seen(start, T, S, past, phase, segment, memory, BAND, CAUSAL)
     _, last = rows_seen(end - 1, T, S, past, phase, segment, memory, BAND, CAUSAL)
     distance = start + past - first - nearest
-    upper = _dot(position, tl.trans(rows_of(R, distance, r_row, distances, SIDE, D, WIDTH)))
-    carried = tl.zeros([SIDE, SIDE], q.dtype)
+    r = _held(R, distance, r_row, distances, SIDE, D, WIDTH, CHUNK, True)
+    upper = raised_product(position, r, SIDE, D, WIDTH, CHUNK)
+    carried = tl.zeros([SIDE, SIDE], Q.dtype.element_ty)
     for key in range(first, last, SIDE):
         distance = start + past - key - nearest
         dq, upper, carried = dq_tile(
             dq, upper, carried, content, position, grad, lse, delta, low, high, key, key - first, distance, K, V, R,
-            k_row, v_row, r_row, S, distances, to_base_2, D, WIDTH, SIDE,
+            k_row, v_row, r_row, S, distances, to_base_2, D, WIDTH, CHUNK, SIDE,
         )  # fmt: skip
     dq += _dot(carried, rows_of(R, distance - SIDE, r_row, distances, SIDE, D, WIDTH))
     if FAR:
@@ -97,15 +108,16 @@ def relative_dq_kernel(
         for seg in range((start + phase) // segment, (end - 1 + phase) // segment + 1):
             first, last, shift = entries_seen(seg, past, phase, segment, memory, known, capacity, rate)
             distance = start + shift - first
-            upper = _dot(position, tl.trans(rows_of(R, distance, r_row, distances, SIDE, D, WIDTH)))
-            carried = tl.zeros([SIDE, SIDE], q.dtype)
+            r = _held(R, distance, r_row, distances, SIDE, D, WIDTH, CHUNK, True)
+            upper = raised_product(position, r, SIDE, D, WIDTH, CHUNK)
+            carried = tl.zeros([SIDE, SIDE], Q.dtype.element_ty)
             far_high = tl.where((number == seg) & (row < T), last, 0)
             for key in range(first, last, SIDE):
                 distance = start + shift - key
                 dq, upper, carried = dq_tile(
                     dq, upper, carried, content, position, grad, lse, delta, tl.zeros_like(row), far_high, key, key -
                     first, distance, FAR_K, FAR_V, R, far_k_row, far_v_row, r_row, entries, distances, to_base_2, D,
-                    WIDTH, SIDE,
+                    WIDTH, CHUNK, SIDE,
                 )  # fmt: skip
             dq += _dot(carried, rows_of(R, distance - SIDE, r_row, distances, SIDE, D, WIDTH))
     _store(DQ, start, dq_row, T, dq * scale, SIDE, D, WIDTH)
@@ -114,24 +126,27 @@ def relative_dq_kernel(
 @triton.jit
 def dkv_tile(
     dk, dv, sums, k, v, low, high, key, start, walked, shift, CONTENT, POSITION, GRAD, LSE, DELTA, R, q_row, g_row,
-    r_row, T, distances, to_base_2, D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr,
+    r_row, T, distances, to_base_2, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of rows to the gradients of a tile of keys, and to the column sums of the scores' gradient."""
     row = start + tl.arange(0, SIDE)
-    content = rows_of(CONTENT, start, q_row, T, SIDE, D, WIDTH)
-    position = rows_of(POSITION, start, q_row, T, SIDE, D, WIDTH)
-    grad = rows_of(GRAD, start, g_row, T, SIDE, D, WIDTH)
+    content = _held(CONTENT, start, q_row, T, SIDE, D, WIDTH, CHUNK, True)
+    position = _held(POSITION, start, q_row, T, SIDE, D, WIDTH, CHUNK, True)
+    grad = _held(GRAD, start, g_row, T, SIDE, D, WIDTH, CHUNK, True)
     lse = tl.load(LSE + row, mask=row < T, other=0.0) * LOG2_E
     delta = tl.load(DELTA + row, mask=row < T, other=0.0)
     distance = start + shift - key
-    upper = _dot(position, tl.trans(rows_of(R, distance, r_row, distances, SIDE, D, WIDTH)))
-    lower = _dot(position, tl.trans(rows_of(R, distance - SIDE, r_row, distances, SIDE, D, WIDTH)))
+    r = _held(R, distance, r_row, distances, SIDE, D, WIDTH, CHUNK, True)
+    upper = _product(position, r, SIDE, SIDE, D, WIDTH, CHUNK, True)
+    r = _held(R, distance - SIDE, r_row, distances, SIDE, D, WIDTH, CHUNK, True)
+    lower = _product(position, r, SIDE, SIDE, D, WIDTH, CHUNK, True)
     keys = key + tl.arange(0, SIDE)[None, :]
     seen = (keys >= low[:, None]) & (keys < high[:, None])
-    p = probabilities(_dot(content, tl.trans(k)), skew(upper, lower, walked, SIDE), to_base_2, lse, seen)
-    dv += _dot(tl.trans(p.to(grad.dtype)), grad)
-    ds = p * (_dot(grad, tl.trans(v)) - delta[:, None])
-    dk += _dot(tl.trans(ds.to(content.dtype)), content)
+    scores = _product(content, k, SIDE, SIDE, D, WIDTH, CHUNK)
+    p = probabilities(scores, skew(upper, lower, walked, SIDE), to_base_2, lse, seen)
+    dv += _weighted(tl.trans(p.to(GRAD.dtype.element_ty)), grad, SIDE, D, WIDTH, CHUNK)
+    ds = p * (_product(grad, v, SIDE, SIDE, D, WIDTH, CHUNK) - delta[:, None])
+    dk += _weighted(tl.trans(ds.to(CONTENT.dtype.element_ty)), content, SIDE, D, WIDTH, CHUNK)
     return dk, dv, sums + tl.sum(ds, 0)
 
 
@@ -140,8 +155,9 @@ def relative_dkv_kernel(
     CONTENT, POSITION, K, V, R, GRAD, LSE, DELTA, DK, DV, OWN_DK, OWN_DV, DU, q_batch, q_head, q_row, k_batch, k_head,
     k_row, v_batch, v_head, v_row, g_batch, g_head, g_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     own_k_batch, own_k_head, own_k_row, own_v_batch, own_v_head, own_v_row, r_head, r_row, heads, T, S, distances,
-    nearest, past, phase, segment, memory, known, capacity, rate, scale, D: tl.constexpr, WIDTH: tl.constexpr, SIDE:
-    tl.constexpr, BAND: tl.constexpr, CAUSAL: tl.constexpr, FAR: tl.constexpr, SPLIT: tl.constexpr,
+    nearest, past, phase, segment, memory, known, capacity, rate, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, SIDE: tl.constexpr, BAND: tl.constexpr,
+    CAUSAL: tl.constexpr, FAR: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys, and its part of du. Grid: tiles of keys, batch x heads.
 
@@ -161,8 +177,8 @@ def relative_dkv_kernel(
     LSE += tl.program_id(1).to(tl.int64) * T
     DELTA += tl.program_id(1).to(tl.int64) * T
 
-    k = rows_of(K, start, k_row, S, SIDE, D, WIDTH)
-    v = rows_of(V, start, v_row, S, SIDE, D, WIDTH)
+    k = _held(K, start, k_row, S, SIDE, D, WIDTH, CHUNK, True)
+    v = _held(V, start, v_row, S, SIDE, D, WIDTH, CHUNK, True)
     dk = tl.zeros([SIDE, WIDTH], tl.float32)
     dv = tl.zeros([SIDE, WIDTH], tl.float32)
     sums = tl.zeros([SIDE], tl.float32)
@@ -184,7 +200,7 @@ def relative_dkv_kernel(
                 dk, dv, sums = dkv_tile(
                     dk, dv, sums, k, v, tl.zeros_like(index) + seen_first, seen_high, start, row, row - since, shift,
                     CONTENT, POSITION, GRAD, LSE, DELTA, R, q_row, g_row, r_row, T, distances, to_base_2, D, WIDTH,
-                    SIDE,
+                    CHUNK, SIDE,
                 )  # fmt: skip
     else:
         newest = tl.minimum(start + SIDE, S) - 1 + phase - past  # tokens, counted from the first segment's begin
@@ -204,7 +220,7 @@ def relative_dkv_kernel(
                 own = (row + index + phase) // segment * segment - phase + past  # where the rows' segments begin
                 dk, dv, sums = dkv_tile(
                     dk, dv, sums, k, v, tl.maximum(low, own), high, start, row, row - begin, past - nearest, CONTENT,
-                    POSITION, GRAD, LSE, DELTA, R, q_row, g_row, r_row, T, distances, to_base_2, D, WIDTH, SIDE,
+                    POSITION, GRAD, LSE, DELTA, R, q_row, g_row, r_row, T, distances, to_base_2, D, WIDTH, CHUNK, SIDE,
                 )  # fmt: skip
             OWN_DK += batch * own_k_batch + head * own_k_head
             OWN_DV += batch * own_v_batch + head * own_v_head
@@ -219,12 +235,12 @@ def relative_dkv_kernel(
                 high = tl.minimum(high, (row + index + phase) // segment * segment - phase + past)
             dk, dv, sums = dkv_tile(
                 dk, dv, sums, k, v, low, high, start, row, row - begin, past - nearest, CONTENT, POSITION, GRAD, LSE,
-                DELTA, R, q_row, g_row, r_row, T, distances, to_base_2, D, WIDTH, SIDE,
+                DELTA, R, q_row, g_row, r_row, T, distances, to_base_2, D, WIDTH, CHUNK, SIDE,
             )  # fmt: skip
     _store(DK, start, dk_row, S, dk * scale, SIDE, D, WIDTH)
     _store(DV, start, dv_row, S, dv, SIDE, D, WIDTH)
     # u is added to every query, so its gradient is that of a query: the scores' gradient times the keys.
-    du = tl.sum(sums[:, None] * k.to(tl.float32), 0) * scale
+    du = tl.sum(sums[:, None] * _whole(k, SIDE, D, WIDTH, CHUNK).to(tl.float32), 0) * scale
     column = tl.arange(0, WIDTH)
     DU += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * D
     tl.store(DU + column, du, mask=column < D)
@@ -233,25 +249,31 @@ def relative_dkv_kernel(
 @triton.jit
 def dr_tile(
     dr, sums, r, low, high, start, walked, key, CONTENT, POSITION, K, V, GRAD, LSE, DELTA, q_row, k_row, v_row, g_row,
-    T, S, to_base_2, D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr,
+    T, S, to_base_2, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of rows; ``key``: of its first row at the first distance. Each row's keys fall with the distance."""
     row = start + tl.arange(0, SIDE)
-    content = rows_of(CONTENT, start, q_row, T, SIDE, D, WIDTH)
-    position = rows_of(POSITION, start, q_row, T, SIDE, D, WIDTH)
-    grad = rows_of(GRAD, start, g_row, T, SIDE, D, WIDTH)
+    content = _held(CONTENT, start, q_row, T, SIDE, D, WIDTH, CHUNK, True)
+    position = _held(POSITION, start, q_row, T, SIDE, D, WIDTH, CHUNK, True)
+    grad = _held(GRAD, start, g_row, T, SIDE, D, WIDTH, CHUNK, True)
     lse = tl.load(LSE + row, mask=row < T, other=0.0) * LOG2_E
     delta = tl.load(DELTA + row, mask=row < T, other=0.0)
-    near = _dot(content, tl.trans(rows_of(K, key, k_row, S, SIDE, D, WIDTH)))
-    before = _dot(content, tl.trans(rows_of(K, key - SIDE, k_row, S, SIDE, D, WIDTH)))
+    k = _held(K, key, k_row, S, SIDE, D, WIDTH, CHUNK, True)
+    near = _product(content, k, SIDE, SIDE, D, WIDTH, CHUNK, True)
+    k = _held(K, key - SIDE, k_row, S, SIDE, D, WIDTH, CHUNK, True)
+    before = _product(content, k, SIDE, SIDE, D, WIDTH, CHUNK, True)
     # A row's keys fall with the distance; written so that nothing [SIDE, SIDE] stays the same through the loop.
     nearest, step = key + tl.arange(0, SIDE), tl.arange(0, SIDE)[None, :]
     seen = (step <= (nearest - low)[:, None]) & (step > (nearest - high)[:, None])
-    p = probabilities(_dot(position, tl.trans(r)), skew(near, before, walked, SIDE), to_base_2, lse, seen)
-    near = _dot(grad, tl.trans(rows_of(V, key, v_row, S, SIDE, D, WIDTH)))
-    before = _dot(grad, tl.trans(rows_of(V, key - SIDE, v_row, S, SIDE, D, WIDTH)))
+    scores = _product(position, r, SIDE, SIDE, D, WIDTH, CHUNK)
+    p = probabilities(scores, skew(near, before, walked, SIDE), to_base_2, lse, seen)
+    v = _held(V, key, v_row, S, SIDE, D, WIDTH, CHUNK, True)
+    near = _product(grad, v, SIDE, SIDE, D, WIDTH, CHUNK, True)
+    v = _held(V, key - SIDE, v_row, S, SIDE, D, WIDTH, CHUNK, True)
+    before = _product(grad, v, SIDE, SIDE, D, WIDTH, CHUNK, True)
     ds = p * (skew(near, before, walked, SIDE) - delta[:, None])
-    return dr + _dot(tl.trans(ds.to(content.dtype)), position), sums + tl.sum(ds, 0)
+    by_score = tl.trans(ds.to(POSITION.dtype.element_ty))
+    return dr + _weighted(by_score, position, SIDE, D, WIDTH, CHUNK), sums + tl.sum(ds, 0)
 
 
 @triton.jit
@@ -259,8 +281,9 @@ def relative_dr_kernel(
     CONTENT, POSITION, K, V, R, FAR_K, FAR_V, GRAD, LSE, DELTA, DR, DW, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, far_k_batch, far_k_head, far_k_row, far_v_batch, far_v_head, far_v_row, g_batch, g_head,
     g_row, r_head, r_row, heads, T, S, distances, nearest, past, phase, segment, memory, entries, known, capacity, rate,
-    splits, scale, D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr, BAND: tl.constexpr, CAUSAL: tl.constexpr,
-    FAR: tl.constexpr,
+    splits, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, SIDE: tl.constexpr, BAND: tl.constexpr,
+    CAUSAL: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of distances from every ``splits``-th segment, and its part of dw; ``DR`` in float32.
 
@@ -282,7 +305,7 @@ def relative_dr_kernel(
         FAR_K += batch * far_k_batch + head * far_k_head
         FAR_V += batch * far_v_batch + head * far_v_head
 
-    r = rows_of(R, start, r_row, distances, SIDE, D, WIDTH)
+    r = _held(R, start, r_row, distances, SIDE, D, WIDTH, CHUNK, True)
     dr = tl.zeros([SIDE, WIDTH], tl.float32)
     sums = tl.zeros([SIDE], tl.float32)
     to_base_2 = scale * LOG2_E
@@ -303,7 +326,7 @@ def relative_dr_kernel(
             high = tl.where(row + index < end, high, 0)
             dr, sums = dr_tile(
                 dr, sums, r, low, high, row, row - first, row + past - distance, CONTENT, POSITION, K, V, GRAD, LSE,
-                DELTA, q_row, k_row, v_row, g_row, T, S, to_base_2, D, WIDTH, SIDE,
+                DELTA, q_row, k_row, v_row, g_row, T, S, to_base_2, D, WIDTH, CHUNK, SIDE,
             )  # fmt: skip
         if FAR:
             oldest, newest, shift = entries_seen(seg, past, phase, segment, memory, known, capacity, rate)
@@ -314,11 +337,11 @@ def relative_dr_kernel(
                 dr, sums = dr_tile(
                     dr, sums, r, tl.zeros_like(index) + oldest, high, row, row - first, row + shift - distance, CONTENT,
                     POSITION, FAR_K, FAR_V, GRAD, LSE, DELTA, q_row, far_k_row, far_v_row, g_row, T, entries, to_base_2,
-                    D, WIDTH, SIDE,
+                    D, WIDTH, CHUNK, SIDE,
                 )  # fmt: skip
     part = split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     _store(DR + part * distances * D, start, D, distances, dr * scale, SIDE, D, WIDTH)
-    dw = tl.sum(sums[:, None] * r.to(tl.float32), 0) * scale
+    dw = tl.sum(sums[:, None] * _whole(r, SIDE, D, WIDTH, CHUNK).to(tl.float32), 0) * scale
     column = tl.arange(0, WIDTH)
     DW += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * D
     tl.store(DW + column, dw, mask=column < D)

@@ -26,6 +26,7 @@ from ctxbench.implementations._shared.relative_table import (
     BACKWARD,
     FORWARD,
     Stair,
+    chunk,
     padded,
     row_parts,
     tile,
@@ -101,8 +102,9 @@ def _options(kernel: str, q: torch.Tensor, stair: Stair, far: bool) -> tuple[int
     width = q.shape[3]
     chosen = tile(kernel, width, q.element_size(), architecture_of(q.device), far)
     return chosen.side, {
-        "D": width, "WIDTH": padded(width), "SIDE": chosen.side, "BAND": bool(stair.band),
-        "CAUSAL": bool(stair.causal), "FAR": far, "num_warps": chosen.warps, "num_stages": chosen.stages,
+        "D": width, "WIDTH": padded(width), "CHUNK": chunk(width, q.element_size()), "SIDE": chosen.side,
+        "BAND": bool(stair.band), "CAUSAL": bool(stair.causal), "FAR": far, "num_warps": chosen.warps,
+        "num_stages": chosen.stages,
     }  # fmt: skip
 
 

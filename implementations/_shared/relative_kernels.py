@@ -23,25 +23,46 @@ import triton
 import triton.language as tl
 
 from ctxbench.implementations._shared.flash import LOG2_E
-from ctxbench.implementations._shared.flash_rows import _dot, _store
+from ctxbench.implementations._shared.flash_rows import _channels, _dot, _held, _store
 
 
 @triton.jit
 def rows_of(base, start, stride, count, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     """Rows ``start .. start + ROWS`` of a ``[count, D]`` matrix as ``[ROWS, WIDTH]``, zero beyond any edge."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    base += tl.cast(start, tl.int64) * stride
-    mask = ((row >= -start) & (row < count - start))[:, None]
-    if D < WIDTH:
-        mask = mask & (column[None, :] < D)
-    return tl.load(base + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    return _channels(base, start, stride, count, 0, ROWS, D, WIDTH, WIDTH, True)
 
 
 @triton.jit
-def vector_of(base, D: tl.constexpr, WIDTH: tl.constexpr):
-    """A row of D numbers as float32 ``[1, WIDTH]``."""
-    column = tl.arange(0, WIDTH)
+def vector_of(base, channel, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Of a row of D numbers CHUNK from one on, as float32 ``[1, CHUNK]``."""
+    column = channel + tl.arange(0, CHUNK)
     return tl.load(base + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def raised(q, VECTOR, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Queries that are held plus a vector, for ``raised_product``."""
+    queries = q
+    if CHUNK < WIDTH:
+        queries = q[0], q[1], q[2], q[3], VECTOR
+    if CHUNK == WIDTH:
+        queries = (q + vector_of(VECTOR, 0, D, WIDTH)).to(q.dtype)
+    return queries
+
+
+@triton.jit
+def raised_product(queries, rows, SIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """``(q + vector) @ rows.T`` of rows that are held, see ``flash_rows``."""
+    if CHUNK < WIDTH:
+        product = tl.zeros([SIDE, SIDE], tl.float32)
+        for channel in range(0, WIDTH, CHUNK):
+            q = _channels(queries[0], queries[1], queries[2], queries[3], channel, SIDE, D, WIDTH, CHUNK)
+            q = (q + vector_of(queries[4], channel, D, CHUNK)).to(q.dtype)
+            k = _channels(rows[0], rows[1], rows[2], rows[3], channel, SIDE, D, WIDTH, CHUNK, True)
+            product += _dot(q, tl.trans(k))
+    else:
+        product = _dot(queries, tl.trans(rows))
+    return product
 
 
 @triton.jit
@@ -78,14 +99,15 @@ def entries_seen(number, past, phase, segment, memory, known, capacity, rate):
 @triton.jit
 def forward_tile(
     top, total, acc, upper, content, position, low, high, key, walked, distance, K, V, R, k_row, v_row, r_row, S,
-    distances, to_base_2, D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr,
+    distances, to_base_2, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax; ``upper``: of the tile's first distance block, which it moves on by one."""
-    k = rows_of(K, key, k_row, S, SIDE, D, WIDTH)
-    lower = _dot(position, tl.trans(rows_of(R, distance - SIDE, r_row, distances, SIDE, D, WIDTH)))
+    k = _held(K, key, k_row, S, SIDE, D, WIDTH, CHUNK, True)
+    r = _held(R, distance - SIDE, r_row, distances, SIDE, D, WIDTH, CHUNK, True)
+    lower = raised_product(position, r, SIDE, D, WIDTH, CHUNK)
     keys = key + tl.arange(0, SIDE)[None, :]
     seen = (keys >= low[:, None]) & (keys < high[:, None])
-    scores = _dot(content, tl.trans(k)) + skew(upper, lower, walked, SIDE)
+    scores = raised_product(content, k, SIDE, D, WIDTH, CHUNK) + skew(upper, lower, walked, SIDE)
     scores = tl.where(seen, scores * to_base_2, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
     still = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: keep inf - inf out
@@ -100,8 +122,8 @@ def relative_forward_kernel(
     Q, U, W, K, V, R, FAR_K, FAR_V, OUT, LSE, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     far_k_batch, far_k_head, far_k_row, far_v_batch, far_v_head, far_v_row, o_batch, o_head, o_row, r_head, r_row,
     heads, T, S, distances, nearest, past, phase, segment, memory, entries, known, capacity, rate, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr, BAND: tl.constexpr, CAUSAL: tl.constexpr,
-    FAR: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, SIDE: tl.constexpr, BAND: tl.constexpr,
+    CAUSAL: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of rows. Grid: tiles of rows, batch x heads."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * SIDE  # the rows with most keys begin first
@@ -112,9 +134,8 @@ def relative_forward_kernel(
     OUT += batch * o_batch + head * o_head
     R += head * r_head
 
-    q = rows_of(Q, start, q_row, T, SIDE, D, WIDTH)
-    content = (q + vector_of(U + head * D, D, WIDTH)).to(q.dtype)
-    position = (q + vector_of(W + head * D, D, WIDTH)).to(q.dtype)
+    q = _held(Q, start, q_row, T, SIDE, D, WIDTH, CHUNK, True)
+    content, position = raised(q, U + head * D, D, WIDTH, CHUNK), raised(q, W + head * D, D, WIDTH, CHUNK)
     row = start + tl.arange(0, SIDE)
     top = tl.full([SIDE], float("-inf"), tl.float32)  # running maximum and sum, in units of base 2
     total = tl.zeros([SIDE], tl.float32)
@@ -126,11 +147,12 @@ def relative_forward_kernel(
     first, _ = rows_seen(start, T, S, past, phase, segment, memory, BAND, CAUSAL)
     _, last = rows_seen(end - 1, T, S, past, phase, segment, memory, BAND, CAUSAL)
     distance = start + past - first - nearest  # row of R at which the upper block of the first tile begins
-    upper = _dot(position, tl.trans(rows_of(R, distance, r_row, distances, SIDE, D, WIDTH)))
+    r = _held(R, distance, r_row, distances, SIDE, D, WIDTH, CHUNK, True)
+    upper = raised_product(position, r, SIDE, D, WIDTH, CHUNK)
     for key in range(first, last, SIDE):
         top, total, acc, upper = forward_tile(
             top, total, acc, upper, content, position, low, high, key, key - first, start + past - key - nearest, K, V,
-            R, k_row, v_row, r_row, S, distances, to_base_2, D, WIDTH, SIDE,
+            R, k_row, v_row, r_row, S, distances, to_base_2, D, WIDTH, CHUNK, SIDE,
         )  # fmt: skip
     if FAR:
         FAR_K += batch * far_k_batch + head * far_k_head
@@ -138,13 +160,14 @@ def relative_forward_kernel(
         number = (row + phase) // segment
         for seg in range((start + phase) // segment, (end - 1 + phase) // segment + 1):
             first, last, shift = entries_seen(seg, past, phase, segment, memory, known, capacity, rate)
-            upper = _dot(position, tl.trans(rows_of(R, start + shift - first, r_row, distances, SIDE, D, WIDTH)))
+            r = _held(R, start + shift - first, r_row, distances, SIDE, D, WIDTH, CHUNK, True)
+            upper = raised_product(position, r, SIDE, D, WIDTH, CHUNK)
             far_high = tl.where(number == seg, last, 0)
             for key in range(first, last, SIDE):
                 top, total, acc, upper = forward_tile(
                     top, total, acc, upper, content, position, tl.zeros_like(row), far_high, key, key - first, start +
                     shift - key, FAR_K, FAR_V, R, far_k_row, far_v_row, r_row, entries, distances, to_base_2, D, WIDTH,
-                    SIDE,
+                    CHUNK, SIDE,
                 )  # fmt: skip
     empty = total == 0.0  # rows that do not exist
     acc = acc / tl.where(empty, 1.0, total)[:, None]

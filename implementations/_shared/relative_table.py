@@ -15,7 +15,9 @@ FORWARD = 3  # products of a visible pair: contents, distances, values
 BACKWARD = 5 + 6 + 6
 ENDLESS = 1 << 30  # rows of a segment that never ends
 KERNELS = ("forward", "dq", "dkv", "dr")
-WIDEST = {2: 128, 4: 32}  # channels of a head by bytes of an element: beyond them, registers spill
+WIDEST = {2: 128, 4: 128}  # channels of a head by bytes of an element: the kernels have no tiles beyond
+# Channels that products of rows take at a time, by bytes and width, where operands with all of them would spill.
+CHUNKS = {(4, 64): 32, (4, 128): 32}
 MOST_HEADS = 65535  # blocks along the second axis of a grid
 
 
@@ -60,6 +62,7 @@ LAST_SMALL = (*PLAIN[:3], Tile(16, 4, 2))
 # Heads of 128 channels: wide tiles where two sums fit, sixteen rows elsewhere.
 WIDEST_PLAIN = (Tile(32, 8, 1), Tile(16, 4, 2), Tile(32, 8, 1), Tile(16, 4, 2))
 WIDEST_ENTRIES = (Tile(16, 4, 2), *WIDEST_PLAIN[1:3], Tile(16, 8, 1))
+WIDE_FLOAT = (Tile(16, 8, 1),) * 4  # float32 by chunks of channels
 Pair = tuple[tuple[Tile, ...], tuple[Tile, ...]]
 CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
     90: {
@@ -69,6 +72,8 @@ CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
         (2, 128): (WIDEST_PLAIN, (Tile(16, 8, 1), *WIDEST_ENTRIES[1:])),
         (4, 16): (SMALL, NARROW_ENTRIES),
         (4, 32): (SMALL, SMALL_ENTRIES),
+        (4, 64): (WIDE_FLOAT, WIDE_FLOAT),
+        (4, 128): (WIDE_FLOAT, WIDE_FLOAT),
     },
     80: {
         (2, 16): (PLAIN, PLAIN),
@@ -77,8 +82,15 @@ CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
         (2, 128): (WIDEST_PLAIN, WIDEST_ENTRIES),
         (4, 16): (SMALL, SMALL_ENTRIES),
         (4, 32): (SMALL, SMALL_ENTRIES),
+        (4, 64): (WIDE_FLOAT, WIDE_FLOAT),
+        (4, 128): (WIDE_FLOAT, WIDE_FLOAT),
     },
 }
+
+
+def chunk(width: int, itemsize: int) -> int:
+    """Channels of a head that products of rows take at a time, see ``flash_rows``."""
+    return CHUNKS.get((itemsize, padded(width)), padded(width))
 
 
 def tile(kernel: str, width: int, itemsize: int, architecture: int, far: bool) -> Tile:
@@ -95,7 +107,7 @@ def support(dims: Dims, dtype: str) -> Support:
     if dims.head_dim > widest:
         return no(
             f"in {dtype} the kernels of the relative term hold heads of at most {widest} channels, "
-            f"received {dims.head_dim}: a wider one would spill registers"
+            f"received {dims.head_dim}"
         )
     if heads > MOST_HEADS:
         return no(f"the kernels of the relative term take at most {MOST_HEADS} heads in a batch, received {heads}")

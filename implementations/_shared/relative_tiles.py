@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ctxbench.implementations._shared.relative_table import Stair
+from ctxbench.implementations._shared.relative_table import Stair, chunk, padded
 from ctxbench.implementations._shared.tiles import NUMBER, Work
 
 FIRST = {"forward": 1, "dq": 2}  # products of a walk beside those of its tiles: with the first block, and with the last
@@ -30,6 +30,11 @@ class Launch(NamedTuple):
     itemsize: int
     side: int
     stair: Stair
+
+    @property
+    def chunked(self) -> bool:
+        """Whether products take channels in chunks, so that each one loads its rows."""
+        return chunk(self.width, self.itemsize) < padded(self.width)
 
 
 class _Walk(NamedTuple):
@@ -72,18 +77,21 @@ def _of_rows(kernel: str, one: Launch) -> Work:
             for number in range(*_segments(start, final, stair)):
                 oldest, newest, shift = _entries(number, stair)
                 walks.append((_Walk(oldest, newest, start + shift - oldest), one.entries))
-        loaded = 2 * row  # u and w
+        own = final + 1 - start
+        loaded, queries = 2 * row, own * row  # u and w, and the rows that are added to them
+        if one.chunked:  # again for each product with distances, and with contents
+            loaded, queries = 0, (own + 1) * row * sum(1 + 2 * walk.tiles(side) for walk, _ in walks)
         for walk, count in walks:
             tiles = walk.tiles(side)
             far = walk.at - tiles * side  # the last block of distances
-            rows = 2 * _overlap(walk.first, walk.first + tiles * side, count)
+            rows = (2 + (back and one.chunked)) * _overlap(walk.first, walk.first + tiles * side, count)
+            rows += own * tiles * (back and one.chunked)  # grad
             rows += _overlap(far, walk.at + side, one.distances)
             if back:  # once more for dQ: block by block as they are complete, and the last
                 rows += _overlap(far, walk.at + side, one.distances) if tiles else _block(walk.at - side, one)
             loaded += rows * row
             work += Work(tiles, 0, FIRST[kernel] + tiles * PRODUCTS[kernel])
-        own = final + 1 - start
-        loaded += own * (3 * row + NUMBER if back else row)
+        loaded += queries + own * (2 * row + NUMBER) * back
         work += Work(loaded=loaded, stored=own * (row + NUMBER))
     return work
 
@@ -104,8 +112,9 @@ def _of_keys(one: Launch, split: bool) -> Work:
             begin = max(_end_of(oldest, stair), begin)
         walks.append((begin, end))
         at = stair.past - stair.nearest - start  # of row 0
-        work += _along_rows(one, [_Walk(first, last, first + at) for first, last in walks])
-        work += _gradients_of_keys(one, min(side, one.keys - start), split)
+        own = min(side, one.keys - start)
+        work += _along_rows(one, own, [_Walk(first, last, first + at) for first, last in walks])
+        work += _gradients_of_keys(one, own, split)
     return work
 
 
@@ -124,26 +133,29 @@ def _of_entries(one: Launch) -> Work:
         for number in range(begin, min(end, segments)):
             since, until = _rows_of(number, one)
             walks.append(_Walk(since, until, since + _entries(number, stair)[2] - start))
-        work += _along_rows(one, walks) + _gradients_of_keys(one, min(side, one.entries - start), False)
+        own = min(side, one.entries - start)
+        work += _along_rows(one, own, walks) + _gradients_of_keys(one, own, False)
     return work
 
 
-def _along_rows(one: Launch, walks: list[_Walk]) -> Work:
-    """Walks of one tile of keys: three rows of channels and two numbers a row, and two blocks of distances a tile."""
+def _along_rows(one: Launch, keys: int, walks: list[_Walk]) -> Work:
+    """Walks of one tile of so many keys: two blocks of distances a tile, and of a row its channels and two numbers."""
     row, side = one.width * one.itemsize, one.side
     work = Work()
     for walk in walks:
         tiles = walk.tiles(side)
         rows = _overlap(walk.first, walk.first + tiles * side, one.rows)
         far = _pairs_of_blocks(walk.at, tiles, one.distances, side)
-        work += Work(tiles, 0, tiles * PRODUCTS["dkv"], rows * (3 * row + 2 * NUMBER) + far * row)
+        again = 2 * keys * tiles * one.chunked
+        loaded = rows * (_thrice(one) * row + 2 * NUMBER) + (far + again) * row
+        work += Work(tiles, 0, tiles * PRODUCTS["dkv"], loaded)
     return work
 
 
 def _gradients_of_keys(one: Launch, keys: int, split: bool) -> Work:
-    """What a tile of so many keys loads and stores once: keys and values, their gradients, and a part of du."""
+    """What a tile of so many keys loads and stores once: keys, values and their gradients, and a part of du."""
     row = one.width * one.itemsize
-    return Work(loaded=2 * keys * row, stored=2 * (1 + split) * keys * row + one.width * NUMBER)
+    return Work(loaded=(2 - one.chunked) * keys * row, stored=2 * (1 + split) * keys * row + one.width * NUMBER)
 
 
 def _of_distances(one: Launch, parts: int) -> Work:
@@ -167,11 +179,17 @@ def _of_distances(one: Launch, parts: int) -> Work:
                 tiles = walk.tiles(side)
                 rows = _overlap(first, first + tiles * side, one.rows)
                 keys = _pairs_of_blocks(walk.at, tiles, count, side)
-                loaded = rows * (3 * row + 2 * NUMBER) + 2 * keys * row
+                again = own * tiles * one.chunked
+                loaded = rows * (_thrice(one) * row + 2 * NUMBER) + (2 * keys + again) * row
                 work += Work(tiles, 0, tiles * PRODUCTS["dr"], loaded)
         # In float32, a part of the sum from every program.
         work += Work(loaded=own * row, stored=(own + 1) * one.width * NUMBER) * parts
     return work
+
+
+def _thrice(one: Launch) -> int:
+    """Rows of channels loaded for a row of a walk: for contents, distances and gradients, each in two products."""
+    return 6 if one.chunked else 3
 
 
 def _pairs_of_blocks(at: int, tiles: int, count: int, side: int) -> int:

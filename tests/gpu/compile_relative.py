@@ -23,7 +23,8 @@ POINTERS = dict.fromkeys(("LSE", "DELTA", "DU", "DW", "DR"), "*fp32")
 def compile_kernel(kernel: str, width: int, itemsize: int, architecture: int, far: bool) -> tuple[Any, Any]:
     chosen = relative_table.tile(kernel, width, itemsize, architecture, far)
     constants = {
-        "D": width, "WIDTH": relative_table.padded(width), "SIDE": chosen.side, "BAND": False, "CAUSAL": True,
+        "D": width, "WIDTH": relative_table.padded(width), "CHUNK": relative_table.chunk(width, itemsize),
+        "SIDE": chosen.side, "BAND": False, "CAUSAL": True,
         "FAR": far, "SPLIT": not far,
     }  # fmt: skip
     module = relative_kernels if kernel == "forward" else relative_backward

@@ -35,6 +35,11 @@ CASES = {  # rows, entries, bounds; keys are the rows and the past
     "compressed": (58, 22, Stair(12, 9, capacity=5, rate=3)),
     "compressed, streamed": (40, 23, Stair(12, 12, past=17, phase=5, known=7, capacity=20, rate=4)),
 }
+WIDE = {  # the same, and channels
+    "wide, compressed": (37, 13, Stair(14, 9, capacity=5, rate=3), 104),
+    "wide, the same number, streamed": (35, 0, Stair(12, 17, past=10, phase=3, band=1), 64),
+    "wide, both directions": (19, 0, Stair(causal=0, nearest=-18), 128),
+}
 SOME = ("segments", "compressed", "dense in both directions")
 
 
@@ -138,8 +143,9 @@ def main() -> None:
         widths = (16,) if INTERPRETED else (16, 24) if dtype == "fp32" else (16, 48, 64)
         for width in widths:
             print(json.dumps([f"{name}, {width}", dtype, parity(*CASES[name], width, DTYPES[dtype])]), flush=True)
-    check_integers(True)
-    print(json.dumps(["wide heads", "fp16", parity(19, 7, Stair(8, 5, capacity=5, rate=3), 104, DTYPES["fp16"])]))
+    for name, dtype in [*((name, "fp32") for name in WIDE), ("wide, compressed", "fp16")]:
+        check_integers(dtype == "fp16")
+        print(json.dumps([name, dtype, parity(*WIDE[name], DTYPES[dtype])]), flush=True)
     if INTERPRETED:
         counted.all_of("relative_kernels.forward", *(f"relative_backward.{name}" for name in ("dq", "dkv", "dr")))
 
