@@ -22,6 +22,8 @@ from ctxbench.cost.terms import (
 from ctxbench.implementations._shared.flash_table import BACKWARD
 from ctxbench.implementations._shared.staircase import BLOCK
 
+T5_DISTANCES = 257  # of T5's table, before and after a query, its own with them: see ``positions.T5Bias``
+
 
 def block_parameters(mixer: Expr | int) -> Expr:
     """Parameters of ``L`` pre-norm or post-norm blocks around a mixer with ``mixer`` parameters."""
@@ -36,6 +38,13 @@ def position_parameters(position: str) -> Expr:
     if position == "t5":
         return 32 * h
     return L * (d * d + 2 * d) if position == "transformer_xl" else Integer(0)
+
+
+def bias_bytes(position: str) -> Expr:
+    """Bytes of what the kernels add to scores, in float32: slopes, unless they are so already, or T5's table."""
+    if position == "alibi":
+        return Piecewise((4 * h, e < 4), (0, True))
+    return 4 * h * T5_DISTANCES if position == "t5" else Integer(0)
 
 
 def slab_pairs(queries: Expr | int) -> Expr:

@@ -8,6 +8,8 @@ from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import linear_parameters, tensor, when_ffn
 from ctxbench.implementations._shared.forms import (
+    T5_DISTANCES,
+    bias_bytes,
     block_parameters,
     block_terms,
     position_parameters,
@@ -47,15 +49,19 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
-        peak_bytes=_peak(impl, mode, position) if position in ("none", *ROPE) and impl != "flex" else None,
+        peak_bytes=_peak(impl, mode, position),
         depth=L,
     )
 
 
-def _peak(impl: str, mode: str, position: str) -> Expr:
-    rotates = position in ROPE
-    most = _forward_peak(impl) if mode == "forward" else _train_peak(impl, rotates)
-    return rotated(most, mode) if rotates else most
+def _peak(impl: str, mode: str, position: str) -> Expr | None:
+    if impl == "flex" or (position in ("t5", "alibi") and impl != "triton") or (position, mode) == ("t5", "train"):
+        return None
+    if mode == "forward":
+        most = _forward_peak(impl, position)
+    else:  # every layer keeps its slopes
+        most = _train_peak(impl, position in ROPE) + L * bias_bytes(position)
+    return rotated(most, mode) if position in ROPE else most
 
 
 row = tensor(B, T, d)  # bytes of a sequence
@@ -83,12 +89,15 @@ def _largest_slab() -> Expr:
     return Max(_edges * (4 + Min(r, blocks - 4)), _inner * (5 + Min(r, blocks - 5)))
 
 
-def _forward_peak(impl: str) -> Expr:
+def _forward_peak(impl: str, position: str) -> Expr:
     """Norm, q, k and v; then scores twice with mask and output, or the output, keys and values by block and a slab."""
     if impl == "reference":  # with several sequences v is copied for the batched product
         return stack_peak(T, 5 * row + 2 * tensor(B, h, T, T) + h * T * T + Min(B - 1, 1) * row)
     if impl == "triton":  # the ends and the rest, then their concatenation beside the lists
-        return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (6 * row + lists, True)))
+        bias = bias_bytes(position)  # of a table the one call of all rows holds a copy in one piece, too
+        alone = 5 * row + 4 * B * h * T + (2 if position == "t5" else 1) * bias
+        finding = 4 * row + (52 * T5_DISTANCES if position == "t5" else 0)  # the bucket of every distance
+        return stack_peak(T, Max(finding, Piecewise((alone, few), (6 * row + lists + bias, True))))
     slab = 5 * row + 2 * padded + _buffers(2, 1, 1) + piece
     return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (slab, True)))
 

@@ -39,7 +39,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         if params.pooled_queries and causal:
             for terms in (algorithmic, flops):
                 terms["projections"] -= 2 * _unread(params.levels)
-    unknown = position != "none" or params.pooled_queries or impl == "flex"
+    unknown = position != "none" or impl == "flex" or (params.pooled_queries and (impl, mode) != ("triton", "forward"))
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
