@@ -28,16 +28,19 @@ def block_mask(pattern: Pattern, layer: int, heads: int, device: torch.device, t
     """Lists of all rows, head by head, and, for the backward pass alone, ``turned``: those of all columns."""
     plans = [pattern.sees(layer, head) for head in range(heads)]
     with _disable_current_modes():  # tables of the call, not tensors of the method
-        by_row = _lists(plans, device)
-        by_column = _lists([_turned(plan) for plan in plans], device) if turned else (None,) * 4
-        seen = torch.zeros(by_row[1].shape[1:], dtype=torch.bool)
+        kv_none, kv_nothing, kv_counts, kv_listed = _lists(plans, device)
+        q_none = q_nothing = q_counts = q_listed = None
+        if turned:
+            q_none, q_nothing, q_counts, q_listed = _lists([_turned(plan) for plan in plans], device)
+        seen = torch.zeros(kv_listed.shape[1:], dtype=torch.bool)
         for table, plan in zip(seen, plans, strict=True):
             for row, columns in enumerate(plan):
                 table[row, list(columns)] = True
         length = pattern.seq_len
         return BlockMask(
-            (length, length), *by_row, *by_column, (pattern.block_size,) * 2, _visible(seen.to(device), pattern)
-        )
+            (length, length), kv_none, kv_nothing, kv_counts, kv_listed, q_none, q_nothing, q_counts, q_listed,
+            BLOCK_SIZE=(pattern.block_size, pattern.block_size), mask_mod=_visible(seen.to(device), pattern),
+        )  # fmt: skip
 
 
 def _turned(plan: Sequence[Sequence[int]]) -> list[list[int]]:
