@@ -2,7 +2,8 @@
 
 PyTorch's fused kernel reaches a third of what the same products reach there. A slab's scores stay in the caches, so
 that their softmax costs about as much as one product more. Causal slabs end at their last query. The backward pass
-computes the probabilities again, as fused kernels do: five products for the forward two.
+computes the probabilities again, as fused kernels do: five products for the forward two. A loop over segments keeps
+its buffers from call to call: new ones would lie elsewhere, in memory that no cache knows.
 
 B batch, H heads, n queries, K keys, D head width. A part is some heads of some rows of the batch, g items in all; r
 queries of a slab, m keys that it sees.
@@ -12,16 +13,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from ctxbench.implementations._shared.staircase import BLOCK, SLAB
+from ctxbench.implementations._shared.products_table import Plan, Slab, plan
+
+
+class Rule(NamedTuple):
+    """Which keys a query sees, and the scale of the scores."""
+
+    causal: bool
+    strict: bool
+    scale: float
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = True, bias: torch.Tensor | None = None,
-    scale: float | None = None,
+    scale: float | None = None, strict: bool = False, first: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """``q: [B, H, n, D]``, ``k, v: [B, H, K, D]``, result ``[B, H, n, D]``, stored as ``[B, n, H, D]``.
 
@@ -29,13 +41,22 @@ def attend(
         q: queries.
         k: keys.
         v: values.
-        causal: the last query sees every key, and each one before it a key fewer; a query that sees none gets 0.
-        bias: added to the scores, ``[H, n, K]``; it gets a gradient.
+        causal: the last query sees every key, and each one before it a key fewer.
+        bias: added to the scores, ``[H, n, K]``; it gets a gradient. Where causal, it also hides what is not seen, by
+            minus infinity.
         scale: of the scores; ``D ** -0.5`` by default.
+        strict: no query sees its own key, the last of those it would see, which a bias has to hide. A query that sees
+            none gets 0.
+        first: scores of the first keys, ``[N]``, in place of their products with any query; no gradient.
     """
-    if causal and k.shape[2] < q.shape[2] - 1:
-        raise ValueError(f"only the first query may see no key, received {q.shape[2]} queries and {k.shape[2]} keys")
-    return _Products.apply(q, k, v, bias, causal, q.shape[3] ** -0.5 if scale is None else scale)
+    if causal and k.shape[2] < q.shape[2]:
+        raise ValueError(f"every query has a key of its own, received {q.shape[2]} queries and {k.shape[2]} keys")
+    if strict and not (causal and bias is not None):
+        raise ValueError("only a bias of causal attention can hide the queries' own keys: give one, or strict=False")
+    rule = Rule(causal, strict, q.shape[3] ** -0.5 if scale is None else scale)
+    kept = _KEPT.get()
+    arena, future = (None, None) if kept is None else kept.buffers(_Sizes.of(q, k, rule), q, causal and bias is None)
+    return _Products.apply(q, k, v, bias, first, arena, future, rule)
 
 
 def everything(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -43,12 +64,59 @@ def everything(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     return attend(q, k, v, causal=False)
 
 
-class Slab(NamedTuple):
-    """Queries ``begin .. end`` and the first ``keys`` keys, all that any of them sees."""
+@contextmanager
+def buffers_kept() -> Iterator[None]:
+    """Within it, calls that ask for no gradient share buffers, which live until it ends and grow to what is needed."""
+    token = _KEPT.set(None if torch.is_grad_enabled() else _Kept())
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
-    begin: int
-    end: int
+
+@dataclass
+class _Kept:
+    """What the calls of a loop share: buffers in one piece, and what hides later keys."""
+
+    arena: torch.Tensor | None = None
+    future: torch.Tensor | None = None
+
+    def buffers(self, sizes: _Sizes, like: torch.Tensor, masked: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The buffers, of the dtype and device of another tensor, and a mask where it is needed."""
+        if self.arena is None or self.arena.numel() < sizes.total or self.arena.dtype is not like.dtype:
+            self.arena = None
+            self.arena = like.new_empty(sizes.total)
+        if masked and (self.future is None or len(self.future) < sizes.rows or self.future.dtype is not like.dtype):
+            self.future = None
+            self.future = hidden(sizes.rows, like)
+        return self.arena, self.future if masked else None
+
+
+_KEPT: ContextVar[_Kept | None] = ContextVar("buffers of products", default=None)
+
+
+class _Sizes(NamedTuple):
+    """Elements of the buffers, and rows of the longest slab."""
+
+    plan: Plan
     keys: int
+    queries: int
+    scores: int
+    rows: int
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, rule: Rule) -> _Sizes:
+        """Of queries ``[B, H, n, D]`` and keys ``[B, H, K, D]``."""
+        B, H, n, D = q.shape
+        K = k.shape[2]
+        made = plan(H, n, K, rule.causal)
+        g, r = next(parts(B, H, made.fit)).items, made.longest
+        return cls(made, g * K * D, g * r * D, g * r * K, r)
+
+    @property
+    def total(self) -> int:
+        """Keys, values, queries and scores."""
+        return 2 * self.keys + self.queries + self.scores
 
 
 class Part(NamedTuple):
@@ -61,6 +129,10 @@ class Part(NamedTuple):
     def items(self) -> int:
         """Heads of rows of the batch."""
         return (self.rows.stop - self.rows.start) * (self.heads.stop - self.heads.start)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Its share of ``x: [B, H, t, D]``."""
+        return x[self.rows, self.heads]
 
 
 def parts(B: int, H: int, fit: int) -> Iterator[Part]:
@@ -75,53 +147,57 @@ class _Scratch:
     """Buffers that every part and slab use again."""
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, causal: bool, scale: float
-    ):
-        self.q, self.k, self.v, self.bias, self.causal, self.scale = q, k, v, bias, causal, scale
-        B, H, n, D = q.shape
-        K, r = k.shape[2], min(n, BLOCK)
-        self.parts = list(parts(B, H, max(1, SLAB // max(1, r * K))))  # whose scores stay in a cache
-        g = self.parts[0].items
-        self.keys, self.values = q.new_empty(g * K * D), q.new_empty(g * K * D)
-        self.queries, self.scores = q.new_empty(g * r * D), q.new_empty(g * r * K)
-        self.future = q.new_full((r, r), -math.inf).triu_(1) if causal else None
+        self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, first: torch.Tensor | None, rule: Rule,
+        arena: torch.Tensor | None = None, future: torch.Tensor | None = None,
+    ):  # fmt: skip
+        self.bias, self.first, self.rule = bias, first, rule
+        (self.cuts, fit), *counts, r = sizes = _Sizes.of(q, k, rule)
+        self.parts = list(parts(*q.shape[:2], fit))
+        arena = q.new_empty(sizes.total) if arena is None else arena[: sizes.total]
+        self.keys, self.values, self.queries, self.scores = arena.split([counts[0], *counts])
+        self.future = future
+        if future is None and rule.causal and bias is None:
+            self.future = hidden(r, q)
 
-    def slabs(self) -> Iterator[Slab]:
-        """Cover the queries."""
-        n, K = self.q.shape[2], self.k.shape[2]
-        for begin in range(0, n, BLOCK):
-            end = min(begin + BLOCK, n)
-            yield Slab(begin, end, K - n + end if self.causal else K)
-
-    def seen(self, part: Part, slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a slab, ``[g, m, D]``: a fused kernel reads heads where they are, products copy them."""
-        if slab.begin and not self.causal:  # as in the slab before
-            shape = (part.items, slab.keys, self.q.shape[3])
-            return self.keys[: math.prod(shape)].view(shape), self.values[: math.prod(shape)].view(shape)
-        keys = slice(slab.keys)
-        return copied(self.k[:, :, keys], part, self.keys), copied(self.v[:, :, keys], part, self.values)
+    def seen(self, k: torch.Tensor, v: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a part's keys and values those of a slab, ``[g, m, D]``; a fused kernel reads heads where they are."""
+        if slab.begin and not self.rule.causal:  # as in the slab before
+            form = (k.shape[0] * k.shape[1], *k.shape[2:])
+            return shaped(self.keys, form), shaped(self.values, form)
+        m = slab.keys
+        return copied(k[:, :, :m], self.keys), copied(v[:, :, :m], self.values)
 
     def probabilities(self, query: torch.Tensor, keys: torch.Tensor, part: Part, slab: Slab) -> torch.Tensor:
         """Softmax of ``query: [g, r, D]`` over the keys of a slab: ``[g, r, m]``, in the scores' buffer."""
-        g, r, _ = query.shape
-        scores = self.scores[: g * r * slab.keys].view(g, r, slab.keys)
+        g, r, m = query.shape[0], query.shape[1], slab.keys
+        scores, biased = shaped(self.scores, (g, r, m)), self.bias is not None
         if self.bias is not None:
-            tile = self.bias[part.heads, slab.begin : slab.end, : slab.keys]
-            scores.view(g // len(tile), *tile.shape).copy_(tile)
-        scores.baddbmm_(query, keys.transpose(1, 2), beta=int(self.bias is not None), alpha=self.scale)
+            tile = self.bias[part.heads, slab.begin : slab.end, :m]
+            scores.view(-1, *tile.shape).copy_(tile)
+        scores.baddbmm_(query, keys.transpose(1, 2), beta=int(biased), alpha=self.rule.scale)
         if self.future is not None:
-            m = min(r, slab.keys)
-            scores[:, :, slab.keys - m :].add_(self.future[:r, r - m : r])
+            scores[:, :, m - r :].add_(self.future[:r, :r])
+        if self.first is not None:
+            scores[:, :, : len(self.first)] = self.first
         torch.softmax(scores, dim=2, out=scores)
-        if self.causal and slab.begin == 0 and slab.keys < slab.end:
-            scores[:, 0] = 0  # it sees no key
+        if self.rule.strict and slab.begin == 0 and m == r:  # nothing comes before the first query
+            scores[:, 0] = 0
         return scores
 
 
-def copied(x: torch.Tensor, part: Part, buffer: torch.Tensor) -> torch.Tensor:
-    """A part of ``x: [B, H, t, D]`` in a flat buffer: ``[g, t, D]``."""
-    there = x[part.rows, part.heads]
-    return buffer[: there.numel()].view(there.shape).copy_(there).flatten(0, 1)
+def hidden(rows: int, like: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of a slab and its own keys, ``[rows, rows]``."""
+    return like.new_full((rows, rows), -math.inf).triu_(1)
+
+
+def shaped(buffer: torch.Tensor, form: tuple[int, ...]) -> torch.Tensor:
+    """The head of a flat buffer as a contiguous tensor."""
+    return buffer[: math.prod(form)].view(form)
+
+
+def copied(x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """``x: [b, h, t, D]`` in a flat buffer: ``[g, t, D]``."""
+    return shaped(buffer, x.shape).copy_(x).flatten(0, 1)
 
 
 class _Products(torch.autograd.Function):
@@ -129,21 +205,21 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, causal: bool,
-        scale: float,
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
+        first: torch.Tensor | None, arena: torch.Tensor | None, future: torch.Tensor | None, rule: Rule,
     ) -> torch.Tensor:  # fmt: skip
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.save_for_backward(q, k, v, bias, first)
+        ctx.rule = rule
         B, H, n, D = q.shape
         out = q.new_empty(B, n, H, D).transpose(1, 2)
-        scratch = _Scratch(q, k, v, bias, causal, scale)
+        scratch = _Scratch(q, k, bias, first, rule, arena, future)
         for part in scratch.parts:
-            for slab in scratch.slabs():
-                rows, (keys, values) = slice(slab.begin, slab.end), scratch.seen(part, slab)
-                query = copied(q[:, :, rows], part, scratch.queries)
-                p = scratch.probabilities(query, keys, part, slab)
-                query.baddbmm_(p, values, beta=0)
-                there = out[part.rows, part.heads, rows]
+            asking, known, told, answers = (part.of(x) for x in (q, k, v, out))
+            for slab in scratch.cuts:
+                keys, values = scratch.seen(known, told, slab)
+                there = answers[:, :, slab.begin : slab.end]
+                query = copied(asking[:, :, slab.begin : slab.end], scratch.queries)
+                query.baddbmm_(scratch.probabilities(query, keys, part, slab), values, beta=0)
                 there.copy_(query.view(there.shape))
         return out
 
@@ -151,8 +227,8 @@ class _Products(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = gradients
-        q, k, v, bias = ctx.saved_tensors
-        scratch, scale = _Scratch(q, k, v, bias, ctx.causal, ctx.scale), ctx.scale
+        q, k, v, bias, first = ctx.saved_tensors
+        scratch, scale = _Scratch(q, k, bias, first, ctx.rule), ctx.rule.scale
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         # Every slab adds to the keys: sum in at least single precision.
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -160,26 +236,28 @@ class _Products(torch.autograd.Function):
         dkeys, dvalues = (torch.empty_like(scratch.keys, dtype=wide) for _ in range(2))
         product, drows, dscores = (torch.empty_like(a) for a in (scratch.keys, scratch.queries, scratch.scores))
         for part in scratch.parts:
-            there = [into[part.rows, part.heads] for into in (dk, dv)]
-            to_keys, to_values = (
-                total[: place.numel()].view(place.shape).flatten(0, 1).zero_()
-                for total, place in zip((dkeys, dvalues), there, strict=True)
+            asking, known, told, above, to_query, to_key, to_value = (part.of(x) for x in (q, k, v, grad, dq, dk, dv))
+            by_key, by_value = (
+                shaped(total, place.shape).flatten(0, 1).zero_()
+                for total, place in ((dkeys, to_key), (dvalues, to_value))
             )
-            for slab in scratch.slabs():
-                rows, (keys, values) = slice(slab.begin, slab.end), scratch.seen(part, slab)
-                query, dout = copied(q[:, :, rows], part, scratch.queries), copied(grad[:, :, rows], part, drows)
+            for slab in scratch.cuts:
+                rows, (keys, values) = slice(slab.begin, slab.end), scratch.seen(known, told, slab)
+                query, dout = copied(asking[:, :, rows], scratch.queries), copied(above[:, :, rows], drows)
                 p = scratch.probabilities(query, keys, part, slab)
-                columns = product[: keys.numel()].view(keys.shape)
-                to_values[:, : slab.keys] += columns.baddbmm_(p.transpose(1, 2), dout, beta=0)
-                ds = dscores[: p.numel()].view(p.shape).baddbmm_(dout, values.transpose(1, 2), beta=0)
+                columns = shaped(product, keys.shape)
+                by_value[:, : slab.keys] += columns.baddbmm_(p.transpose(1, 2), dout, beta=0)
+                ds = shaped(dscores, p.shape).baddbmm_(dout, values.transpose(1, 2), beta=0)
                 torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
+                if first is not None:
+                    ds[:, :, : len(first)] = 0
                 if dbias is not None:
                     tile = dbias[part.heads, rows, : slab.keys]
-                    tile += ds.view(len(ds) // len(tile), *tile.shape).sum(dim=0, dtype=wide)
-                to_keys[:, : slab.keys] += columns.baddbmm_(ds.transpose(1, 2), query, beta=0, alpha=scale)
+                    tile += ds.view(-1, *tile.shape).sum(dim=0, dtype=wide)
+                by_key[:, : slab.keys] += columns.baddbmm_(ds.transpose(1, 2), query, beta=0, alpha=scale)
                 dout.baddbmm_(ds, keys, beta=0, alpha=scale)
-                place = dq[part.rows, part.heads, rows]
+                place = to_query[:, :, rows]
                 place.copy_(dout.view(place.shape))
-            for place, total in zip(there, (to_keys, to_values), strict=True):
+            for place, total in ((to_key, by_key), (to_value, by_value)):
                 place.copy_(total.view(place.shape))
-        return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype), None, None
+        return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype), None, None, None, None

@@ -1,6 +1,6 @@
 """Block-Recurrent Transformer: a sliding window, and one layer whose states read the tokens and are read by them."""
 
-from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP
+from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP, SLABS
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
 from ctxbench.method import ROPE, Impl, Method, Paper
 
@@ -28,6 +28,14 @@ METHOD = Method(
         Impl("reference", run=f"{__name__}.reference:OPERATORS", note="keeps all scores, windows one after the other"),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="fused attention to states, windows in blocks"),
         Impl(
+            "slabs",
+            run=f"{__name__}.slabs:OPERATORS",
+            devices=("cpu",),
+            dtypes=("bf16", "fp64"),
+            modes=("forward", "train", "stream"),
+            note="plain products to states, windows in blocks: for bf16, in which the fused kernel is slow on CPU",
+        ),
+        Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",
             needs=("triton",),
@@ -45,7 +53,7 @@ METHOD = Method(
             note="as triton, but windows after the first are replayed from a recording: no launches from Python",
         ),
     ),
-    picks=(BLOCKED, *LOOP),
+    picks=(*SLABS, BLOCKED, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -15,6 +15,7 @@ from ctxbench.implementations._shared.biased_window import WindowAttention, last
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.products import buffers_kept
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams, recurrent_layer
 from ctxbench.method import Dims, Output, load
 
@@ -74,13 +75,14 @@ class RecurrentAttention(WindowAttention):
         local = self.operator(q, k, v, self.bias())
         del q  # else it would live through the recurrence
         query, read, end = self.scaled(self.read_q(x), self.read_scale), [], tokens + T
-        for begin in range(-(tokens % W), T, W):
-            first, stop = max(begin, 0), min(begin + W, T)
-            read.append(self.attend(query[:, :, first:stop], slots.k, slots.v))
-            tokens += stop - first
-            if tokens % W == 0 and (state is not None or tokens < end):  # else nothing would read what is written
-                keys = slice(max(known + stop - 2 * W, 0), known + stop)
-                slots = self.update(slots, k[:, :, keys], v[:, :, keys])
+        with buffers_kept():
+            for begin in range(-(tokens % W), T, W):
+                first, stop = max(begin, 0), min(begin + W, T)
+                read.append(self.attend(query[:, :, first:stop], slots.k, slots.v))
+                tokens += stop - first
+                if tokens % W == 0 and (state is not None or tokens < end):  # else nothing would read what is written
+                    keys = slice(max(known + stop - 2 * W, 0), known + stop)
+                    slots = self.update(slots, k[:, :, keys], v[:, :, keys])
         mixed = torch.cat((merge_heads(local), merge_heads(torch.cat(read, dim=2))), dim=2)
         del local, query, read
         if state is not None:

@@ -23,7 +23,7 @@ def peak(impl: str, mode: str, params: BlockRecurrentParams) -> Expr | None:
     """Bytes above parameters, inputs and incoming state; None where no formula is known."""
     if params.gate == "lstm" and mode == "train":
         return None
-    if impl == "triton":
+    if impl in ("triton", "slabs"):
         return None
     if impl == "blocked":
         return _blocked_forward() if mode == "forward" else None

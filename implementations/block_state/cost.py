@@ -23,8 +23,8 @@ from ctxbench.implementations._shared.forms import (
     core_backward,
     position_parameters,
     replayed,
-    slab_pairs,
 )
+from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.block_state.params import BlockStateParams
 from ctxbench.implementations.block_state.peak import peak
 
@@ -79,7 +79,7 @@ def _updates(mode: str) -> Expr:
 
 def _work(mode: str, impl: str) -> tuple[Expr, Expr, Expr]:
     """Rows that pass a layer, pairs the mathematics needs, pairs that are multiplied."""
-    square = {"reference": lambda n: sympify(n) ** 2, "slabs": slab_pairs}.get(impl, triangle)
+    square = {"reference": lambda n: sympify(n) ** 2, "slabs": own_pairs}.get(impl, triangle)
     if mode == "decode":
         inside = REST > 0
         rows = Piecewise((Integer(1), inside), (k + 1, True))

@@ -9,7 +9,8 @@ from sympy import Expr, Integer, Min, ceiling, floor
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, slab_pairs
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward
+from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.compressive_memory import peaks
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.implementations.compressive_memory.sizes import (
@@ -30,7 +31,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: CompressiveM
     """One impl in one mode; None for the sketch, whose work depends on what it finds most similar."""
     if impl == "as_written":
         return None
-    own = {"slabs": slab_pairs, "triton": triangle}.get(impl, lambda n: n * n)
+    own = {"slabs": own_pairs, "triton": triangle}.get(impl, lambda n: n * n)
     flops, algorithmic = _forward(mode, params, own), _forward(mode, params, triangle)
     if mode == "train":
         core = core_backward(impl)

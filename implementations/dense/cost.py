@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sympy import Expr, Integer, Min, Rational, floor
 
 from ctxbench.cost import Cost
@@ -27,6 +29,7 @@ from ctxbench.implementations._shared.forms import (
     slab_pairs,
     stack_peak,
 )
+from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.method import ROPE, Params
 
@@ -48,11 +51,13 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
     elif mode == "stream":
         executed = _streamed_rectangles()
         if slabs:
-            executed = _streamed_slabs()
+            executed = _streamed_slabs(own_pairs if impl == "slabs" else slab_pairs)
         elif impl == "triton":
             executed = visible
         elif impl == "blocked":
             executed = executed - _first_chunk_saving()
+    elif causal and impl == "slabs":
+        executed = own_pairs(T)
     elif causal and (slabs or impl == "flex"):
         executed = slab_pairs(T)  # tiles and slabs have the same rows
     else:
@@ -96,11 +101,11 @@ def _relative(impl: str, mode: str, causal: bool, slabs: bool, executed: Expr) -
     return 2 * T - 1, 2 * T - 1, executed if impl == "triton" else T * (2 * T - 1)  # two blocks a tile, shared
 
 
-def _streamed_slabs() -> Expr:
+def _streamed_slabs(own: Callable[[Expr | int], Expr]) -> Expr:
     """Each chunk against all keys before it, and its own staircase."""
     whole = floor(T / C)
     rest = T - whole * C
-    return C * C * whole * (whole - 1) / 2 + rest * whole * C + whole * slab_pairs(C) + slab_pairs(rest)
+    return C * C * whole * (whole - 1) / 2 + rest * whole * C + whole * own(C) + own(rest)
 
 
 def _streamed_rectangles() -> Expr:

@@ -68,4 +68,4 @@ def recall(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty: int) -> tor
     return scaled_dot_product_attention(q, k, v, attn_mask=score.expand(q.shape[2], -1), scale=1.0)
 
 
-OPERATORS = SimpleNamespace(attend=attend, recall=recall, takes_bias=True)
+OPERATORS = SimpleNamespace(attend=attend, recall=recall, takes_bias=True, takes_own=False)

@@ -11,7 +11,8 @@ from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, f, h
 from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, tensor, triangle, when_ffn
 from ctxbench.implementations._shared.flash_table import BACKWARD, DQ_ALONE
-from ctxbench.implementations._shared.forms import core_backward, position_parameters, replayed, slab_pairs
+from ctxbench.implementations._shared.forms import core_backward, position_parameters, replayed
+from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.melodi.params import MelodiParams
 from ctxbench.implementations.melodi.peaks import FULL, M, P, S, U, W, peak
 from ctxbench.method import ROPE
@@ -68,7 +69,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
     }
     flops = dict(algorithmic)
     if kernels != "triton":
-        flops["attention"] = L * attention(_pairs(call, {"slabs": slab_pairs}.get(impl, lambda n: n**2)))
+        flops["attention"] = L * attention(_pairs(call, {"slabs": _with_own}.get(impl, lambda n: n**2)))
         nulls = {"blocked": 1, "slabs": 2}.get(impl)
         flops["recall"] = has_long * attention(call.asking * M if nulls is None else _recalled(call, nulls))
     if mode == "train":
@@ -102,6 +103,11 @@ def _pairs(call: Windows, of: Callable[[Expr], Expr]) -> Expr:
         return rows * (S + fill) + of(rows) - rows
 
     return call.closed * window(W + U, Integer(0)) + window(call.rows, call.fill)
+
+
+def _with_own(rows: Expr) -> Expr:
+    """Pairs of slabs, which take a row's own key with the others before it; ``_pairs`` takes off one a row."""
+    return own_pairs(rows) + rows
 
 
 def _recalled(call: Windows, null: int) -> Expr:

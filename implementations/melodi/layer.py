@@ -15,6 +15,7 @@ from torch.nn.functional import relu
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import from_diagonals, positions_for
+from ctxbench.implementations._shared.products import buffers_kept
 from ctxbench.implementations.melodi.norm import Norm, scaled
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
 from ctxbench.method import Dims, Output, load
@@ -89,7 +90,8 @@ class MelodiLayer(nn.Module):
         if self.operators.takes_bias or (keep and summary is None):
             k = torch.cat((memory.k, k), dim=2)
             v = torch.cat((memory.v, v), dim=2)
-            mixed = self.operators.attend(turned, k[:, :, :-1], v[:, :, :-1], bias)  # nobody sees the last row
+            keys = k.shape[2] - (not self.operators.takes_own)  # nobody sees the last row
+            mixed = self.operators.attend(turned, k[:, :, :keys], v[:, :, :keys], bias)
         else:
             mixed = self.operators.attend_apart(turned, memory.k, memory.v, k, v, bias)
         del turned
@@ -148,9 +150,9 @@ class MelodiLayer(nn.Module):
     def biases(self, rows: int, keys: int) -> torch.Tensor | None:
         """What is added to scores ``[H, rows, keys]``: the scaled bias of the distance, minus infinity from 0 down.
 
-        Kernels know which keys a row sees: for them a table by distance, or None. The last row asks one place after the
-        last key. Equal distances lie on diagonals, so the matrix is read from one vector of distances ``keys .. 2 -
-        rows`` in overlapping windows.
+        With one key more for operators that take the rows' own. Kernels know which keys a row sees: for them a table by
+        distance, or None. The last row asks one place after the last of ``keys``. Equal distances lie on diagonals, so
+        the matrix is read from one vector of falling distances in overlapping windows.
         """
         if not self.operators.takes_bias:
             return self._table(keys)
@@ -159,8 +161,9 @@ class MelodiLayer(nn.Module):
         if seen is None:
             seen = self.scale.new_zeros(self.num_heads, keys)
         seen = seen * self.scale.abs()[:, None]
-        hidden = seen.new_full((self.num_heads, rows - 1), float("-inf"))
-        return from_diagonals(torch.cat((seen, hidden), dim=1), keys)
+        own = int(self.operators.takes_own)  # hidden, too
+        hidden = seen.new_full((self.num_heads, rows - 1 + own), float("-inf"))
+        return from_diagonals(torch.cat((seen, hidden), dim=1), keys + own)
 
     def _table(self, keys: int) -> torch.Tensor | None:
         """The scaled bias of distances -F .. F, ``[H, 2 F + 1]``; slopes times a scale that learns are a table too."""
@@ -207,26 +210,27 @@ class MelodiStack(nn.Module):
         outputs: list[torch.Tensor] = []
         biases: list[torch.Tensor | None] = []
         biased: tuple[int, int] | None = None  # rows and keys that they are for
-        while x.shape[1]:
-            piece, x = x[:, : W - tokens % W], x[:, W - tokens % W :]
-            tokens += piece.shape[1]
-            goes_on = follows or x.shape[1] > 0  # else nobody reads what the window would hand on
-            ends = tokens % W == 0 and goes_on
-            rows = piece
-            if ends and self.summary is not None:
-                rows = torch.cat((piece, self.summary.expand(B, -1, -1)), dim=1)
-            shape = (rows.shape[1], memories[0].k.shape[2] + rows.shape[1] - 1)
-            if biased != shape:
-                biased = shape
-                biases.clear()
-                biases += [layer.biases(*shape) for layer in self.layers]  # type: ignore[operator]
-            after = []
-            for layer, memory, bias in zip(self.layers, memories, biases, strict=True):
-                rows, memory = layer(rows, self.params.summary_tokens if ends else None, memory, bias, goes_on)
-                after.append(memory)
-            memories = tuple(after)
-            outputs.append(rows[:, : piece.shape[1]])
-            del rows, memory, after, bias  # else the last would live while the next are made
+        with buffers_kept():
+            while x.shape[1]:
+                piece, x = x[:, : W - tokens % W], x[:, W - tokens % W :]
+                tokens += piece.shape[1]
+                goes_on = follows or x.shape[1] > 0  # else nobody reads what the window would hand on
+                ends = tokens % W == 0 and goes_on
+                rows = piece
+                if ends and self.summary is not None:
+                    rows = torch.cat((piece, self.summary.expand(B, -1, -1)), dim=1)
+                shape = (rows.shape[1], memories[0].k.shape[2] + rows.shape[1] - 1)
+                if biased != shape:
+                    biased = shape
+                    biases.clear()
+                    biases += [layer.biases(*shape) for layer in self.layers]  # type: ignore[operator]
+                after = []
+                for layer, memory, bias in zip(self.layers, memories, biases, strict=True):
+                    rows, memory = layer(rows, self.params.summary_tokens if ends else None, memory, bias, goes_on)
+                    after.append(memory)
+                memories = tuple(after)
+                outputs.append(rows[:, : piece.shape[1]])
+                del rows, memory, after, bias  # else the last would live while the next are made
         biases.clear()
         return torch.cat(outputs, dim=1), State(memories, tokens)
 

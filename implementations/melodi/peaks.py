@@ -15,6 +15,7 @@ from ctxbench.implementations._shared.products_forms import backward_scratch, sc
 from ctxbench.implementations.melodi.params import MelodiParams
 
 W, U, S, M, P = (param(name) for name in ("window", "summary_tokens", "short_slots", "long_slots", "long_per_window"))
+NULLS = 2  # of slabs, in place of all empty slots
 FULL = ceiling(M / P)  # windows that fill the long-term memory
 ROWS = W + U
 
@@ -78,9 +79,7 @@ def _layer(form: Form, rows: Expr, windows: Expr, fill: Expr | int = 0, kept: in
     else:
         is_partly = some(windows) * (1 - Min(floor(windows / sympify(FULL)), 1))
         if form.impl == "slabs":
-            own = row(rows) + scratch(rows, keys)
-            nulls = 2
-            beside = some(windows) * scratch(rows, there + is_partly * nulls, causal=False)
+            own, nulls, beside = row(rows), NULLS, Integer(0)
         else:
             own = row(rows) + 4 * B * h * rows
             nulls, beside = 1, 4 * B * h * rows
@@ -88,6 +87,27 @@ def _layer(form: Form, rows: Expr, windows: Expr, fill: Expr | int = 0, kept: in
     attending = operands + (largest(own, memory) if form.has_long else own)
     feeding = 2 * row(rows) + when_ffn(2 * tensor(B, rows, f)) + 2 * kept * row(keys)
     return largest(attending, feeding)
+
+
+def _kept(form: Form, rows: Expr, windows: Expr) -> Expr:
+    """Buffers of slabs, which the layers and windows of a call share: at the end of one after ``windows`` others."""
+    if form.impl != "slabs":
+        return Integer(0)
+    is_partly = 1 - Min(floor(windows / sympify(FULL)), 1)
+    recalled = some(windows) * scratch(rows, filled(windows) + is_partly * NULLS, causal=False)
+    return largest(scratch(rows, S + rows, masked=False), form.has_long * recalled)
+
+
+def _scaling(form: Form, rows: Expr, kept: Expr) -> Expr:
+    """Unit keys beside queries and the norm: in 16 bits they and their length are made in 32.
+
+    ``kept``: buffers of the windows before; those of this one are there if a layer below has used them.
+    """
+    if form.impl != "slabs":
+        return Integer(0)
+    below = some(L - 1) * scratch(rows, S + rows, masked=False)
+    unit = 4 * row(rows) + (4 - Min(e, 4)) * 4 * B * rows * d + Max(e, 4) * B * h * rows
+    return unit + largest(kept, below)
 
 
 def _closing(form: Form, windows: Expr) -> Expr:
@@ -105,14 +125,20 @@ def _forward(form: Form) -> Expr:
         + L * bias(ROWS, S + ROWS)
         + _memories(form, before)
         + 2 * (L - 1) * row(S)
-        + largest(_layer(form, ROWS, before), _closing(form, before))
+        + largest(
+            _kept(form, ROWS, before) + largest(_layer(form, ROWS, before), _closing(form, before)),
+            _scaling(form, ROWS, some(before) * _kept(form, ROWS, before - 1)),
+        )
     )
+    earlier = some(closed) * _kept(form, ROWS, before)
     in_rest = (
         closed * row(ROWS)
         + some(L - 1) * row(rest)
         + L * bias(rest, S + rest)
         + _memories(form, closed)
-        + _layer(form, rest, closed)
+        + largest(
+            largest(earlier, _kept(form, rest, closed)) + _layer(form, rest, closed), _scaling(form, rest, earlier)
+        )
     )
     join = closed * row(ROWS) + row(rest) + row(T)  # what the last window would read is gone
     return largest(in_closed, in_rest, join)
@@ -129,7 +155,10 @@ def _stream(form: Form) -> Expr:
         + L * bias(ROWS, S + ROWS)
         + _memories(form, before)
         + 2 * (L - 1) * row(S)
-        + largest(_layer(form, ROWS, before), _closing(form, before))
+        + largest(
+            _kept(form, ROWS, before) + largest(_layer(form, ROWS, before), _closing(form, before)),
+            _scaling(form, ROWS, Integer(0)),
+        )
     )
     in_rest = some(rest) * (
         some(L - 1) * row(rest)
@@ -137,7 +166,7 @@ def _stream(form: Form) -> Expr:
         + L * bias(rest, S + rest)
         + _memories(form, whole)
         + (L - 1) * (2 * row(S + rest) + row(rest))
-        + _layer(form, rest, whole, kept=1)
+        + largest(_kept(form, rest, whole) + _layer(form, rest, whole, kept=1), _scaling(form, rest, Integer(0)))
     )
     return largest(in_whole, in_rest)
 
@@ -185,7 +214,7 @@ def _train(form: Form) -> Expr:
         if form.reference:
             made = largest(tensor(B, h, rows, S + rows), form.has_long * tensor(B, h, rows, M)) * 2
         elif form.impl == "slabs":
-            made = backward_scratch(rows, S + rows) + (Max(e, 4) + e) * h * rows * (S + rows)
+            made = backward_scratch(rows, S + rows, masked=False) + (Max(e, 4) + e) * h * rows * (S + rows)
         else:
             made = 3 * tensor(B, h, rows, S + rows)
         lower = (L - 1) * (window(rows, 0) - form.has_long * 2 * row(rows) - recall) / L

@@ -27,4 +27,4 @@ def recall(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty: int) -> tor
     return (q @ k.transpose(2, 3)).softmax(dim=3) @ v
 
 
-OPERATORS = SimpleNamespace(attend=attend, recall=recall, takes_bias=True)
+OPERATORS = SimpleNamespace(attend=attend, recall=recall, takes_bias=True, takes_own=False)

@@ -14,8 +14,11 @@ NULLS = 2
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """``q: [B, H, n, D]``, ``k, v: [B, H, K, D]``, ``bias: [H, n, K]``; a row that sees no key gets 0."""
-    return products.attend(q, k, v, bias=bias, scale=1.0)
+    """``q: [B, H, n, D]``, ``k, v: [B, H, K, D]``, ``bias: [H, n, K]``; a row that sees no key gets 0.
+
+    The last key is the last row's own, which nobody sees: with it, rows of scores begin where vectors do.
+    """
+    return products.attend(q, k, v, bias=bias, scale=1.0, strict=True)
 
 
 def recall(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty: int) -> torch.Tensor:
@@ -29,9 +32,9 @@ def recall(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty: int) -> tor
     if not empty:
         return products.attend(q, k, v, causal=False, scale=1.0)
     k, v = (pad(slots, (0, 0, NULLS, 0)) for slots in (k, v))
-    score = torch.zeros(k.shape[2], device=q.device, dtype=q.dtype)
-    score[0], score[1] = null_scores(empty)
-    return products.attend(q, k, v, causal=False, bias=score.expand(q.shape[1], q.shape[2], -1), scale=1.0)
+    scores = torch.empty(NULLS, device=q.device, dtype=q.dtype)
+    scores[0], scores[1] = null_scores(empty)
+    return products.attend(q, k, v, causal=False, scale=1.0, first=scores)
 
 
 def null_scores(empty: int) -> tuple[float, float]:
@@ -44,4 +47,4 @@ def null_scores(empty: int) -> tuple[float, float]:
     return first, math.log(rest) if rest > 0 else -math.inf
 
 
-OPERATORS = SimpleNamespace(attend=attend, recall=recall, takes_bias=True)
+OPERATORS = SimpleNamespace(attend=attend, recall=recall, takes_bias=True, takes_own=True)

@@ -51,4 +51,4 @@ def recall(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty: int) -> tor
     return out * torch.sigmoid(lse - math.log(empty))[..., None].to(out.dtype)
 
 
-OPERATORS = SimpleNamespace(attend=attend, attend_apart=attend_apart, recall=recall, takes_bias=False)
+OPERATORS = SimpleNamespace(attend=attend, attend_apart=attend_apart, recall=recall, takes_bias=False, takes_own=False)

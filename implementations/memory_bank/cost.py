@@ -16,6 +16,7 @@ from ctxbench.implementations._shared.forms import (
     position_parameters,
     slab_pairs,
 )
+from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.implementations.memory_bank.peaks import REST, WHOLE, M, S, peak
 
@@ -39,7 +40,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
         "bank": L * linear(M, d, 2 * d) if mode != "decode" else Integer(0),  # the initial one, once for all rows
     }
     flops = dict(algorithmic)
-    if impl == "slabs" or (impl == "blocked" and position in ("t5", "alibi")):
+    if impl == "slabs":
+        flops["attention"] = L * attention(_pairs(mode, own_pairs))
+    if impl == "blocked" and position in ("t5", "alibi"):
         flops["attention"] = L * attention(_pairs(mode, slab_pairs))
     if impl == "reference":
         flops["attention"] = L * attention(_pairs(mode, lambda n: n**2))

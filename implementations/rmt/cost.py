@@ -7,7 +7,8 @@ from sympy import Expr, Integer, Min, Mod, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_parameters, core_backward, replayed, slab_pairs
+from ctxbench.implementations._shared.forms import block_parameters, core_backward, replayed
+from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.implementations.rmt.peaks import REST, M, S, peak
 
@@ -64,7 +65,7 @@ def _segment_pairs(tokens: Expr, writes: Expr, full: bool, how: str) -> Expr:
     rows = M + tokens + writes
     if how == "reference":
         return rows**2
-    causal = slab_pairs if how == "slabs" else triangle
+    causal = own_pairs if how == "slabs" else triangle
     if not full:
         return causal(rows)
     reads = M**2 if how in ("blocked", "slabs") else M**2 - triangle(M)  # next to the causal product, not instead of it

@@ -14,6 +14,7 @@ from torch import nn
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.products import buffers_kept
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.method import Dims, Output, load
 
@@ -100,18 +101,19 @@ class RMT(nn.Module):
         first = min(T, S - tokens % S)
         sizes = [first] + [S] * ((T - first) // S) + [(T - first) % S] * ((T - first) % S > 0)
         end, outputs = tokens + T, []
-        for part in x.split(sizes, dim=1):  # not slices: the gradient of each would be as long as the sequence
-            fill = tokens % S
-            if not fill:
-                memory = self.cut(memory, tokens // S)
-            tokens += part.shape[1]
-            # What a whole sequence writes after its last segment would be read by nobody.
-            writes = tokens % S == 0 and (state is not None or tokens < end)
-            known, keep = caches if fill else None, state is not None and not writes
-            y, written, caches = self.piece(part, memory, known, writes, keep)
-            outputs.append(y)
-            if writes:
-                memory, caches = written, self.no_rows(x.shape[0])
+        with buffers_kept():
+            for part in x.split(sizes, dim=1):  # not slices: the gradient of each would be as long as the sequence
+                fill = tokens % S
+                if not fill:
+                    memory = self.cut(memory, tokens // S)
+                tokens += part.shape[1]
+                # What a whole sequence writes after its last segment would be read by nobody.
+                writes = tokens % S == 0 and (state is not None or tokens < end)
+                known, keep = caches if fill else None, state is not None and not writes
+                y, written, caches = self.piece(part, memory, known, writes, keep)
+                outputs.append(y)
+                if writes:
+                    memory, caches = written, self.no_rows(x.shape[0])
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if state is None:
             return Output(y)

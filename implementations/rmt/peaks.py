@@ -10,7 +10,7 @@ from sympy import Expr, Integer, Min, Mod, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
-from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
+from ctxbench.implementations._shared.products_forms import backward_scratch, mask, scratch
 
 M = param("num_memory")
 S = param("segment_len")
@@ -46,7 +46,7 @@ def _mixing(impl: str, n: Expr, K: Expr, full: bool, fresh: bool) -> Expr:
     """
     if impl != "reference":
         joined = row(2 * n + (M if fresh else 0)) if full else row(n)
-        return largest(joined, row(n) + (scratch(n, K) if impl == "slabs" else 4 * B * h * n))
+        return largest(joined, row(n) + (0 if impl == "slabs" else 4 * B * h * n))
     copied = some(B - 1) * row(K) if fresh else Integer(0)  # strided heads of several rows: no batch of matrices
     return 2 * tensor(B, h, n, K) + largest(row(n) + copied, n * K)
 
@@ -62,13 +62,28 @@ def _piece(impl: str, full: bool, n: Expr, left: Expr, kept: Expr | int = 0) -> 
     return kept + largest(mixing, top, below)
 
 
+def _kept(impl: str, full: bool, body: Expr, writes: Expr) -> Expr:
+    """Buffers of slabs, which all segments share: of one with ``body`` rows, the reads among them, before its writes.
+
+    ``full``: each group of memory tokens is a call of its own.
+    """
+    if impl != "slabs":
+        return Integer(0)
+    if not full:
+        return scratch(body + writes, body + writes)
+    corners = [scratch(M, M, causal=False), some(writes) * scratch(writes, body + writes, causal=False)]
+    return mask(body) + largest(scratch(body, body, masked=False), *corners)
+
+
 def _forward(impl: str, full: bool) -> Expr:
     """Outputs of the segments collect with what their write tokens say, and are joined at the end."""
     written = floor((T - 1) / S)
     rest = T - S * written
     segment = (written - 1) * row(S + M) + _piece(impl, full, S + 2 * M, S + M)
     last = written * row(S + M) + _piece(impl, full, M + rest, rest)
-    return largest(some(written) * segment, last, some(written) * (row(T + M * written) + row(T)))
+    kept = [some(written) * _kept(impl, full, S + M, M), _kept(impl, full, M + rest, Integer(0))]
+    joined = some(written) * (row(T + M * written) + row(T))
+    return largest(some(written) * segment + kept[0], last + largest(*kept), joined)
 
 
 def _stream(impl: str, full: bool) -> Expr:
@@ -76,7 +91,8 @@ def _stream(impl: str, full: bool) -> Expr:
     whole = some(WHOLE - 1) * row(S + M) + row(M) + _piece(impl, full, S + 2 * M, S + M)
     kept = (L - 1) * 2 * row(M + REST)
     rest = some(WHOLE) * row(S + M) + row(M) + _piece(impl, full, M + REST, REST, kept)
-    return largest(some(WHOLE) * whole, some(REST) * rest)
+    kept = [_kept(impl, full, S + M, M), _kept(impl, full, M + REST, Integer(0))]
+    return largest(some(WHOLE) * (whole + kept[0]), some(REST) * (rest + kept[1]))
 
 
 def _decode(impl: str, full: bool) -> Expr:

@@ -7,7 +7,8 @@ from sympy import Eq, Expr, Integer, Min, Piecewise, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, replayed, slab_pairs
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, replayed
+from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.implementations.segment_recurrent.peaks import peak
 from ctxbench.implementations.segment_recurrent.sizes import ADDED, REST, WHOLE, M, S, items_after, sum_of_items
@@ -94,7 +95,7 @@ def _pairs(how: str) -> Expr:
         whole = triangle(S) * WHOLE + (S + sympify(1) / 2) * sum_of_items(WHOLE) + sum_of_items(WHOLE, power=2) / 2
         return whole + Piecewise((last + 1, Eq(REST, 1)), (Min(REST, 1) * triangle(last + REST), True))
     if how in ("visible", "slabs"):
-        own = slab_pairs if how == "slabs" else triangle
+        own = own_pairs if how == "slabs" else triangle
         return WHOLE * own(S) + S * sum_of_items(WHOLE) + own(REST) + REST * last
     squares = WHOLE * S**2 + S * sum_of_items(WHOLE) + REST * (REST + last)
     if how == "reference":

@@ -15,6 +15,7 @@ from torch import nn
 from ctxbench.implementations._shared.blocks import FeedForward, Stack, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.products import buffers_kept
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.method import Dims, Output, load
 
@@ -72,10 +73,11 @@ class SegmentRecurrentLayer(nn.Module):
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
         carried = self.init_state(x.shape[0]) if state is None else state
         end, outputs = carried.tokens + x.shape[1], []
-        for part in x.split(self.pieces(carried.tokens, x.shape[1]), dim=1):
-            # What a whole sequence remembers of its last segment would be read by nobody.
-            y, carried = self.step(part, carried, state is not None or carried.tokens + part.shape[1] < end)
-            outputs.append(y)
+        with buffers_kept():
+            for part in x.split(self.pieces(carried.tokens, x.shape[1]), dim=1):
+                # What a whole sequence remembers of its last segment would be read by nobody.
+                y, carried = self.step(part, carried, state is not None or carried.tokens + part.shape[1] < end)
+                outputs.append(y)
         after = None if state is None else carried.detached()
         del carried  # else its keys would live while the outputs are joined
         return Output(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), after)

@@ -7,11 +7,11 @@ needs neither.
 
 from __future__ import annotations
 
-from sympy import Expr, Min, floor, sympify
+from sympy import Expr, Integer, Min, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h
 from ctxbench.cost.terms import largest, tensor, when_ffn
-from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
+from ctxbench.implementations._shared.products_forms import backward_scratch, mask, scratch
 from ctxbench.implementations.segment_recurrent.sizes import ADDED, REST, WHOLE, S, items_after, sum_of_items
 
 
@@ -39,7 +39,7 @@ def _mixing(impl: str, n: Expr | int, m: Expr) -> Expr:
     if impl in ("masked", "visible"):
         return row(n) + 4 * B * h * n + some(n - 1) * some(m) * (e + 1) * n * (m + n)  # booleans, and in the dtype
     if impl == "slabs":
-        return row(n) + scratch(n, m + n)
+        return row(n)
     if impl == "padded":
         return some(n - 1) * 2 * row(m + n) + (1 - some(n - 1)) * row(n) + 4 * B * h * (m + n)
     return 2 * tensor(B, h, n, m + n) + largest(row(n), n * (m + n))
@@ -52,9 +52,16 @@ def _piece(impl: str, n: Expr | int, m: Expr, items: Expr, begins: bool) -> Expr
     stages = [both + 3 * row(n), both + row(n) + _mixing(impl, n, m), both + when_ffn(row(n) + 2 * tensor(B, n, f))]
     if impl == "reference":  # strided heads of several rows cannot be one batch of matrices
         stages.append(both + 3 * row(n) + 2 * tensor(B, h, n, items) + some(B - 1) * row(items))
-    if impl == "slabs":  # the second look, in buffers of its own
-        stages.append(both + 3 * row(n) + some(items) * scratch(n, items, causal=False))
+    if impl == "slabs":  # the residual of the second look, beside its queries and what it found
+        stages.append(both + some(items) * 5 * row(n))
     return largest(*stages)
+
+
+def _kept(impl: str, n: Expr | int, m: Expr) -> Expr:
+    """Buffers of slabs, which both looks of all segments share: for n tokens that see m items."""
+    if impl != "slabs":
+        return Integer(0)
+    return mask(n) + largest(scratch(n, m + n, masked=False), some(m) * scratch(n, m, causal=False))
 
 
 def _forward(impl: str) -> Expr:
@@ -66,8 +73,10 @@ def _forward(impl: str) -> Expr:
         m = items_after(segment)
         return row(S * segment) + row(m) + _piece(impl, n, m, m, begins=True)
 
+    before = some(written) * _kept(impl, S, items_after(written - 1))
+    kept = largest(before, _kept(impl, rest, items_after(written)))
     return some(L - 1) * row(T) + largest(
-        some(written) * at(written - 1, S), at(written, rest), some(written) * 2 * row(T)
+        some(written) * at(written - 1, S) + before, at(written, rest) + kept, some(written) * 2 * row(T)
     )
 
 
@@ -81,6 +90,7 @@ def _stream(impl: str) -> Expr:
         + row(L * last + (L - 1) * (4 * last + 2 * REST + tail))
         + _piece(impl, REST, last, last, begins=True)
     )
+    whole, rest = whole + _kept(impl, S, before), rest + _kept(impl, REST, last)
     carried = some(L - 1)
     return largest(some(WHOLE) * (whole + carried * row(S)), some(REST) * (rest + carried * row(REST)))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
-from ctxbench.implementations._shared import fused, products
+from ctxbench.implementations._shared import fused, products, products_table
 from ctxbench.implementations._shared.products_forms import backward_scratch, product_pairs, scratch
 from ctxbench.implementations.melodi import reference as melodi_reference
 from ctxbench.implementations.melodi import slabs as melodi_slabs
@@ -17,15 +19,19 @@ from ctxbench.registry import discover
 from ctxbench.workload import as_output
 
 METHODS = {method.name: method for method in discover()}
-BY_SLABS = ("block_state", "compressive_memory", "melodi", "memory_bank", "rmt", "segment_recurrent")
-SHAPES = {  # queries, keys, causal, with a bias
-    "whole": (300, 300, True, False),
-    "after a prefix": (300, 421, True, False),
-    "first query blind": (300, 299, True, True),
-    "all seen": (257, 60, False, False),
-    "biased": (130, 130, False, True),
-    "one query": (1, 5, True, True),
-    "one blind query": (1, 0, True, True),
+BY_SLABS = (
+    "block_recurrent", "block_state", "compressive_memory", "melodi", "memory_bank", "rmt", "segment_recurrent",
+)  # fmt: skip
+SHAPES = {  # queries, keys, causal, strict, with a bias
+    "whole": (330, 330, True, False, False),
+    "a few left": (300, 300, True, False, False),
+    "after a prefix": (330, 421, True, False, False),
+    "first query blind": (330, 330, True, True, True),
+    "own keys hidden": (330, 340, True, True, True),
+    "all seen": (257, 60, False, False, False),
+    "biased": (130, 130, False, False, True),
+    "one query": (1, 5, True, False, True),
+    "one blind query": (1, 1, True, True, True),
 }
 
 
@@ -37,23 +43,30 @@ def operands(queries: int, keys: int) -> list[torch.Tensor]:
     return [x.transpose(1, 2).requires_grad_() for x in drawn]
 
 
-def expected(q, k, v, causal, bias, scale):
-    n, K = q.shape[2], k.shape[2]
+def seen(queries, keys, causal, strict):
+    everything = torch.ones(queries, keys, dtype=torch.bool)
+    return everything.tril(keys - queries - strict) if causal else everything
+
+
+def expected(q, k, v, causal, bias, scale, strict=False):
+    visible = seen(q.shape[2], k.shape[2], causal, strict)
     scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
-    scores = scores if bias is None else scores + bias
-    seen = torch.ones(n, K, dtype=torch.bool).tril(K - n) if causal else torch.ones(n, K, dtype=torch.bool)
-    return (scores.masked_fill(~seen, -1e300).softmax(dim=3) * seen) @ v
+    scores = scores if bias is None else scores + bias.masked_fill(~visible, 0)
+    return (scores.masked_fill(~visible, -1e300).softmax(dim=3) * visible) @ v
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("budget", [1 << 20, 2 * 128 * 300, 7000], ids=["one part", "a row", "a head"])
+@pytest.mark.parametrize("budget", [1 << 21, 4 * 256 * 330, 7000], ids=["one part", "a row", "a head"])
 def test_products_equal_the_whole_rectangle_with_all_gradients(shape, budget, monkeypatch):
-    monkeypatch.setattr(products, "SLAB", budget)
-    n, K, causal, biased = shape
+    monkeypatch.setattr(products_table, "SCORES", budget)
+    n, K, causal, strict, biased = shape
     inputs = operands(n, K)
-    bias = torch.randn(3, n, K, dtype=torch.float64).requires_grad_() if biased else None
+    bias = None
+    if biased:
+        bias = torch.randn(3, n, K, dtype=torch.float64)
+        bias = bias.masked_fill(~seen(n, K, causal, strict), -math.inf).requires_grad_()
     scale = 0.7 if biased else None
-    mine, theirs = (f(*inputs, causal, bias, scale) for f in (products.attend, expected))
+    mine, theirs = (f(*inputs, causal, bias, scale, strict) for f in (products.attend, expected))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
     inputs += [bias] if biased else []
     grad = torch.randn_like(theirs)
@@ -63,9 +76,46 @@ def test_products_equal_the_whole_rectangle_with_all_gradients(shape, budget, mo
         torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
 
 
-def test_only_the_first_query_may_see_no_key():
+def test_every_query_has_a_key_and_only_a_bias_hides_it():
     with pytest.raises(ValueError, match="received 5 queries and 3 keys"):
         products.attend(*operands(5, 3))
+    with pytest.raises(ValueError, match="give one, or strict=False"):
+        products.attend(*operands(5, 5), strict=True)
+
+
+def test_scores_of_the_first_keys_are_what_is_given_and_ask_for_no_gradient():
+    q, k, v = operands(7, 9)
+    first = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    plain = q @ k.transpose(2, 3) * 8**-0.5
+    scores = torch.cat((first.expand(2, 3, 7, 2), plain[..., 2:]), dim=3)
+    mine, theirs = products.attend(q, k, v, causal=False, first=first), scores.softmax(dim=3) @ v
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (mine, theirs)), strict=True)
+    for ours, other in pairs:
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
+
+
+def test_calls_share_buffers_that_grow_and_none_where_gradients_are_asked_for():
+    sizes = [(40, 40), (300, 350), (20, 70), (330, 330)]
+    inputs = [[x.detach() for x in operands(*size)] for size in sizes]
+    alone = [products.attend(*each) for each in inputs]
+    with torch.no_grad(), products.buffers_kept():
+        kept = [products.attend(*each) for each in inputs]
+        low = products.attend(*(x.bfloat16() for x in inputs[1]))
+        arena = products._KEPT.get().arena
+        assert arena is not None
+        products.attend(*(x.bfloat16() for x in inputs[0]))
+        assert products._KEPT.get().arena is arena
+    assert products._KEPT.get() is None
+    for ours, other in zip(kept, alone, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=0)
+    torch.testing.assert_close(low.double(), alone[1], rtol=0, atol=0.05)
+    with products.buffers_kept():
+        own = [x.requires_grad_() for x in operands(300, 300)]
+        first, second = products.attend(*own), products.attend(*own)
+        assert products._KEPT.get() is None
+    first.sum().backward()
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
