@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
-from ctxbench.implementations._shared import products
+from ctxbench.implementations._shared import products_table
 from ctxbench.implementations._shared.positions import Position, Rotary, positions_for, sinusoids
 from ctxbench.implementations._shared.staircase import BLOCK
 from ctxbench.implementations.dense import METHOD, blocked, reference, slabs
@@ -267,7 +267,7 @@ def test_blocked_keeps_no_scores(position: str, mode: str) -> None:
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("keys", [300, 421], ids=["whole", "after a cache"])
 def test_slabs_of_few_heads_equal_the_reference_with_gradients(keys: int, causal: bool, monkeypatch) -> None:
-    monkeypatch.setattr(products, "SLAB", 2 * products.BLOCK * keys)  # two of the three heads of a sequence at a time
+    monkeypatch.setattr(products_table, "SCORES", 2 * 300 * keys)  # two of the three heads of a sequence at a time
     torch.manual_seed(3)
     operands = [torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (300, keys, keys)]
     mine, expected = (attend(*operands, causal, Position()) for attend in (slabs.attend, reference.attend))
