@@ -227,7 +227,11 @@ def describe_request(cells: Sequence[Planned]) -> str:
 def headline(advice: Advice) -> str:
     """One sentence: the first, and who cannot be told apart from it."""
     if not advice.ranked:
-        return "no method meets this request"
+        unsure = [candidate for candidate in advice.refused if candidate.memory_verdict == "unclear"]
+        if not unsure:
+            return "no method meets this request"
+        nearest = min(unsure, key=lambda candidate: candidate.estimate.peak_at_most or math.inf)
+        return f"no method surely meets this request; the likeliest is {nearest.method} / {nearest.impl}"
     first = advice.ranked[0]
     tied = [candidate.method for candidate in advice.ranked if candidate.tied]
     more = f" and {len(tied) - NAMED} more" if len(tied) > NAMED else ""

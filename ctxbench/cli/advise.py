@@ -17,7 +17,7 @@ from ctxbench.suite import Suite
 from ctxbench.units import format_bytes, format_seconds, format_tokens
 
 if TYPE_CHECKING:
-    from ctxbench.analysis.advise import Advice
+    from ctxbench.analysis.advise import Advice, Candidate
     from ctxbench.analysis.questions import Questions, Trial
     from ctxbench.analysis.use_cases import Judged
 
@@ -91,14 +91,27 @@ def _print(advice: Advice, judged: list[Judged], asked: Any, ctx: Common) -> Non
             for index, c in enumerate(advice.ranked, start=1)
         ]  # fmt: skip
         click.echo(table(["", "METHOD / IMPL", "MEMORY", "TIME", "INTERVAL", "PEAK", "WHY", "EVIDENCE"], lines))
-    if advice.refused:
+    elsewhere = [] if ctx.verbose else _impls_elsewhere(advice)
+    refused = [candidate for candidate in advice.refused if candidate not in elsewhere]
+    if refused:
         click.echo("\nnot advised")
-        click.echo(table(["METHOD / IMPL", "REASON"], [[f"{c.method} / {c.impl}", c.refusal] for c in advice.refused]))
+        click.echo(table(["METHOD / IMPL", "REASON"], [[f"{c.method} / {c.impl}", c.refusal] for c in refused]))
+    if elsewhere:
+        click.echo(f"impls that do not run here, of methods named above: {len(elsewhere)} (-v lists them)")
     click.echo(f"\nrecommendations of the source documents, {summary(judged, asked.config.seq_len[0])}")
     shown = [rule for rule in judged if ctx.verbose or rule.verdict != "not measured"]
     lines = [[rule.verdict, f"{rule.about}: {rule.recommendation}", rule.evidence] for rule in shown]
     click.echo(table(["", "RECOMMENDATION", "EVIDENCE"], lines))
     click.echo("time and memory alone: what a method learns is not measured here")
+
+
+def _impls_elsewhere(advice: Advice) -> list[Candidate]:
+    """Refused for want of support here, although another impl of the method was weighed: no news about the method."""
+    from ctxbench.analysis.forecast import UNKNOWN
+
+    unsupported = [c for c in advice.refused if c.estimate.source == UNKNOWN and c.estimate.basis == "not supported"]
+    weighed = {c.method for c in (*advice.ranked, *advice.refused) if c not in unsupported}
+    return [candidate for candidate in unsupported if candidate.method in weighed]
 
 
 def _print_check(found: Questions, ctx: Common) -> None:

@@ -84,6 +84,28 @@ def test_the_check_says_how_often_the_advice_was_right(run: str, ctxbench: Calla
     assert len(found["trials"]) == 2
 
 
+def test_impls_for_other_devices_are_counted_and_listed_on_request(run: str, ctxbench: Callable[..., Any]) -> None:
+    asked = ("advise", "--run", run, "--methods", METHODS, "--seq", "64k", "--device", "cpu", "--memory-limit", "1MiB")
+    short, whole = ctxbench(*asked).out, ctxbench(*asked, "-v").out
+    assert "triton runs on cuda" not in short
+    assert "impls that do not run here, of methods named above:" in short
+    assert "dense / triton" in whole
+    alone = ctxbench(*asked, "--impls", "triton").out
+    assert "triton runs on cuda" in alone  # where nothing else of the method was weighed it is the reason
+
+
+def test_a_limit_that_only_a_likely_peak_meets_names_the_likeliest(run: str, ctxbench: Callable[..., Any]) -> None:
+    asked = ("advise", "--run", run, "--methods", "dense", "--impls", "blocked", "--seq", "64k", "--device", "cpu")
+    (dense,) = ctxbench(*asked, "--memory-limit", "1TiB", "--json").json["ranked"]
+    likely, reserve = dense["estimate"]["peak_bytes"], dense["estimate"]["peak_at_most"]
+    tight = ctxbench(*asked, "--memory-limit", "1MiB", "--json").json["refused"][0]["refusal"]
+    assert "does not fit" in tight
+    (forecast,) = ctxbench("forecast", *asked[1:], "--json").json["cells"]
+    between = forecast["beside_bytes"] + (likely + reserve) // 2
+    shown = ctxbench(*asked, "--memory-limit", str(between)).out
+    assert "no method surely meets this request; the likeliest is dense / blocked" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
