@@ -152,7 +152,7 @@ class _Scratch:
     ):  # fmt: skip
         self.bias, self.first, self.rule = bias, first, rule
         (self.cuts, fit), *counts, r = sizes = _Sizes.of(q, k, rule)
-        self.parts = list(parts(*q.shape[:2], fit))
+        self.parts = list(parts(q.shape[0], q.shape[1], fit))
         arena = q.new_empty(sizes.total) if arena is None else arena[: sizes.total]
         self.keys, self.values, self.queries, self.scores = arena.split([counts[0], *counts])
         self.future = future
