@@ -1,12 +1,26 @@
-"""How plain products cut their queries into slabs; torch-free: formulas share its constants."""
+"""How plain products cut their queries into slabs, and who has them; torch-free: formulas share its constants."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from ctxbench.method import Impl
+
 BLOCK = 256  # queries a causal slab: fewer skip more hidden pairs, and cost calls and speed of every product
 REST = 64  # at most so many queries that are left go with the slab before them
 SCORES = 1 << 21  # scores of a slab that are computed together: in bf16 they stay in a last-level cache
+
+
+def slabs_impl(
+    run: str, modes: tuple[str, ...] = ("forward", "train", "stream"), positions: tuple[str, ...] = (),
+    support: str | None = None,
+    note: str = "plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
+) -> Impl:  # fmt: skip
+    """The impl of a method; fp64 is there to be compared."""
+    return Impl(
+        "slabs", run=run, devices=("cpu",), dtypes=("bf16", "fp64"), modes=modes, positions=positions, support=support,
+        note=note,
+    )  # fmt: skip
 
 
 class Slab(NamedTuple):

@@ -1,6 +1,7 @@
 """Block-Recurrent Transformer: a sliding window, and one layer whose states read the tokens and are read by them."""
 
 from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP, SLABS
+from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
 from ctxbench.method import ROPE, Impl, Method, Paper
 
@@ -27,12 +28,8 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:OPERATORS", note="keeps all scores, windows one after the other"),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="fused attention to states, windows in blocks"),
-        Impl(
-            "slabs",
-            run=f"{__name__}.slabs:OPERATORS",
-            devices=("cpu",),
-            dtypes=("bf16", "fp64"),
-            modes=("forward", "train", "stream"),
+        slabs_impl(
+            f"{__name__}.slabs:OPERATORS",
             note="plain products to states, windows in blocks: for bf16, in which the fused kernel is slow on CPU",
         ),
         Impl(

@@ -1,6 +1,7 @@
 """Block attention with a state: full attention inside blocks, and a few vectors that pass from block to block."""
 
 from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
+from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.block_state.params import BlockStateParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -26,11 +27,7 @@ METHOD = Method(
             "blocked", run=f"{__name__}.blocked:attend", support=f"{__name__}.params:fused_support",
             note="fused attention inside a block",
         ),
-        Impl(
-            "slabs", run=f"{__name__}.slabs:attend", devices=("cpu",), dtypes=("bf16", "fp64"),
-            modes=("forward", "train", "stream"), positions=("none", *ROPE),
-            note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
-        ),
+        slabs_impl(f"{__name__}.slabs:attend", positions=("none", *ROPE)),
         Impl(
             "diagonal", run=f"{__name__}.blocked:attend", support=f"{__name__}.params:diagonal_support",
             note="as blocked, but block t of layer l together with block t + 1 of layer l - 1; variant layer",

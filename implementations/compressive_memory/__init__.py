@@ -1,6 +1,7 @@
 """Compressive memory: segments that retrieve items from a memory of recent tokens and learned compressions."""
 
 from ctxbench.implementations._shared.picks_table import BLOCKED, SLABS, TRITON
+from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -28,13 +29,8 @@ METHOD = Method(
             run=f"{__name__}.blocked:attend",
             note="all segments choose at once and are stacked into the batch of one fused attention",
         ),
-        Impl(
-            "slabs",
-            run=f"{__name__}.slabs:attend",
-            devices=("cpu",),
-            dtypes=("bf16", "fp64"),
-            modes=("forward", "train", "stream"),
-            note="plain products by slabs of queries: the schedule of blocked, for bf16",
+        slabs_impl(
+            f"{__name__}.slabs:attend", note="plain products by slabs of queries: the schedule of blocked, for bf16"
         ),
         Impl(
             "triton",

@@ -3,6 +3,7 @@
 from ctxbench.implementations._shared.backends_table import BACKENDS
 from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, DENSE, SLABS
+from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.method import POSITIONS, ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
@@ -19,11 +20,9 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="materialises all scores"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused scaled_dot_product_attention"),
-        Impl(
-            "slabs",
-            run=f"{__name__}.slabs:attend",
-            devices=("cpu",),
-            dtypes=("bf16", "fp64"),
+        slabs_impl(
+            f"{__name__}.slabs:attend",
+            modes=(),
             support=f"{__name__}.params:slabs_support",
             note="plain products by slabs of queries: bf16 at twice the fused kernel's speed",
         ),

@@ -1,6 +1,7 @@
 """MELODI: windows that hand a short-term memory on in every layer, and a long-term memory in the middle one."""
 
 from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
+from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.melodi.params import MelodiParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -25,14 +26,7 @@ METHOD = Method(
             "reference", run=f"{__name__}.reference:OPERATORS", note="keeps all scores, empty slots are rows of zeros"
         ),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="fused attention, one null slot for all empty ones"),
-        Impl(
-            "slabs",
-            run=f"{__name__}.slabs:OPERATORS",
-            devices=("cpu",),
-            dtypes=("bf16", "fp64"),
-            modes=("forward", "train", "stream"),
-            note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
-        ),
+        slabs_impl(f"{__name__}.slabs:OPERATORS"),
         Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",

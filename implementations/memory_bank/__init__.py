@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ctxbench.implementations._shared.picks_table import BLOCKED, SLABS, TRITON
+from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -34,12 +35,8 @@ METHOD = Method(
             run=f"{__name__}.blocked:run",
             note="fused attention, whole segments at once up to the read, one bank row projected each write",
         ),
-        Impl(
-            "slabs",
-            run=f"{__name__}.slabs:run",
-            devices=("cpu",),
-            dtypes=("bf16", "fp64"),
-            modes=("forward", "train", "stream"),
+        slabs_impl(
+            f"{__name__}.slabs:run",
             positions=("none", *ROPE),
             note="plain products by slabs of queries: the schedule of blocked, for bf16",
         ),

@@ -1,6 +1,7 @@
 """Recurrent memory transformer: memory tokens around every segment carry what the next one reads."""
 
 from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP, SLABS
+from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -25,14 +26,7 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores of a segment, with a mask"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention, no mask; the same loop over segments"),
-        Impl(
-            "slabs",
-            run=f"{__name__}.slabs:attend",
-            devices=("cpu",),
-            dtypes=("bf16", "fp64"),
-            modes=("forward", "train", "stream"),
-            note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
-        ),
+        slabs_impl(f"{__name__}.slabs:attend"),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",

@@ -1,6 +1,7 @@
 """Segment-recurrent transformer: every layer remembers some of its own outputs from segment to segment."""
 
 from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
+from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
@@ -25,14 +26,7 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores, with a mask, segment after segment"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention; the same loop over segments"),
-        Impl(
-            "slabs",
-            run=f"{__name__}.slabs:attend",
-            devices=("cpu",),
-            dtypes=("bf16", "fp64"),
-            modes=("forward", "train", "stream"),
-            note="plain products by slabs of queries: for bf16, in which the fused kernel is slow on CPU",
-        ),
+        slabs_impl(f"{__name__}.slabs:attend"),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",
