@@ -206,6 +206,15 @@ def test_a_server_killed_at_work_takes_its_child_along(tmp_path):
         wait_until_dead(read_pid(tmp_path / "pid"), first)
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """What a script starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_the_child_and_is_raised_again(tmp_path):
     with Server("timing", threads=1) as server:
         server.submit(task_for(tmp_path, "pass"), 60.0)
