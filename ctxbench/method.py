@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -418,6 +419,7 @@ class Method:
         return build(dims, params, impl, device, dtype)
 
 
+@functools.cache
 def _installed(distribution: str) -> bool:
     """Whether there is a distribution of that name, or a module for it; folders that several share are neither."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -9,7 +9,6 @@ from functools import lru_cache
 
 from ctxbench.implementations._shared import flash_table, flex_table
 from ctxbench.implementations._shared.window import Pattern as Window
-from ctxbench.implementations.bigbird.official import drawn
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 MASK = (1 << 64) - 1
@@ -52,6 +51,8 @@ def _plan(pattern: Pattern, layer: int, head: int) -> tuple[tuple[int, ...], ...
     blocks = pattern.num_blocks
     everything = tuple(range(blocks))
     if pattern.official:
+        from ctxbench.implementations.bigbird.official import drawn  # and NumPy, for which no listing waits
+
         lists = drawn(pattern.seq_len, pattern.block_size, pattern.num_random, pattern.num_heads, pattern.seed + layer)[
             head
         ]

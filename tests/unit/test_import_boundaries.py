@@ -76,6 +76,17 @@ def test_commands_that_measure_nothing_never_import_torch(arguments: list[str], 
     assert done.returncode == 0, done.stderr
 
 
+def test_listing_the_methods_waits_for_no_numpy() -> None:
+    code = (
+        "import sys; from ctxbench.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "list"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_method_is_described_without_torch() -> None:
     code = (
         "import sys; from ctxbench.registry import discover; from ctxbench.method import Dims, load\n"
