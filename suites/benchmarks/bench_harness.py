@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,9 +28,26 @@ ORIGIN = "ctxbench.implementations.dense"
 MIB = 2**20
 FIXED_LIMIT_S, AGREEMENT = 0.6, 0.03
 COUNTED_LENGTH, COUNT_LIMIT_S, COUNT_LIMIT_BYTES = 131072, 2.0, 500 * 10**6
-TABLES = ("fixed", "medians", "counting")
+START_LIMIT = 8  # times an empty Python process
+TABLES = ("start", "fixed", "medians", "counting")
 SIDE_BY_SIDE = (("blocked", 512, "forward"), ("blocked", 2048, "forward"), ("reference", 1024, "forward"),
                 ("reference", 1024, "train"))  # fmt: skip
+
+
+def starts(repeats: int = 15) -> list[tuple[str, float, float]]:
+    """Median seconds of commands that measure nothing, and of an empty Python process in turns with each."""
+
+    def spent(code: str, *arguments: str) -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    found = []
+    for command in ("--help", "list"):
+        pairs = [(spent("from ctxbench.cli import main; main()", command), spent("pass")) for _ in range(repeats)]
+        ours, empty = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        found.append((command, ours, empty))
+    return found
 
 
 def fixed_costs(threads: int, repeats: int = 5) -> list[tuple[str, float]]:
@@ -130,6 +148,11 @@ def main() -> int:
     arguments = parser.parse_args()
     with_kept_heap()
     tables, show, reached = arguments.table or TABLES, sys.stdout.write, True
+    if "start" in tables:
+        show(f"start of a command against an empty Python process (limit {START_LIMIT} times)\n")
+        for name, ours, empty in starts():
+            reached &= ours < START_LIMIT * empty
+            show(f"  ctxbench {name:21} {1e3 * ours:9.3f} ms {1e3 * empty:9.3f} ms   {ours / empty:7.2f}\n")
     if "fixed" in tables:
         show(f"fixed cost of a child, {arguments.threads} threads, without its calls (limit {FIXED_LIMIT_S} s)\n")
         for name, seconds in fixed_costs(arguments.threads):
