@@ -18,13 +18,13 @@ contents: decoding at 128k must be measurable without computing 128k tokens firs
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -394,7 +394,7 @@ class Method:
     def impl_support(self, impl: Impl, mode: str, dims: Dims, params: Params, device: str, dtype: str) -> Support:
         """Whether this impl can run this cell here: packages, device, dtype, mode, then its own answer."""
         device_type = device.partition(":")[0]
-        missing = [name for name in impl.needs if not _installed(name)]
+        missing = [name for name in impl.needs if not _installed(name, tuple(sys.path))]
         if missing:
             return no(f"needs the package {', '.join(missing)}, which is not installed")
         if device_type not in impl.devices:
@@ -420,10 +420,13 @@ class Method:
 
 
 @functools.cache
-def _installed(distribution: str) -> bool:
-    """Whether there is a distribution of that name, or a module for it; folders that several share are neither."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return bool(importlib.metadata.version(distribution))
+def _installed(distribution: str, path: tuple[str, ...]) -> bool:
+    """Whether there is a distribution of that name, or a module for it; folders that several share are neither.
+
+    ``path`` is where Python looks for it, ``sys.path``: an answer is kept for as long as that stays the same.
+    """
+    if any(importlib.metadata.distributions(name=distribution, path=list(path))):
+        return True
     spec = importlib.util.find_spec(distribution.replace("-", "_"))
     return spec is not None and spec.loader is not None and spec.origin is not None
 
