@@ -60,8 +60,9 @@ def test_every_module_of_the_house_is_inside(names: set[str]) -> None:
 
 
 def test_every_method_folder_with_its_derivation_is_inside(names: set[str]) -> None:
-    for source in (ROOT / "implementations").glob("*/README.md"):
-        assert f"ctxbench/implementations/{source.parent.name}/README.md" in names
+    for pattern in ("*/README.md", "*/*.cpp"):
+        for source in (ROOT / "implementations").glob(pattern):
+            assert f"ctxbench/implementations/{source.parent.name}/{source.name}" in names
 
 
 @pytest.mark.parametrize(

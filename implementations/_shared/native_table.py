@@ -1,0 +1,38 @@
+"""Where C++ kernels can be made, for planning too: no torch here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+from ctxbench.method import YES, Dims, Impl, Params, Support, no
+
+COMPILERS = ("c++", "g++", "clang++")  # looked for in this order, unless CXX names one
+
+
+def compiler() -> str | None:
+    """The C++ compiler of this machine."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
+    """A compiler, and a system that loads what it makes beside PyTorch's own threads."""
+    if not sys.platform.startswith("linux"):
+        return no(f"native kernels share the threads of PyTorch's build for Linux, received {sys.platform}")
+    if compiler() is None:
+        looked = os.environ.get("CXX") or ", ".join(COMPILERS)
+        return no(f"native kernels need a C++ compiler, found none ({looked}): install g++ or let CXX name one")
+    return YES
+
+
+def native_impl(
+    run: str, note: str, modes: tuple[str, ...] = ("forward", "train", "stream"), positions: tuple[str, ...] = (),
+    support: str = f"{__name__}:support",
+) -> Impl:  # fmt: skip
+    """The impl of a method; fp64 is there to be compared."""
+    return Impl(
+        "native", run=run, devices=("cpu",), dtypes=("fp32", "bf16", "fp64"), modes=modes, positions=positions,
+        support=support, note=note,
+    )  # fmt: skip
