@@ -1,4 +1,6 @@
-"""Fused attention of queries over up to three ranges of keys under one softmax: the operator around ``flash``.
+"""Fused attention of queries over up to three ranges of keys under one softmax: the operator around its kernels.
+
+They are ``flash``'s in Triton, and for CPU tensors ``ranges_native``'s in C++, which have no backward pass.
 
 Row i of the queries stands at position ``p = i + offset``. Of each range it sees the keys from ``low`` to before
 ``high``, two lines over p (see ``lines``):
@@ -15,14 +17,14 @@ Results over keys that are no such range are merged by their log-sum-exps, throu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations._shared import flash, flash_bias
+from ctxbench.implementations._shared import ranges_native
 from ctxbench.implementations._shared.flash_table import (
     BACKWARD,
     DQ_ALONE,
@@ -57,7 +59,7 @@ def attend(
     """Softmax attention of ``q`` over all keys that ``ranges`` show, as one softmax.
 
     Args:
-        q: ``[B, H, T, D]``, any strides; float32, float16 or bfloat16.
+        q: ``[B, H, T, D]``, any strides; float32, float16 or bfloat16, on CPU float32, bfloat16 or float64.
         ranges: one to three; H is a multiple of each one's H_kv.
         offset: position of the first query, at least 0.
         scale: of the scores; None for ``D ** -0.5``.
@@ -97,10 +99,14 @@ def _check_bias(q: torch.Tensor, ranges: Sequence[Range], bias: torch.Tensor) ->
 
 
 def _check(q: torch.Tensor, ranges: Sequence[Range], offset: int) -> None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"q, k and v must be all fp32, fp16 or bf16, received {q.dtype}")
-    widest = WIDEST[q.element_size()]
-    if q.shape[3] > widest:
+    if native(q):
+        taken, names = (torch.float32, torch.bfloat16, torch.float64), "fp32, bf16 or fp64"
+    else:
+        taken, names = (torch.float32, torch.float16, torch.bfloat16), "fp32, fp16 or bf16"
+    if q.dtype not in taken:
+        raise ValueError(f"q, k and v must be all {names}, received {q.dtype}")
+    widest = None if native(q) else WIDEST[q.element_size()]
+    if widest is not None and q.shape[3] > widest:
         raise ValueError(f"in {q.dtype} a head has at most {widest} channels, received {q.shape[3]}")
     if not 1 <= len(ranges) <= MOST_RANGES:
         raise ValueError(f"one softmax spans 1 to {MOST_RANGES} ranges, received {len(ranges)}")
@@ -113,7 +119,12 @@ def _check(q: torch.Tensor, ranges: Sequence[Range], offset: int) -> None:
                 f"received {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
             )
         if not q.dtype == k.dtype == v.dtype:
-            raise ValueError(f"q, k and v must be all fp32, fp16 or bf16, received {q.dtype}, {k.dtype}, {v.dtype}")
+            raise ValueError(f"q, k and v must be all {names}, received {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def native(q: torch.Tensor) -> bool:
+    """Whether the kernels in C++ take these queries; Triton's interpreter reads tensors of the CPU too."""
+    return q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def architecture_of(device: torch.device) -> int:
@@ -200,11 +211,22 @@ def _attend(
     q = _rows(q)
     B, H, T, _D = q.shape
     out, lse = _like(q), q.new_empty(B, H, T, dtype=torch.float32)
-    ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
-    chosen, options = _options("forward", q, kinds)
-    if out.numel():
+    if not out.numel():
+        return out, lse
+    if native(q):
+        given = iter(since)
+        shown = [
+            (k, v, H // k.shape[1], *one[:5], None if one.known else next(given).contiguous())
+            for k, v, one in zip(map(_rows, keys), map(_rows, values), _shown(lines), strict=True)
+        ]
+        ranges_native.attend(q, out, lse, bias, shown, _farthest(bias), scale)
+    else:
+        from ctxbench.implementations._shared import flash  # Triton is a package of its own
+
+        ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
+        chosen, options = _options("forward", q, kinds)
         with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'
-            flash.forward_kernel[triton.cdiv(T, chosen.rows), B * H](
+            flash.forward_kernel[-(-T // chosen.rows), B * H](
                 q, out, lse, lse if bias is None else bias, tuple(ranges), *_strides(q, out), H, T, _farthest(bias),
                 scale, KINDS=kinds, RANGES=len(kinds), **options,
             )  # fmt: skip
@@ -218,6 +240,10 @@ def _attend_backward(
     lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     """DQ, that of a table of biases, and dK and dV of each range, as far as ``wanted``: the table first."""
+    if native(q):
+        raise RuntimeError("the kernels in C++ have no backward pass: call them under torch.no_grad()")
+    from ctxbench.implementations._shared import flash, flash_bias
+
     q, grad = _rows(q), _rows(grad)
     B, H, T, _D = q.shape
     gradients = _attend_backward_fake(grad, grad_lse, q, keys, values, bias, since, out, lse, lines, scale, wanted)
@@ -229,13 +255,13 @@ def _attend_backward(
     shared = H, T, _farthest(bias), scale
     with torch.cuda.device_of(q):
         chosen, options = _options("dq", q, kinds)
-        flash.dq_kernel[triton.cdiv(T, chosen.rows), B * H](
+        flash.dq_kernel[-(-T // chosen.rows), B * H](
             q, out, grad, lse, through, delta, biases, dq, tuple(ranges), *_strides(q, out, grad, dq), *shared,
             KINDS=kinds, RANGES=len(kinds), THROUGH_LSE=grad_lse is not None, **options,
         )  # fmt: skip
         if bias is not None and wanted[0]:
             chosen, options = _options("table", q, kinds)
-            tiles = triton.cdiv(T, chosen.rows)
+            tiles = -(-T // chosen.rows)
             sums = lse.new_zeros(tiles, B, *bias.shape)
             flash_bias.table_kernel[tiles, B * H](
                 q, grad, lse, delta, bias, sums, tuple(ranges), *_strides(q, grad), *shared, KINDS=kinds,
@@ -248,7 +274,7 @@ def _attend_backward(
                 dk, dv = next(rest), next(rest)
                 if k.numel():
                     chosen, options = _options("dkv", q, kinds, grouped=k.shape[1] < H)
-                    flash.dkv_kernel[triton.cdiv(k.shape[2], chosen.columns), B * k.shape[1]](
+                    flash.dkv_kernel[-(-k.shape[2] // chosen.columns), B * k.shape[1]](
                         q, grad, lse, delta, biases, dk, dv, one, *_strides(q, grad, dk, dv), *shared,
                         LOW=low, HIGH=high, BIAS=added, KNOWN=known, GROUP=H // k.shape[1], **options,
                     )  # fmt: skip
