@@ -195,6 +195,7 @@ class Impl:
         defects: for ``as_written`` only: what the literal sketch gets wrong, as ``{probe: explanation}``. A probe is
             one of ``agreement, causality, batch_independence, receptive_field, state``. Such an impl is not compared
             with the reference; the gate demands instead that exactly these probes fail.
+        counts_as: the impl whose formulas are also those of this one; by default it has its own.
         note: one sentence for the report.
     """
 
@@ -207,6 +208,7 @@ class Impl:
     positions: tuple[str, ...] = ()
     support: Callable[..., Support] | str | None = None
     defects: Mapping[str, str] = field(default_factory=dict)
+    counts_as: str = ""
     note: str = ""
 
 
@@ -411,7 +413,8 @@ class Method:
     def cost_of(self, impl: str, mode: str, causal: bool, position: str, params: Params) -> Any:
         """The closed forms of one impl in one mode, or None where the method declares none."""
         function = load(self.cost)
-        return function(impl, mode, causal, position, params) if function else None
+        counted = next((one.counts_as for one in self.impls if one.name == impl and one.counts_as), impl)
+        return function(counted, mode, causal, position, params) if function else None
 
     def make(self, dims: Dims, params: Params, impl: str, device: str, dtype: Any) -> Any:
         """Build the module; ``dtype`` is a torch dtype."""

@@ -67,7 +67,8 @@ def _compare_declared(case: Case, declared: Equivalence, other: Method) -> None:
     )  # fmt: skip
     target.load_state_dict({**known, **source.state_dict()})
     x, grad = here.tokens(batch=2), here.tokens(batch=2, seed=3)
-    mine, theirs = run(target, x, grad), run(source, x, grad)
+    train = _trains(here, here.dims.seq_len, here.dtype)
+    mine, theirs = run(target, x, grad, train), run(source, x, grad, train)
     for name, value in theirs.items():
         gap, scale = distance(mine[name], value), max(1.0, float(value.abs().max()))
         require(

@@ -10,7 +10,7 @@ from typing import Any
 from ctxbench.cost import Cost, evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import Meter, Trace, trace, uncompiled_flex_attention
-from ctxbench.method import DTYPE_BYTES, Dims, Params, load
+from ctxbench.method import DTYPE_BYTES, Dims
 from ctxbench.testing.case import TINY, Case
 from ctxbench.testing.law import law, not_applicable, not_claimed, require
 from ctxbench.workload import num_parameters, prepare, state_bytes
@@ -170,25 +170,24 @@ def _costed_modes(case: Case) -> list[str]:
     modes = [mode for mode in case.modes if case.supports(mode)]
     if not modes:
         not_applicable("no mode is supported")
-    function = load(case.method.cost)
-    costed = [
-        m
-        for m in modes
-        if _formulas(function, case.impl, m, case.dims.causal, case.dims.position, case.params) is not None
-    ]
+    costed = [m for m in modes if _formulas(case, m, case.dims) is not None]
     if not costed:
         not_claimed(f"METHOD.cost gives nothing for {case.impl}")
     return costed
 
 
+def _formulas(case: Case, mode: str, dims: Dims) -> Any:
+    return _built(case.method.cost_of, case.impl, mode, dims.causal, dims.position, case.params)
+
+
 @lru_cache(maxsize=256)
-def _formulas(function: Callable[..., Any], impl: str, mode: str, causal: bool, position: str, params: Params) -> Any:
+def _built(cost_of: Callable[..., Any], *branch: Any) -> Any:
     """Building expressions takes SymPy longer than evaluating them at every size."""
-    return function(impl, mode, causal, position, params)
+    return cost_of(*branch)
 
 
 def _cost(case: Case, mode: str, dims: Dims) -> Cost:
-    cost = _formulas(load(case.method.cost), case.impl, mode, dims.causal, dims.position, case.params)
+    cost = _formulas(case, mode, dims)
     if not isinstance(cost, Cost):
         raise TypeError(f"METHOD.cost must return a ctxbench.cost.Cost, received {type(cost).__name__}")
     return cost

@@ -61,7 +61,7 @@ class Position(nn.Module):
         return None
 
     def compact(self) -> torch.Tensor | None:
-        """The bias as kernels take it, in float32, see ``ranges.attend``: slopes ``[H]``, a table, or None."""
+        """The bias as kernels take it, at least in float32, see ``ranges.attend``: slopes ``[H]``, a table, or None."""
         return None
 
     def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor, step: int = 1) -> torch.Tensor | None:
@@ -231,7 +231,7 @@ class T5Bias(Bias):
     def compact(self) -> torch.Tensor:
         """``[H, 2 * FARTHEST + 1]``, by distance: beyond FARTHEST all are the same."""
         reach = torch.arange(-FARTHEST, FARTHEST + 1, device=self.table.weight.device)
-        return self.bias(reach, torch.float32)
+        return self.bias(reach, torch.promote_types(self.table.weight.dtype, torch.float32))
 
 
 def bucket(distance: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -259,7 +259,7 @@ class AlibiBias(Bias):
         return (-slope * distance.abs()).to(dtype)  # rounded once: bfloat16 has no distance of 257
 
     def compact(self) -> torch.Tensor:
-        return self.slopes.float()
+        return self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
 
 
 def slopes(num_heads: int) -> list[float]:

@@ -63,13 +63,13 @@ def attend(
         ranges: one to three; H is a multiple of each one's H_kv.
         offset: position of the first query, at least 0.
         scale: of the scores; None for ``D ** -0.5``.
-        bias: added to the scaled scores of ranges that have a ``start``, in float32, by the distance d of the key from
-            the query in tokens. ``[H]``: slopes, ``-bias[h] |d|``, constants. ``[H, 2 F + 1]``: a table,
+        bias: added to the scaled scores of ranges that have a ``start``, at least in float32, by the distance d of the
+            key from the query in tokens. ``[H]``: slopes, ``-bias[h] |d|``, constants. ``[H, 2 F + 1]``: a table,
             ``bias[h, F + d]`` with d clamped to -F .. F, where ``every`` is 1; it has a gradient.
 
     Returns:
-        Output ``[B, H, T, D]``, and the natural log-sum-exp of the scaled scores ``[B, H, T]`` in float32. A query that
-        sees no key has output 0 and log-sum-exp minus infinity.
+        Output ``[B, H, T, D]``, and the natural log-sum-exp of the scaled scores ``[B, H, T]``, at least in float32. A
+        query that sees no key has output 0 and log-sum-exp minus infinity.
 
     Raises:
         ValueError: for shapes, dtypes or lines the kernels do not take.
@@ -77,7 +77,7 @@ def attend(
     _check(q, ranges, offset)
     if bias is not None:
         _check_bias(q, ranges, bias)
-        bias = bias.float().contiguous()
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
     lines: list[int] = []
     for one in ranges:
         for line in (one.low, one.high):
@@ -210,7 +210,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     q = _rows(q)
     B, H, T, _D = q.shape
-    out, lse = _like(q), q.new_empty(B, H, T, dtype=torch.float32)
+    out, lse = _attend_fake(q, keys, values, bias, since, lines, scale)
     if not out.numel():
         return out, lse
     if native(q):
@@ -286,7 +286,7 @@ def _attend_fake(
     q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor | None,
     since: list[torch.Tensor], lines: list[int], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_attend_backward.register_fake

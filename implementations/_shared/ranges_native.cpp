@@ -141,8 +141,8 @@ class Task {
     }
 
     // Rows first .. last of one head.
-    void run(const T *q, int64_t q_row, T *out, int64_t o_row, float *lse, int64_t first, int64_t last,
-             const Range *ranges, int64_t count, int64_t batch, int64_t head, const float *bias, Real scale) {
+    void run(const T *q, int64_t q_row, T *out, int64_t o_row, Real *lse, int64_t first, int64_t last,
+             const Range *ranges, int64_t count, int64_t batch, int64_t head, const Real *bias, Real scale) {
         int64_t used = (last - first) / WIDTH + 1;
         for (int64_t i = 0; i < used; i++) load(panels[i], q, q_row, first + i * WIDTH, last, scale);
         for (int64_t i = 0; i < count; i++) {
@@ -158,7 +158,8 @@ class Task {
             int64_t end = panels[used - 1].end[WIDTH - 1];
             for (int64_t key = panels[0].begin[0]; key < end; key += KEYS) {
                 int64_t stop = std::min(end, key + KEYS), k_row = one.k_row, v_row = one.v_row;
-                const Real *near_k = held(k, key, stop, keys_here, k_row), *near_v = held(v, key, stop, values_here, v_row);
+                const Real *near_k = held(k, key, stop, keys_here, k_row);
+                const Real *near_v = held(v, key, stop, values_here, v_row);
                 for (int64_t p = 0; p < used; p++) {
                     int64_t from = std::max(key, panels[p].begin[0]), to = std::min(stop, panels[p].end[WIDTH - 1]);
                     if (from >= to) continue;
@@ -194,18 +195,18 @@ class Task {
         return copy;
     }
 
-    void add_bias(const Panel &panel, const Range &one, int64_t head, const float *bias, int64_t from, int64_t to) {
+    void add_bias(const Panel &panel, const Range &one, int64_t head, const Real *bias, int64_t from, int64_t to) {
         constexpr Real LOG2_E = Real(1.4426950408889634);
         for (int64_t j = from; j < to; j++) {
             int64_t ahead = one.ahead + j * one.every - panel.top;  // of lane 0
             Real *scores = tile + (j - from) * WIDTH;
             if (one.bias == 1) {
-                Real slope = Real(bias[head]) * LOG2_E;
+                Real slope = bias[head] * LOG2_E;
 #pragma omp simd
                 for (int t = 0; t < WIDTH; t++) scores[t] -= slope * Real(std::abs(int32_t(ahead) - t));
             } else {
-                const float *line = bias + head * (2 * farthest + 1) + farthest;
-                for (int t = 0; t < WIDTH; t++) scores[t] += Real(line[std::clamp(ahead - t, -farthest, farthest)]) * LOG2_E;
+                const Real *line = bias + head * (2 * farthest + 1) + farthest;
+                for (int t = 0; t < WIDTH; t++) scores[t] += line[std::clamp(ahead - t, -farthest, farthest)] * LOG2_E;
             }
         }
     }
@@ -248,18 +249,18 @@ class Task {
         std::copy_n(sum, WIDTH, panel.sum);
     }
 
-    void store(const Panel &panel, T *out, int64_t o_row, float *lse) const {
+    void store(const Panel &panel, T *out, int64_t o_row, Real *lse) const {
         for (int64_t row = panel.top; row <= panel.bottom; row++) {
             int64_t t = row - panel.top;
             Real sum = panel.sum[t], share = panel.most[t] == LEAST<Real> ? Real(0) : Real(1) / sum;
             for (int64_t d = 0; d < D; d++) out[row * o_row + d] = panel.answer[d * WIDTH + t] * share;
-            lse[row] = float((panel.most[t] + std::log2(sum)) * Real(0.6931471805599453));
+            lse[row] = (panel.most[t] + std::log2(sum)) * Real(0.6931471805599453);
         }
     }
 };
 
 template <typename T, typename Real>
-void attend(const T *q, T *out, float *lse, const float *bias, const Query *strides, int64_t B, int64_t H, int64_t rows,
+void attend(const T *q, T *out, Real *lse, const Real *bias, const Query *strides, int64_t B, int64_t H, int64_t rows,
             int64_t D, const Range *ranges, int64_t count, int64_t farthest, double scale, int threads) {
     int64_t tasks = (rows + Task<T, Real>::ROWS - 1) / Task<T, Real>::ROWS;
 #pragma omp parallel num_threads(threads)
@@ -279,7 +280,7 @@ void attend(const T *q, T *out, float *lse, const float *bias, const Query *stri
 }  // namespace
 
 #define ATTEND(NAME, T, REAL)                                                                                          \
-    extern "C" void attend_##NAME(const T *q, T *out, float *lse, const float *bias, const Query *strides, int64_t B,  \
+    extern "C" void attend_##NAME(const T *q, T *out, REAL *lse, const REAL *bias, const Query *strides, int64_t B,  \
                                   int64_t H, int64_t rows, int64_t D, const Range *ranges, int64_t count,              \
                                   int64_t farthest, double scale, int threads) {                                       \
         attend<T, REAL>(q, out, lse, bias, strides, B, H, rows, D, ranges, count, farthest, scale, threads);           \

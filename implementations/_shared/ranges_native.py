@@ -26,7 +26,7 @@ def attend(
         q: ``[B, H, T, D]``, channels side by side, as everywhere here.
         out: receives the output.
         lse: receives the log-sum-exps.
-        bias: as ``ranges.attend`` takes it, float32.
+        bias: as ``ranges.attend`` takes it, in the dtype of q, float32 for bfloat16.
         ranges: of each range keys, values, how many heads share one of theirs, the two lines over rows, kind of bias,
             tokens from key to key, tokens from row 0 to key 0, and from which row on each key is seen, int32, or None.
         farthest: half of the width of a table of biases.

@@ -1,5 +1,6 @@
 """Block-Recurrent Transformer: a sliding window, and one layer whose states read the tokens and are read by them."""
 
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
@@ -32,6 +33,7 @@ METHOD = Method(
             f"{__name__}.slabs:OPERATORS",
             note="plain products to states, windows in blocks: for bf16, in which the fused kernel is slow on CPU",
         ),
+        native_impl(f"{__name__}.triton:OPERATORS"),
         Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",

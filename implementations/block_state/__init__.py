@@ -1,5 +1,6 @@
 """Block attention with a state: full attention inside blocks, and a few vectors that pass from block to block."""
 
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.block_state.params import BlockStateParams
@@ -32,6 +33,7 @@ METHOD = Method(
             "diagonal", run=f"{__name__}.blocked:attend", support=f"{__name__}.params:diagonal_support",
             note="as blocked, but block t of layer l together with block t + 1 of layer l - 1; variant layer",
         ),
+        native_impl(f"{__name__}.triton:attend"),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",

@@ -1,5 +1,6 @@
 """Compressive memory: segments that retrieve items from a memory of recent tokens and learned compressions."""
 
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, SLABS, TRITON
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
@@ -32,6 +33,7 @@ METHOD = Method(
         slabs_impl(
             f"{__name__}.slabs:attend", note="plain products by slabs of queries: the schedule of blocked, for bf16"
         ),
+        native_impl(f"{__name__}.triton:attend"),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",

@@ -2,6 +2,7 @@
 
 from ctxbench.implementations._shared.backends_table import BACKENDS
 from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, DENSE, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.method import POSITIONS, ROPE, Claim, Impl, Method, Paper
@@ -26,6 +27,7 @@ METHOD = Method(
             support=f"{__name__}.params:slabs_support",
             note="plain products by slabs of queries: bf16 at twice the fused kernel's speed",
         ),
+        native_impl(f"{__name__}.triton:attend", positions=("none", *ROPE, "t5", "alibi")),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",

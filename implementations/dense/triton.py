@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ctxbench.implementations._shared import relative_fused
 from ctxbench.implementations._shared.decode import decode, is_decoding
 from ctxbench.implementations._shared.positions import Position, RelativeTerm
 from ctxbench.implementations._shared.ranges import Line, Range
@@ -15,6 +14,8 @@ from ctxbench.implementations._shared.relative_table import Stair
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position) -> torch.Tensor:
     """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``; the last query stands at the last key."""
     if isinstance(position, RelativeTerm):
+        from ctxbench.implementations._shared import relative_fused  # Triton's alone, the rest is C++ on CPUs too
+
         T, S = q.shape[2], k.shape[2]
         nearest = 0 if causal else 1 - T
         stair = Stair(memory=S - T, past=S - T, causal=int(causal), nearest=nearest)

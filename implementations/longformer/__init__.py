@@ -1,6 +1,7 @@
 """Longformer: a sliding window for every token, and global tokens that see and are seen by all."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
@@ -29,6 +30,7 @@ METHOD = Method(
             run="ctxbench.implementations._shared.window_blocks:attend",
             note="blocks of 64 queries against the run of keys they see; probabilities are recomputed in backward",
         ),
+        native_impl("ctxbench.implementations._shared.window_ranges:attend"),
         Impl(
             "triton",
             run="ctxbench.implementations._shared.window_ranges:attend",

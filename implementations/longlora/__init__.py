@@ -1,6 +1,7 @@
 """LongLoRA's shifted sparse attention: causal groups, and half of the heads see groups shifted by half."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
 from ctxbench.implementations.longlora.params import LongLoRAParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
@@ -31,6 +32,7 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="rolls, as the pseudo-code; keeps scores of groups"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention on slices, nothing rolled"),
+        native_impl(f"{__name__}.triton:attend"),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",

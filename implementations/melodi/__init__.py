@@ -1,5 +1,6 @@
 """MELODI: windows that hand a short-term memory on in every layer, and a long-term memory in the middle one."""
 
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.melodi.params import MelodiParams
@@ -27,6 +28,7 @@ METHOD = Method(
         ),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="fused attention, one null slot for all empty ones"),
         slabs_impl(f"{__name__}.slabs:OPERATORS"),
+        native_impl(f"{__name__}.triton:OPERATORS"),
         Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",

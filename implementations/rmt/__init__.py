@@ -1,5 +1,6 @@
 """Recurrent memory transformer: memory tokens around every segment carry what the next one reads."""
 
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.rmt.params import RMTParams
@@ -27,6 +28,7 @@ METHOD = Method(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores of a segment, with a mask"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention, no mask; the same loop over segments"),
         slabs_impl(f"{__name__}.slabs:attend"),
+        native_impl(f"{__name__}.triton:attend"),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",

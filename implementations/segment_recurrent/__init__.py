@@ -1,5 +1,6 @@
 """Segment-recurrent transformer: every layer remembers some of its own outputs from segment to segment."""
 
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
@@ -27,6 +28,7 @@ METHOD = Method(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores, with a mask, segment after segment"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention; the same loop over segments"),
         slabs_impl(f"{__name__}.slabs:attend"),
+        native_impl(f"{__name__}.triton:attend"),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",

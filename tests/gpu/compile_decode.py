@@ -11,7 +11,7 @@ from typing import Any
 
 from compile_flash import compile_function, report
 
-from ctxbench.implementations._shared import decode, decode_table
+from ctxbench.implementations._shared import decode_kernels, decode_table
 from ctxbench.implementations._shared.flash_table import chunk, padded
 
 SIZES = ("heads", "T", "capacity", "keys", "start", "sinks", "chunk", "parts")
@@ -19,10 +19,10 @@ SIZES = ("heads", "T", "capacity", "keys", "start", "sinks", "chunk", "parts")
 
 def compile_kernel(kernel: str, width: int, itemsize: int, architecture: int) -> Any:
     """Pointers and strides are marked as multiples of 16, as they are at run time."""
-    function, chosen = getattr(decode, f"{kernel}_kernel"), decode_table.config(width, itemsize)
+    function, chosen = getattr(decode_kernels, f"{kernel}_kernel"), decode_table.config(width, itemsize)
     constants = {
         "D": width, "WIDTH": padded(width), "CHUNK": chunk(width, itemsize), "ROWS": chosen.rows,
-        "COLUMNS": chosen.columns, "GROUP": 4, "CAUSAL": True, "RING": True, "PARTS": decode.PARTS,
+        "COLUMNS": chosen.columns, "GROUP": 4, "CAUSAL": True, "RING": True, "PARTS": decode_kernels.PARTS,
     }  # fmt: skip
     pointers = {"LSE": "*fp32", "PARTIAL_LSE": "*fp32", "PARTIAL": "*fp32"}
     if kernel == "partial":

@@ -123,7 +123,7 @@ def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None
             name.removesuffix("_kernel"), given["ROWS"], given["COLUMNS"], given["DEPTH"], tokens, width,
             given["READ"].element_size(), batch=batch, keep=bool(given.get("KEEP")),
         )  # fmt: skip
-    if module == "decode":
+    if module == "decode_kernels":
         return of_decode(name, given)
     if module in ("relative_kernels", "relative_backward"):
         return of_relative(name.removesuffix("_kernel").removeprefix("relative_"), given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,23 @@ def test_support_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = native_table.support(Dims(seq_len=64), Params(), "cpu", "fp32")
     assert not answer
     assert "need a C++ compiler, found none (no-such-compiler): install g++" in answer.reason
+
+
+def test_native_impls_need_no_triton() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None  # importing it fails
+import torch
+from ctxbench import registry
+from ctxbench.method import Dims
+dims = Dims(seq_len=80, d_model=32, num_heads=2, d_ff=64)
+for method in registry.discover():
+    if any(impl.name == "native" for impl in method.impls):
+        module = method.make(dims, method.params(), "native", "cpu", torch.float32)
+        with torch.no_grad():
+            module(torch.randn(1, 80, 32))
+        print(method.name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"dense", "longformer"} <= set(done.stdout.split())
