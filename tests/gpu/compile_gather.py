@@ -1,8 +1,8 @@
 """Compile the kernels that select and gather for devices that are not here, and print what the machine code shows.
 
 ``python compile_gather.py ARCHITECTURE:ITEMSIZE:WIDTH[/RESULTS] ...`` prints a JSON line a kernel; see
-``compile_flash``. RESULTS is ``tokens`` or ``slots``, by which attention in clusters gives them; without it both, and
-the one kernel that knows no width too.
+``compile_flash``. RESULTS is ``tokens`` or ``slots``, by which attention in clusters gives them, or ``gate``: the
+kernels that know no width, alone. Without it everything.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def asked(wanted: list[str]) -> Iterator[tuple[dict[str, Any], Any]]:
         architecture, itemsize, width = map(int, target.split(":"))
         dtype, shape = {2: "bf16", 4: "fp32"}[itemsize], {"D": width, "WIDTH": flash_table.padded(width)}
         for method in (routing, memorizing, memory_bank):
+            if results and (results == "gate") != (method is memory_bank):
+                continue
             for name, kernel, constants, warps, stages in method(
                 architecture, itemsize, shape, (results,) if results else RESULTS
             ):

@@ -65,8 +65,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[int, ...]]] = [
 
 
 def sized(name: str, params: dict[str, Any], changes: dict[str, Any]) -> tuple[Method, Any, Dims]:
-    method = METHODS[name]
-    plain = {"d_model": 64, "num_heads": 4, "num_layers": 2, "batch_size": 2, "d_ff": 24}
+    method, heads = METHODS[name], 4 if name == "pyramid" else 2  # of which each level has half
+    plain = {"d_model": 16 * heads, "num_heads": heads, "num_layers": 2, "batch_size": 2, "d_ff": 24}
     return method, method.params().replace(**params), Dims(**{"seq_len": 1, **plain, **changes})
 
 
@@ -336,7 +336,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         ("dense", {}, {}, "train", "cuda", ""),
         ("dense", {}, {}, "forward", "cpu", "runs on cuda"),
         ("dense", {}, {}, "decode", "cuda", "forward, train"),
-        ("dense", {}, {"d_model": 32}, "forward", "cuda", "16 to 256 channels, received 8"),
+        ("dense", {}, {"d_model": 16}, "forward", "cuda", "16 to 256 channels, received 8"),
         ("dense", {}, {"position": "transformer_xl"}, "forward", "cuda", "not transformer_xl"),
         ("longformer", {}, {}, "train", "cuda", ""),
         ("longformer", {"dilation": 2}, {}, "forward", "cuda", "received dilation=2"),

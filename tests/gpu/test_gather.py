@@ -14,7 +14,8 @@ from ctxbench.registry import discover
 SHARED = {90: 232448, 80: 101376}  # see test_flash_aot
 BINDING = ["90:2:128", "80:4:64"]  # architecture:bytes of an element:width
 # The rest of the table, with results by token and by slot in turn: they differ in addresses and a factor.
-WIDE = ["90:2:64/tokens", "80:2:64/slots", "80:2:128/tokens", "90:4:64/slots", "90:2:96/tokens"]
+WIDE = ["90:2:64/tokens", "80:2:64/slots", "80:2:128/tokens", "90:4:64/slots", "90:2:96/tokens", "80:2:64/gate",
+        "90:4:64/gate"]  # fmt: skip
 NARROW = ["90:2:16/slots", "90:4:16/tokens", "80:2:16/tokens", "80:4:16/slots"]
 METHODS = {method.name: method for method in discover()}
 FORMS = [
