@@ -8,7 +8,6 @@ import importlib.resources
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from ctxbench.analysis.printable import printable
 from ctxbench.analysis.runs import read_runs
 from ctxbench.errors import unwritable
 from ctxbench.registry import Registry, discover
+from ctxbench.reports import library
 from ctxbench.reports.report import Report
 from ctxbench.reports.sections import (
     audit,
@@ -133,18 +133,8 @@ def _kinds(figures: Mapping[str, Any]) -> set[str]:
 @lru_cache(maxsize=2)
 def plotly_script(kinds: tuple[str, ...] = ("scatter",)) -> Markup:
     """The installed plotly package's own library, packed, for traces of some kinds."""
-    text = (importlib.resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-    return pack(text if set(kinds) - {"scatter"} else core(text))
-
-
-def core(plotly: str) -> str:
-    """The library without the kinds of traces that it registers beside its core, which has ``scatter`` alone.
-
-    Its parts run when they are first asked for, so maps and surfaces that nobody registers cost a page nothing: they
-    take two thirds of the second that the library needs to start. A library of another form stays as it is.
-    """
-    lean, found = re.subn(r"(\.register\(\[)(?:\w+\(\),){20,}\w+\(\)(\]\))", r"\1\2", plotly)
-    return lean if found == 1 else plotly
+    bundle = library.installed()
+    return pack(bundle if set(kinds) - {"scatter"} else library.core(bundle))
 
 
 def _rows(report: Report) -> str:

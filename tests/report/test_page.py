@@ -274,14 +274,3 @@ def test_what_cannot_be_published_says_why(run_folder, tmp_path, changes, words)
     (run / "run.json").write_text(json.dumps(header))
     with pytest.raises(RunFolderError, match=words):
         publish(run, tmp_path / "published" / "cpu")
-
-
-def test_the_chart_library_starts_with_its_core_alone_where_it_has_the_known_form():
-    from importlib.resources import files
-
-    from ctxbench.reports.page import core, plotly_script
-
-    installed = (files("plotly") / "package_data" / "plotly.min.js").read_text()
-    assert ".register([])" in core(installed)
-    assert core("of another form") == "of another form"
-    assert unpack(plotly_script(("bar", "scatter"))) == installed  # a kind beyond the core needs the whole
