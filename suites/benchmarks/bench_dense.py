@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ctxbench.implementations._shared import products as plain
 from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.dense import blocked, reference, slabs
+from ctxbench.implementations.dense import triton as native
 from ctxbench.suites.benchmarks.bench_peak import products
 from ctxbench.suites.benchmarks.ratios import Comparison
 
 HEADS, WIDTH = 4, 64
 FEWEST_FLOPS = 2e10
-ROOM = ((4, 64, 512), (1, 64, 1024), (4, 64, 1024), (16, 64, 1024), (4, 128, 1024), (4, 64, 2048), (4, 64, 8192))
-IMPLS = {"reference": reference.attend, "blocked": blocked.attend, "slabs": slabs.attend}
+SHAPES = ((4, 64, 512), (1, 64, 1024), (4, 64, 1024), (16, 64, 1024), (4, 128, 1024), (4, 64, 2048), (4, 64, 8192))
+IMPLS = {
+    "reference": reference.attend, "blocked": blocked.attend, "slabs": slabs.attend, "native": native.attend,
+}  # fmt: skip
 
 
 def operands(queries: int, keys: int | None = None) -> list[torch.Tensor]:
@@ -29,7 +31,7 @@ def operands(queries: int, keys: int | None = None) -> list[torch.Tensor]:
 
 
 def comparisons() -> list[Comparison]:
-    """``blocked`` against the fused call that a user would write."""
+    """The fast impls against the fused call that a user would write."""
     found = []
     for title, queries, keys in (("whole sequence", 4096, 4096), ("decode", 1, 16384)):
         q, k, v = operands(queries, keys)
@@ -55,20 +57,14 @@ def comparisons() -> list[Comparison]:
         }
         title = f"dense attention, {'causal' if causal else 'bidirectional'}, 8192 tokens, bf16"
         found.append(Comparison(title, "plain SDPA", candidates, floor={"dense/slabs": 1.3}, aim={"dense/slabs": 2.0}))
-    return found + [room(*shape) for shape in ROOM]
+    return found + [fast(*shape) for shape in SHAPES]
 
 
-def room(heads: int, width: int, tokens: int) -> Comparison:
-    """What a causal path in fp32 could gain on the fused kernel, and what plain products and splits gain; no floor.
-
-    The kernel multiplies tiles of 512 keys to their ends: 1.5 times the visible pairs at 1k tokens, 1.06 at 8k. A split
-    skips some of those, but the kernel works off 256 queries at a time only in calls of 768 or more, else 64 or, below
-    192, 32, and then reads keys and values as many times more often: it loses what it skipped. Plain products by slabs
-    of 64, 128 or 256 queries with 2^17 to 2^21 scores at a time take as long as the kernel at 512 tokens (0.98 of its
-    speed at best), and lose at 1k (0.54 with 1 head, 0.78 with 4, 0.90 with 16, 0.84 with heads of 128) and 2k (0.77).
-    """
-    q, k, v = (torch.randn(1, heads, tokens, width) for _ in range(3))
-    baseline, flops = "matrix products of equal FLOPs", 2 * heads * width * tokens * (tokens + 1)
+def fast(heads: int, width: int, tokens: int) -> Comparison:
+    """``native`` against the fused call, and beside it matrix products of as many FLOPs."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, heads, width, generator=generator).transpose(1, 2) for _ in range(3))
+    flops = 2 * heads * width * tokens * (tokens + 1)
     calls = max(1, round(FEWEST_FLOPS / flops))  # so that calls take long enough to tell apart
 
     def repeated(attend: Callable[[], torch.Tensor]) -> Callable[[], None]:
@@ -79,27 +75,14 @@ def room(heads: int, width: int, tokens: int) -> Comparison:
         return run
 
     candidates = {
-        baseline: products(calls * flops, torch.float32),
         "plain SDPA": repeated(functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True)),
-        "plain products": repeated(functools.partial(plain.attend, q, k, v)),
-        "fused halves, merged": repeated(functools.partial(split, q, k, v, 2)),
-        "fused quarters, merged": repeated(functools.partial(split, q, k, v, 4)),
+        "dense/native": repeated(functools.partial(native.attend, q, k, v, True, Position())),
+        "matrix products of equal FLOPs": products(calls * flops, torch.float32),
     }
-    title = f"dense attention, causal, {heads} heads of {width}, {tokens} tokens, fp32: fraction of matmul"
-    return Comparison(title, baseline, candidates)
-
-
-def split(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: int) -> torch.Tensor:
-    """Causal attention, each part's triangle and the rectangle before it apart, merged by their log-sum-exps."""
-    fused, rows, outputs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q.shape[2] // parts, []
-    for begin in range(0, q.shape[2], rows):
-        own, before = slice(begin, begin + rows), slice(begin)
-        triangle, its_sums = fused(q[:, :, own], k[:, :, own], v[:, :, own], is_causal=True)
-        if begin:
-            rectangle, sums = fused(q[:, :, own], k[:, :, before], v[:, :, before])
-            triangle = torch.lerp(rectangle, triangle, torch.sigmoid(its_sums - sums)[..., None])
-        outputs.append(triangle)
-    return torch.cat(outputs, dim=2)
+    title = f"dense attention, causal, {heads} heads of {width}, {tokens} tokens, fp32"
+    return Comparison(
+        title, "plain SDPA", candidates, floor={"dense/native": 1.05}, aim={"dense/native": 1.35}
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctxbench.implementations.longlora import blocked, reference
+from ctxbench.implementations.longlora import triton as native
 from ctxbench.suites.benchmarks.ratios import Comparison
 
 HEADS, WIDTH = 4, 64
-IMPLS = {"reference": reference.attend, "blocked": blocked.attend}
+IMPLS = {"reference": reference.attend, "blocked": blocked.attend, "native": native.attend}
 
 
 def operands(tokens: int) -> list[torch.Tensor]:
@@ -34,7 +35,7 @@ def rolled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int) -> tor
 
 
 def comparisons() -> list[Comparison]:
-    """``blocked`` against dense attention, rolling and ``reference``."""
+    """``blocked`` and ``native`` against dense attention, rolling and ``reference``."""
     found = []
     for tokens, group, floor in ((4096, 1024, 2.5), (8192, 512, 5.0)):
         q, k, v = operands(tokens)
@@ -43,6 +44,7 @@ def comparisons() -> list[Comparison]:
             "longlora/reference": functools.partial(reference.attend, q, k, v, group, False),
             "roll and SDPA": functools.partial(rolled, q, k, v, group),
             "longlora/blocked": functools.partial(blocked.attend, q, k, v, group, False),
+            "longlora/native": functools.partial(native.attend, q, k, v, group, False),
         }
         title = f"shifted sparse attention, {tokens} tokens, groups of {group}, fp32"
         found.append(Comparison(title, "plain SDPA", candidates, floor={"longlora/blocked": floor}))
