@@ -28,7 +28,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """One method at one memory size, by its fastest impl that stays below the limit.
 
     ``refusal`` is empty where it is advised; then ``reasons`` say what speaks for it and what to know. ``tied``: its
-    interval overlaps that of the first. ``forecast``: nobody measured this cell.
+    interval overlaps that of the first. ``forecast``: nobody measured this cell. ``beside_bytes`` live beside its peak:
+    runtime, parameters, inputs, incoming state.
     """
 
     method: str
@@ -37,12 +38,19 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     memory: int | None
     causal: bool
     estimate: Estimate
+    beside_bytes: int
     memory_verdict: str
     forecast: bool
     state_growth: str | None = None
     refusal: str = ""
     reasons: list[str] = []
     tied: bool = False
+
+    @property
+    def needs(self) -> int | None:
+        """Bytes that are held against the limit: what to reserve for the peak, and what lives beside it."""
+        reserve = self.estimate.peak_at_most
+        return None if reserve is None else reserve + self.beside_bytes
 
 
 class Advice(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,8 +141,8 @@ def _candidate(known: Considered, limit: int | None, streaming: bool) -> Candida
         refusal = f"its time is unknown: {estimate.basis}"
     return Candidate(
         method=cell.method, impl=cell.impl, family=known.planned.method.family, memory=cell.memory, causal=cell.causal,
-        estimate=estimate, memory_verdict=verdict, forecast=estimate.source != MEASURED, state_growth=known.growth,
-        refusal=refusal,
+        estimate=estimate, beside_bytes=known.beside, memory_verdict=verdict, forecast=estimate.source != MEASURED,
+        state_growth=known.growth, refusal=refusal,
     )  # fmt: skip
 
 
@@ -172,9 +180,10 @@ def _too_large(verdict: str, estimate: Estimate, beside: int, limit: int | None)
     if verdict not in ("does not fit", "unclear"):
         return ""
     likely, reserve = (format_bytes((value or 0) + beside) for value in (estimate.peak_bytes, estimate.peak_at_most))
+    peak, above = f"peak {format_bytes(estimate.peak_bytes)}", f"limit {format_bytes(limit)}"
     if verdict == "unclear":
-        return f"may not fit: {likely} likely, {reserve} to reserve, limit {format_bytes(limit)}"
-    return f"does not fit: needs {likely}, limit {format_bytes(limit)}"
+        return f"may not fit: likely needs {likely} ({peak}), {reserve} with what to reserve, {above}"
+    return f"does not fit: needs {likely} ({peak}), {above}"
 
 
 def _best(admitted: Sequence[Candidate]) -> list[Candidate]:

@@ -30,6 +30,7 @@ from ctxbench.cost.figures import Evaluator, Figures
 from ctxbench.cost.model import big_o
 from ctxbench.cost.roofline import Ceilings, Point
 from ctxbench.method import Method
+from ctxbench.pace import ONE_MEMORY_CALL_S
 from ctxbench.plan import Planned, resident_bytes
 from ctxbench.registry import Registry
 from ctxbench.rows import Row, cell_of
@@ -43,7 +44,8 @@ CUDA_CONTEXT_BYTES = 2**30  # driver context, kernels and the caching allocator'
 FAR = 8  # times the longest measured length, beyond which nobody has checked a fit
 TOLD = 0.02  # a measured time that the machine's speed moves by more is shown as measured, too
 PEAK_SHARE, PEAK_SLACK = 1.03, 2 << 20  # a peak within these of its formula counts as equal to it
-SCRATCH_SHARE = 1.15  # what to reserve: math libraries took an eighth for scratch where no shorter length had shown any
+SCRATCH_SHARE = 1.15  # what to reserve besides where fewer than SCRATCH_LENGTHS lengths have shown what libraries take
+SCRATCH_LENGTHS = 2
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,26 +258,30 @@ class Forecaster:
     def _peak(self, cell: Cell, figures: Figures | None, rows: Mapping[int, Row]) -> tuple[int | None, int | None]:
         """The likely peak and one to reserve; both None where neither formula nor row knows it.
 
-        What to reserve is the formula, raised by the share by which any finished length exceeded it, by what the
-        resident meter saw above the allocator's, and by a share for scratch that begins at some length only.
+        Likely is the formula, raised by the share by which any finished length exceeded it. What to reserve adds the
+        meters' tolerance, and in proportion to the length what the resident meter saw above the allocator's at the
+        longest two lengths: scratch that libraries take past the allocator. Where fewer lengths have shown that, it may
+        begin at this one, and a share is added for it.
         """
         peaks = {length: row.peak_bytes for length, row in rows.items() if row.peak_bytes and row.peak_bytes.allocated}
         here = peaks.get(cell.seq_len)
         if here is not None:
             assert here.allocated is not None
-            return here.allocated, max(here.allocated, here.resident or 0)
+            return here.allocated, needed(rows[cell.seq_len])
         if figures is None or figures.peak_bytes is None:
             return None, None
-        shares, above = [1.0], [0]
-        for length, peak in peaks.items():
+        shares, above = [1.0], []
+        for length, peak in sorted(peaks.items()):
             assert peak.allocated is not None
             expected = self.figures(msgspec.structs.replace(cell, seq_len=length))
             if expected is not None and expected.peak_bytes:
                 shares.append(peak.allocated / expected.peak_bytes)
-                above.append((peak.resident or 0) - peak.allocated)
+                above += [peak.resident - peak.allocated] if peak.resident and not shared(rows[length]) else []
         likely = figures.peak_bytes * max(shares)
-        longest = max(peaks, default=cell.seq_len)
-        return int(likely), int(likely * SCRATCH_SHARE + PEAK_SLACK + max(above) * max(1.0, cell.seq_len / longest))
+        scratch = max(0, *above[-SCRATCH_LENGTHS:], 0) * max(1.0, cell.seq_len / max(peaks, default=cell.seq_len))
+        if len(above) < SCRATCH_LENGTHS:
+            return int(likely), int(likely * SCRATCH_SHARE + PEAK_SLACK + scratch)
+        return int(likely), int(max(likely * PEAK_SHARE, likely + PEAK_SLACK) + scratch)
 
 
 def fits(found: Estimate, beside: int, limit: int | None) -> str:
@@ -305,3 +311,19 @@ def latency(row: Row) -> float:
 def disturbed(row: Row) -> bool:
     """Whether every process of the row ran beside other work, so that its time is not the program's."""
     return bool(row.latency_s and row.latency_s.contended) and all(row.latency_s.contended)  # type: ignore[union-attr]
+
+
+def needed(row: Row) -> int | None:
+    """Bytes of the peak by the higher of both meters, where the resident one watched a call of its own."""
+    peak = row.peak_bytes
+    if peak is None or not peak.allocated:
+        return None
+    return peak.allocated if shared(row) else max(peak.allocated, peak.resident or 0)
+
+
+def shared(row: Row) -> bool:
+    """Whether both meters watched one call, so that the resident one counts what the allocator's took to record it.
+
+    The run decided by what it knew of the call before all processes had ended.
+    """
+    return row.latency_s is not None and row.latency_s.median > 0.9 * ONE_MEMORY_CALL_S

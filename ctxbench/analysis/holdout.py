@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ctxbench.analysis.forecast import FITTED, Forecaster, disturbed, latency
+from ctxbench.analysis.forecast import FITTED, Forecaster, disturbed, latency, needed
 from ctxbench.cost.roofline import Ceilings
 from ctxbench.errors import UserError
 from ctxbench.registry import Registry
@@ -130,11 +130,9 @@ def _held_out(row: Row, forecaster: Forecaster) -> HeldOut | None:
     assert found.latency_s is not None
     assert found.low is not None
     assert found.high is not None
-    peak = row.peak_bytes
     return HeldOut(
         cell=row.cell, method=row.method, impl=row.impl, mode=row.mode, seq_len=row.seq_len, measured_s=latency(row),
         steady_s=forecaster.steady.seconds(row), forecast_s=found.latency_s, low=found.low, high=found.high,
         power_law_s=found.power_law_s or 0.0,
-        needed=max(peak.allocated, peak.resident or 0) if peak and peak.allocated else None,
-        reserve=found.peak_at_most,
+        needed=needed(row), reserve=found.peak_at_most,
     )  # fmt: skip

@@ -24,7 +24,7 @@ import numpy as np
 
 from ctxbench.analysis.advise import BOUNDED, FATAL, GOOD, Considered, consider, rank
 from ctxbench.analysis.curves import curves
-from ctxbench.analysis.forecast import PEAK_SHARE, PEAK_SLACK, Forecaster, disturbed
+from ctxbench.analysis.forecast import PEAK_SHARE, PEAK_SLACK, Forecaster, disturbed, needed
 from ctxbench.cost.roofline import Ceilings
 from ctxbench.errors import UserError
 from ctxbench.plan import Planned
@@ -219,9 +219,9 @@ class _Group:
 
 
 def _need(cell: Considered, row: Row) -> int | None:
-    """Bytes that the measured cell took: the higher of both meters, with what lives beside the peak."""
-    peak = row.peak_bytes
-    return max(peak.allocated, peak.resident or 0) + cell.beside if peak is not None and peak.allocated else None
+    """Bytes that the measured cell took, with what lives beside the peak."""
+    peak = needed(row)
+    return None if peak is None else peak + cell.beside
 
 
 def _groups(

@@ -45,8 +45,9 @@ def command(
     from ctxbench.analysis.advise import advise
     from ctxbench.analysis.questions import Questions
     from ctxbench.analysis.use_cases import judge
-    from ctxbench.cli.target import target
+    from ctxbench.cli.target import refuse_run, target
 
+    refuse_run(suite)
     registry = ctx.registry()
     if check and folder is None:
         raise UserError("--check needs measured lengths\n  accepted: --run RUN, a folder that `ctxbench run` wrote")
@@ -86,11 +87,15 @@ def _print(advice: Advice, judged: list[Judged], asked: Any, ctx: Common) -> Non
                 str(index), f"{c.method} / {c.impl}", format_tokens(c.memory),
                 format_seconds(c.estimate.latency_s) + (" (forecast)" if c.forecast else ""),
                 f"{format_seconds(c.estimate.low)} to {format_seconds(c.estimate.high)}",
-                format_bytes(c.estimate.peak_bytes), "; ".join(c.reasons), ", ".join(c.estimate.evidence[-2:]),
+                format_bytes(c.estimate.peak_bytes), format_bytes(c.needs), "; ".join(c.reasons),
+                ", ".join(c.estimate.evidence[-2:]),
             ]
             for index, c in enumerate(advice.ranked, start=1)
         ]  # fmt: skip
-        click.echo(table(["", "METHOD / IMPL", "MEMORY", "TIME", "INTERVAL", "PEAK", "WHY", "EVIDENCE"], lines))
+        click.echo(
+            table(["", "METHOD / IMPL", "MEMORY", "TIME", "INTERVAL", "PEAK", "NEEDS", "WHY", "EVIDENCE"], lines)
+        )
+        click.echo(NEEDS)
     elsewhere = [] if ctx.verbose else _impls_elsewhere(advice)
     refused = [candidate for candidate in advice.refused if candidate not in elsewhere]
     if refused:
@@ -188,6 +193,10 @@ def _print_check(found: Questions, ctx: Common) -> None:
     click.echo(table(RATES, lines))
 
 
+NEEDS = (
+    "NEEDS is held against the limit: the peak (of a forecast, what to reserve for it) with runtime, weights, inputs "
+    "and an incoming state"
+)
 SHOWN = 12  # wrong answers without -v
 MISSES = ["LENGTH", "ASKED", "TIMES", "ADVISED", "BEST", "SLOWER BY", "AT LEAST", "WHY"]
 RATES = [

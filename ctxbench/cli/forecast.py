@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -12,6 +12,7 @@ from ctxbench.cli.common import Common, common_options, table
 from ctxbench.cli.selection import print_config as show_config
 from ctxbench.cli.selection import selection_options
 from ctxbench.errors import UserError
+from ctxbench.run.store import RUN
 from ctxbench.suite import Suite
 from ctxbench.units import format_bytes, format_seconds, format_tokens
 
@@ -19,11 +20,23 @@ if TYPE_CHECKING:
     from ctxbench.analysis.holdout import Holdout
 
 
+class Lengths(click.IntRange):
+    """A number of lengths; a run in its place is told where runs go."""
+
+    name = "lengths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read the number, at least 1."""
+        if isinstance(value, str) and (Path(value) / RUN).is_file():
+            self.fail(f"{value!r} is a run and not a number of lengths; accepted: --run {value} --check", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command()
 @selection_options
 @click.option("--run", "folder", type=click.Path(path_type=Path), help="Forecast from the rows of this run.")
 @click.option(
-    "--check", "held", is_flag=False, flag_value=1, type=click.IntRange(1), metavar="[N]",
+    "--check", "held", is_flag=False, flag_value=1, type=Lengths(1), metavar="[N]",
     help="Hold out the N largest lengths of each series of the run and forecast them from the rest.",
 )  # fmt: skip
 @common_options
@@ -36,8 +49,9 @@ def command(
     from this machine's calibrated ceilings, or with --device a100, h100 or h200 from datasheet peaks.
     """
     from ctxbench.analysis.forecast import fits
-    from ctxbench.cli.target import target
+    from ctxbench.cli.target import refuse_run, target
 
+    refuse_run(suite)
     registry = ctx.registry()
     if held is not None and folder is None:
         raise UserError("--check needs measured lengths\n  accepted: --run RUN, a folder that `ctxbench run` wrote")
@@ -77,9 +91,11 @@ def command(
         [
             f"{each.method} / {each.impl}", format_tokens(each.seq_len), format_tokens(each.memory), each.mode,
             format_seconds(each.latency_s), f"{format_seconds(each.low)} to {format_seconds(each.high)}",
-            format_seconds(each.power_law_s), format_bytes(each.peak_bytes), verdict, each.source, each.basis,
+            format_seconds(each.power_law_s), format_bytes(each.peak_bytes),
+            format_bytes(None if each.peak_at_most is None else each.peak_at_most + needed), verdict, each.source,
+            each.basis,
         ]
-        for each, verdict in zip(found, memory, strict=True)
+        for each, verdict, needed in zip(found, memory, beside, strict=True)
     ]  # fmt: skip
     if lines:
         click.echo(table(HEADERS, lines))
@@ -91,8 +107,8 @@ def command(
 
 
 HEADERS = [
-    "METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "TIME", "INTERVAL", "POWER LAW", "PEAK", "MEMORY LIMIT", "SOURCE",
-    "BASIS",
+    "METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "TIME", "INTERVAL", "POWER LAW", "PEAK", "NEEDS", "MEMORY LIMIT",
+    "SOURCE", "BASIS",
 ]  # fmt: skip
 
 

@@ -11,15 +11,16 @@ import msgspec
 from ctxbench import suite as suites
 from ctxbench.analysis.devices import DEVICES, Device
 from ctxbench.cli.common import Common
-from ctxbench.config import Config, memory_available, resolve
+from ctxbench.config import Config, cuda_present, memory_available, resolve
 from ctxbench.cost.roofline import Ceilings
 from ctxbench.errors import UserError, unknown
 from ctxbench.plan import Planned, build
 from ctxbench.registry import Registry
 from ctxbench.rows import Row
 from ctxbench.run.session import load_ceilings
+from ctxbench.run.store import RUN
 from ctxbench.suite import Layer, Suite
-from ctxbench.units import parse_bytes
+from ctxbench.units import format_bytes, format_flops, parse_bytes
 
 if TYPE_CHECKING:
     from ctxbench.analysis.forecast import Forecaster
@@ -65,7 +66,6 @@ def target(suite: str | None, flags: Suite, folder: Path | None, registry: Regis
     if run and device:
         ctx.note(f"the rows of {run.name} were not measured on {device.title}: its answers rest on the roofline alone")
     kind = f"datasheet peaks of {device.title}" if device else "" if ceilings.calibrated else "built-in ceilings"
-    measured = "measured ceilings" if ceilings.calibrated else "built-in ceilings; a first `ctxbench run` measures them"
     plan = build(config, registry, {config.device[0]: ceilings})
     named = flags.axes.impls is not None
     cells = [planned for planned in plan.cells if named or not _is_sketch(planned)]
@@ -75,9 +75,19 @@ def target(suite: str | None, flags: Suite, folder: Path | None, registry: Regis
         forecaster=Forecaster(registry, ceilings, rows, kind),
         rows=rows,
         ceilings=ceilings,
-        title=f"{device.title}, datasheet peaks" if device else f"{config.device[0]}, {measured}",
+        title=f"{device.title}, datasheet peaks" if device else f"{config.device[0]}, {_origin(ceilings, config)}",
         limit=_limit(config, device),
     )
+
+
+def refuse_run(suite: str | None) -> None:
+    """Tell where a run goes that was given in the place of a suite.
+
+    Raises:
+        UserError: it is the folder of a run.
+    """
+    if suite is not None and (Path(suite) / RUN).is_file():
+        raise UserError(f"{suite!r} is the folder of a run, not a suite\n  accepted: --run {suite}")
 
 
 def _device(flags: Suite) -> tuple[Device | None, Suite]:
@@ -129,6 +139,17 @@ def _ceilings(config: Config, run: Run | None) -> Ceilings:
         except msgspec.ValidationError:  # written by a version that kept other fields
             pass
     return load_ceilings(config)[device]
+
+
+def _origin(ceilings: Ceilings, config: Config) -> str:
+    """Where the ceilings of a device outside the table come from; those of an absent one are an assumption."""
+    if ceilings.calibrated:
+        return "measured ceilings"
+    if config.device[0].startswith("cuda") and not cuda_present():
+        rate, copied = format_flops(ceilings.matmul("bf16")), format_bytes(int(ceilings.bytes_per_s))
+        known = "|".join(DEVICES)
+        return f"which is not here: {rate}/s in bf16 and {copied}/s are assumed; --device {known} asks a datasheet"
+    return "built-in ceilings; a first `ctxbench run` measures them"
 
 
 def _limit(config: Config, device: Device | None) -> int | None:

@@ -10,9 +10,11 @@ import pytest
 
 from ctxbench.cell import Cell
 from ctxbench.cost.figures import Evaluator
+from ctxbench.cost.machine import built_in
 from ctxbench.registry import discover
 from ctxbench.rows import Latency, PeakBytes, row_for
 from ctxbench.run.store import Store
+from ctxbench.units import format_bytes
 
 METHODS = "dense,longformer,transformer_xl"
 
@@ -69,6 +71,31 @@ def test_a_limit_refuses_and_a_datasheet_answers(ctxbench: Callable[..., Any]) -
         assert part in found
 
 
+def test_peak_and_needs_are_one_story(run: str, ctxbench: Callable[..., Any]) -> None:
+    """What a refusal needs is the peak and what lives beside it, as the ranking shows both."""
+    asked = ("advise", "--run", run, "--methods", "dense", "--impls", "blocked", "--seq", "64k", "--device", "cpu")
+    (dense,) = ctxbench(*asked, "--memory-limit", "1TiB", "--json").json["ranked"]
+    (refused,) = ctxbench(*asked, "--memory-limit", "100MiB", "--json").json["refused"]
+    assert dense["beside_bytes"] > 400 * 2**20  # the runtime
+    likely = dense["estimate"]["peak_bytes"]
+    wanted = f"needs {format_bytes(likely + dense['beside_bytes'])} (peak {format_bytes(likely)}), limit 100 MiB"
+    assert wanted in refused["refusal"]
+    shown = ctxbench(*asked, "--memory-limit", "1TiB").out
+    assert "NEEDS is held against the limit" in shown
+    assert format_bytes(dense["estimate"]["peak_at_most"] + dense["beside_bytes"]) in shown
+
+
+def test_a_gpu_that_is_not_here_is_answered_by_an_assumption_that_says_so(
+    ctxbench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctxbench.cli.target.cuda_present", lambda: False)
+    monkeypatch.setattr("ctxbench.cli.target.load_ceilings", lambda config: {"cuda": built_in("cuda", 0)})
+    asked = ("advise", "--methods", "dense", "--impls", "reference", "--seq", "4k", "--device", "cuda")
+    for title in (ctxbench(*asked).out, ctxbench(*asked, "--json").json["machine"]):
+        assert "cuda, which is not here: 100 TFLOP/s in bf16" in title
+        assert "--device a100|h100|h200 asks a datasheet" in title
+
+
 def test_the_check_says_how_often_the_advice_was_right(run: str, ctxbench: Callable[..., Any]) -> None:
     shown = ctxbench("advise", "--run", run, "--check").out
     assert "advised within 10 % of the best, of held-out questions" in shown
@@ -114,8 +141,9 @@ def test_a_limit_that_only_a_likely_peak_meets_names_the_likeliest(run: str, ctx
         (["--seq", "1k,2k", "--methods", "dense"], "one --seq at a time"),
         (["--seq", "1k", "--mode", "forward,train", "--methods", "dense"], "one --mode at a time"),
         (["--seq", "1k", "--methods", "dens"], "did you mean 'dense'"),
+        (["run", "--check"], "accepted: --run run"),
     ],
 )
-def test_bad_input_is_one_message(arguments: list[str], part: str, ctxbench: Callable[..., Any]) -> None:
+def test_bad_input_is_one_message(run: str, arguments: list[str], part: str, ctxbench: Callable[..., Any]) -> None:
     result = ctxbench("advise", *arguments)
     assert (result.code, part in result.err) == (2, True)

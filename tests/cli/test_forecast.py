@@ -87,6 +87,17 @@ def test_bad_input_is_one_message(arguments: list[str], part: str, ctxbench: Cal
     assert part in result.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(["--check", "run"], "accepted: --run run --check"), (["run", "--check"], "accepted: --run run")],
+)
+def test_a_run_in_the_wrong_place_is_told_the_right_one(
+    run: str, arguments: list[str], part: str, ctxbench: Callable[..., Any]
+) -> None:
+    result = ctxbench("forecast", *arguments)
+    assert (result.code, part in result.err) == (2, True)
+
+
 def test_a_check_of_too_short_a_run_says_what_it_takes(run: str, ctxbench: Callable[..., Any]) -> None:
     result = ctxbench("forecast", "--run", run, "--check", "3")
     assert (result.code, "nothing can be held out" in result.err) == (2, True)

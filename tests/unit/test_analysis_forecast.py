@@ -11,7 +11,7 @@ from sympy import Integer
 
 from ctxbench.analysis.devices import DEVICES
 from ctxbench.analysis.fit import FLOPS, fit, power_law
-from ctxbench.analysis.forecast import FITTED, MEASURED, ROOFLINE, SCALED, UNKNOWN, Forecaster, fits
+from ctxbench.analysis.forecast import FITTED, MEASURED, ROOFLINE, SCALED, UNKNOWN, Forecaster, fits, needed
 from ctxbench.analysis.holdout import holdout
 from ctxbench.cell import Cell
 from ctxbench.cost import Cost
@@ -24,6 +24,7 @@ from ctxbench.rows import Latency, PeakBytes, Row, row_for
 
 CEILINGS = Ceilings(flops_per_s={"fp32": 1e11}, bytes_per_s=1e10, calibrated=True)
 LENGTHS = tuple(1024 * 2**octave for octave in range(6))
+MIB = 2**20
 
 
 def mixed(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
@@ -144,6 +145,41 @@ def test_no_peak_of_a_program_that_takes_more_than_its_formula_is_said_to_fit() 
         assert fits(learnt, 1000, 2 * peak.allocated) == "fits"
         assert fits(learnt, 1000, peak.allocated // 2) == "does not fit"
     assert fits(msgspec.structs.replace(learnt, peak_bytes=None), 0, 1) == "unknown"
+
+
+def reserve(rows: list[Row], seq_len: int) -> float:
+    """MiB to reserve above the formula of a length."""
+    found = Forecaster(make_registry(), CEILINGS, rows).estimate(cell(seq_len))
+    assert found.peak_at_most is not None
+    return (found.peak_at_most - 20 * seq_len * 256) / MIB
+
+
+def scratch(*mebibytes: float, time: float = 1.0) -> list[Row]:
+    """Rows whose resident meter saw so much more than the allocator's."""
+    rows = [row(length, time) for length in LENGTHS[: len(mebibytes)]]
+    for each, above in zip(rows, mebibytes, strict=True):
+        assert each.peak_bytes is not None
+        assert each.peak_bytes.allocated is not None
+        each.peak_bytes.resident = each.peak_bytes.allocated + int(above * MIB)
+    return rows
+
+
+def test_what_to_reserve_is_the_tolerance_and_what_the_longest_two_lengths_took_past_the_allocator() -> None:
+    formula = 20 * 16384 * 256 / MIB
+    assert reserve(scratch(0, 0), 16384) == pytest.approx(0.03 * formula, abs=0.01)
+    assert reserve(scratch(0, 0), 4096) == pytest.approx(2, abs=0.01)  # 3 % are less
+    assert reserve(scratch(0, 0, 1.5, 1), 16384) == pytest.approx(0.03 * formula + 3, abs=0.01)
+    assert reserve(scratch(9, 0, 0, 0), 16384) == reserve(scratch(0, 0, 0, 0), 16384)  # it does not recur
+    assert reserve(scratch(3), 16384) == pytest.approx(0.15 * formula + 2 + 3 * 16, abs=0.01)  # it may begin later
+    assert reserve([], 16384) == pytest.approx(0.15 * formula + 2, abs=0.01)
+
+
+def test_a_call_that_both_meters_watched_shows_no_scratch() -> None:
+    """What the resident meter saw above the allocator's was the record of the events."""
+    watched = scratch(0, 0, 50, 60, time=3.0)
+    assert reserve(watched, 16384) == reserve([], 16384)
+    assert [needed(each) for each in watched] == [20 * each.seq_len * 256 for each in watched]
+    assert [needed(each) for each in scratch(1, 2)] == [20 * n * 256 + m * MIB for n, m in ((1024, 1), (2048, 2))]
 
 
 def test_a_power_law_is_recovered() -> None:
