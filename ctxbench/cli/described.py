@@ -27,10 +27,11 @@ def print_method(found: dict[str, Any], latex: bool) -> None:
             echo(f"\n{heading}")
             for line in lines:
                 echo(f"  {line}")
-    if found["claims"]:
-        echo("\nClaims of the source documents")
-        for claim in found["claims"]:
-            echo(f"  claimed: {claim['claimed']}\n    {claim['verdict']}: {claim['true']}")
+    echo("\nClaims of the source documents")
+    for claim in found["claims"]:
+        echo(f"  claimed: {claim['claimed']}\n    {claim['verdict']}: {claim['true']}")
+    if not found["claims"]:
+        echo("  none about this method")
 
 
 def _print_head(found: dict[str, Any]) -> None:

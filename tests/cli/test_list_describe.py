@@ -154,6 +154,13 @@ def test_color_never_prints_no_escape_codes(ctxbench, monkeypatch):
     assert "\x1b[" not in ctxbench("list").out
 
 
+def test_describe_has_a_section_of_claims_where_there_are_none(ctxbench):
+    for method in discover():
+        shown = ctxbench("describe", method.name).out.partition("\nClaims of the source documents\n")[2]
+        assert ("none about this method" in shown) == (not method.claims)
+        assert all(claim.true in shown for claim in method.claims)
+
+
 def test_describe_says_which_positions_a_method_takes_and_why_not_others(ctxbench):
     described = ctxbench("describe", "dense").out
     assert "  rope_yarn: YaRN, its ramp from kept to divided frequencies linear in the channel" in described
