@@ -1,7 +1,7 @@
 // Softmax attention over ranges of keys on CPUs: scores live in the innermost cache, once they are made they are used.
 //
-// Lanes of vectors are queries. A panel of them is kept transposed, [channel][query], so that a key or a value enters as
-// one number for all lanes, from where it lies: nothing is packed, and a softmax over keys runs along the lanes. Scores
+// Lanes of vectors are queries. A panel of them is kept transposed, [channel][query], so that a key or a value enters
+// as one number for all lanes, from where it lies: nothing is packed, and a softmax over keys runs along lanes. Scores
 // of a panel and some keys are a tile; with it the panel's maxima, sums and answers move on ("online softmax", in base
 // 2). Panels that share keys are computed together.
 
@@ -12,6 +12,9 @@
 #include <limits>
 #include <memory>
 #include <type_traits>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -81,6 +84,12 @@ struct Query {
     int64_t batch, head, row;
 };
 
+template <typename T>
+struct Rows {
+    const T *first;
+    int64_t step;
+};
+
 // C (+)= A B for ranks R of C, all rows of a panel's width: C[r][:] over A(r, i) B[i][:], i below depth.
 template <int R, bool ADD, typename Real>
 inline void multiply(const Real *a, int64_t rank, int64_t step, const Real *b, Real *c, int64_t depth) {
@@ -112,9 +121,80 @@ inline void multiply(const Real *a, int64_t rank, int64_t step, const Real *b, R
     for (; r < ranks; r++) multiply<1, ADD>(a + r * rank, rank, step, b, c + r * WIDTH, depth);
 }
 
+// Two neighbours in bfloat16 as one number: where units are made for it, both are multiplied and added to one sum.
+typedef uint32_t pair;
+
+#ifdef __AVX512BF16__
+constexpr bool HALVES = true;
+
+inline __m512 multiplied(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+// As above over pairs: A(r, i) lies at a + r rank + i step, both of its halves side by side.
+template <int R, bool ADD>
+inline void multiply_pairs(const bfloat16 *a, int64_t rank, int64_t step, const pair *b, float *c, int64_t depth) {
+    __m512 sum[R][2];
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++)
+            sum[r][half] = ADD ? _mm512_loadu_ps(c + r * 32 + half * 16) : _mm512_setzero_ps();
+    for (int64_t i = 0; i < depth; i++) {
+        __m512i low = _mm512_loadu_si512(b + i * 32), high = _mm512_loadu_si512(b + i * 32 + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            int32_t both;
+            std::memcpy(&both, a + r * rank + i * step, 4);
+            __m512i x = _mm512_set1_epi32(both);
+            sum[r][0] = multiplied(sum[r][0], x, low);
+            sum[r][1] = multiplied(sum[r][1], x, high);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++) _mm512_storeu_ps(c + r * 32 + half * 16, sum[r][half]);
+}
+
+template <bool ADD>
+inline void multiply_pairs(const bfloat16 *a, int64_t rank, int64_t step, const pair *b, float *c, int64_t ranks,
+                           int64_t depth) {
+    int64_t r = 0;
+    for (; r + RANKS <= ranks; r += RANKS) multiply_pairs<RANKS, ADD>(a + r * rank, rank, step, b, c + r * 32, depth);
+    for (; r < ranks; r++) multiply_pairs<1, ADD>(a + r * rank, rank, step, b, c + r * 32, depth);
+}
+
+inline __m512i rounded(const float *x) {
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
+}
+
+// Rows 2 i and 2 i + 1 of a panel's width as one row of pairs; an odd last one stands beside 0.
+inline void paired(const float *rows, int64_t count, pair *to) {
+    for (int64_t i = 0; i < count; i += 2)
+        for (int half = 0; half < 2; half++) {
+            const float *row = rows + i * 32 + half * 16;
+            __m512i second = i + 1 < count ? rounded(row + 32) : _mm512_setzero_si512();
+            second = _mm512_or_si512(rounded(row), _mm512_slli_epi32(second, 16));
+            _mm512_storeu_si512(to + i / 2 * 32 + half * 16, second);
+        }
+}
+
+// The same of rows of bfloat16 that lie ``step`` apart and have D numbers.
+inline void paired(const bfloat16 *rows, int64_t step, int64_t count, int64_t D, pair *to) {
+    for (int64_t i = 0; i < count; i += 2)
+        for (int64_t d = 0; d < D; d++) {
+            pair second = i + 1 < count ? rows[(i + 1) * step + d].bits : 0;
+            to[i / 2 * D + d] = rows[i * step + d].bits | second << 16;
+        }
+}
+
+#else
+constexpr bool HALVES = false;
+template <bool ADD>
+void multiply_pairs(const bfloat16 *, int64_t, int64_t, const pair *, float *, int64_t, int64_t);
+void paired(const float *, int64_t, pair *);
+void paired(const bfloat16 *, int64_t, int64_t, int64_t, pair *);
+#endif
+
 template <typename T, typename Real>
 class Task {
     static constexpr int WIDTH = 2 * BYTES / sizeof(Real);
+    static constexpr bool PAIRED = HALVES && std::is_same_v<T, bfloat16>;  // see multiply_pairs; where D is even
 
     struct Panel {
         int64_t top, bottom;  // its first and last row
@@ -124,27 +204,31 @@ class Task {
     };
 
     int64_t D, farthest;
+    bool paired_rows;
+    Real scale;
     std::unique_ptr<Real[]> room;
-    Real *tile, *keys_here, *values_here;
+    Real *tile, *tile_pairs, *keys_here, *values_here;
     Panel panels[PANELS];
 
   public:
     static constexpr int ROWS = PANELS * WIDTH;
 
-    Task(int64_t D, int64_t farthest) : D(D), farthest(farthest) {
+    Task(int64_t D, int64_t farthest, Real scale)
+        : D(D), farthest(farthest), paired_rows(PAIRED && D % 2 == 0), scale(scale) {
         int64_t each = D * WIDTH, copied = std::is_same_v<T, Real> ? 0 : KEYS * D, pad = BYTES / sizeof(Real);
-        room.reset(new Real[2 * PANELS * each + KEYS * WIDTH + 2 * copied + pad]);
+        room.reset(new Real[2 * PANELS * each + 2 * KEYS * WIDTH + 2 * copied + pad]);
         Real *next = room.get();
         next += (BYTES - reinterpret_cast<uintptr_t>(next) % BYTES) % BYTES / sizeof(Real);
         for (Panel &panel : panels) panel.query = next, panel.answer = next + each, next += 2 * each;
-        tile = next, keys_here = tile + KEYS * WIDTH, values_here = keys_here + copied;
+        tile = next, tile_pairs = tile + KEYS * WIDTH;
+        keys_here = tile_pairs + KEYS * WIDTH, values_here = keys_here + copied;
     }
 
     // Rows first .. last of one head.
     void run(const T *q, int64_t q_row, T *out, int64_t o_row, Real *lse, int64_t first, int64_t last,
-             const Range *ranges, int64_t count, int64_t batch, int64_t head, const Real *bias, Real scale) {
+             const Range *ranges, int64_t count, int64_t batch, int64_t head, const Real *bias) {
         int64_t used = (last - first) / WIDTH + 1;
-        for (int64_t i = 0; i < used; i++) load(panels[i], q, q_row, first + i * WIDTH, last, scale);
+        for (int64_t i = 0; i < used; i++) load(panels[i], q, q_row, first + i * WIDTH, last);
         for (int64_t i = 0; i < count; i++) {
             const Range &one = ranges[i];
             int64_t own = head / one.group, most = one.keys;
@@ -157,17 +241,18 @@ class Task {
                 }
             int64_t end = panels[used - 1].end[WIDTH - 1];
             for (int64_t key = panels[0].begin[0]; key < end; key += KEYS) {
-                int64_t stop = std::min(end, key + KEYS), k_row = one.k_row, v_row = one.v_row;
-                const Real *near_k = held(k, key, stop, keys_here, k_row);
-                const Real *near_v = held(v, key, stop, values_here, v_row);
+                int64_t stop = std::min(end, key + KEYS);
+                const Rows<T> near_k{k + key * one.k_row, one.k_row}, near_v{v + key * one.v_row, one.v_row};
+                hold(near_k, near_v, stop - key);
                 for (int64_t p = 0; p < used; p++) {
                     int64_t from = std::max(key, panels[p].begin[0]), to = std::min(stop, panels[p].end[WIDTH - 1]);
                     if (from >= to) continue;
-                    multiply<false>(near_k + (from - key) * k_row, k_row, 1, panels[p].query, tile, to - from, D);
+                    if (paired_rows) from -= (from - key) % 2;  // hidden, if it is one more
+                    score(panels[p], near_k, from - key, to - from);
                     if (one.bias) add_bias(panels[p], one, head, bias, from, to);
                     hide(panels[p], one, from, to);
                     advance(panels[p], to - from);
-                    multiply<true>(near_v + (from - key) * v_row, 1, v_row, tile, panels[p].answer, D, to - from);
+                    answer(panels[p], near_v, from - key, to - from);
                 }
             }
         }
@@ -175,24 +260,64 @@ class Task {
     }
 
   private:
-    void load(Panel &panel, const T *q, int64_t q_row, int64_t top, int64_t last, Real scale) {
+    void load(Panel &panel, const T *q, int64_t q_row, int64_t top, int64_t last) {
         panel.top = top, panel.bottom = std::min(last, top + WIDTH - 1);
-        for (int64_t t = 0; t < WIDTH; t++)
-            for (int64_t d = 0; d < D; d++)
-                panel.query[d * WIDTH + t] = top + t <= last ? Real(q[(top + t) * q_row + d]) * scale : Real(0);
+        for (int64_t t = 0; t < WIDTH; t++) {
+            const T *row = q + std::min(top + t, last) * q_row;
+            if constexpr (PAIRED)
+                if (paired_rows) {  // as they are: rounded products with the scale would be others
+                    pair *query = reinterpret_cast<pair *>(panel.query);
+                    for (int64_t d = 0; d < D; d += 2)
+                        query[d / 2 * WIDTH + t] = row[d].bits | pair(row[d + 1].bits) << 16;
+                    continue;
+                }
+            for (int64_t d = 0; d < D; d++) panel.query[d * WIDTH + t] = Real(row[d]) * scale;
+        }
         std::fill_n(panel.answer, D * WIDTH, Real(0));
         std::fill_n(panel.most, WIDTH, LEAST<Real>);
         std::fill_n(panel.sum, WIDTH, Real(0));
     }
 
-    // Rows of keys or values as they lie, or in the wider type.
-    const Real *held(const T *rows, int64_t begin, int64_t end, Real *copy, int64_t &row) const {
-        if constexpr (std::is_same_v<T, Real>) return rows + begin * row;
-        for (int64_t j = begin; j < end; j++)
+    // What all panels need of some keys and values in another form than they lie there.
+    void hold(const Rows<T> &k, const Rows<T> &v, int64_t count) {
+        if constexpr (PAIRED)
+            if (paired_rows) return paired(v.first, v.step, count, D, reinterpret_cast<pair *>(values_here));
+        if constexpr (!std::is_same_v<T, Real>)
+            for (int64_t j = 0; j < count; j++)
 #pragma omp simd
-            for (int64_t d = 0; d < D; d++) copy[(j - begin) * D + d] = Real(rows[j * row + d]);
-        row = D;
-        return copy;
+                for (int64_t d = 0; d < D; d++) {
+                    keys_here[j * D + d] = Real(k.first[j * k.step + d]);
+                    values_here[j * D + d] = Real(v.first[j * v.step + d]);
+                }
+    }
+
+    void score(const Panel &panel, const Rows<T> &k, int64_t from, int64_t count) {
+        if constexpr (PAIRED)
+            if (paired_rows) {
+                const pair *query = reinterpret_cast<const pair *>(panel.query);
+                multiply_pairs<false>(k.first + from * k.step, k.step, 2, query, tile, count, D / 2);
+#pragma omp simd
+                for (int64_t i = 0; i < count * WIDTH; i++) tile[i] *= scale;
+                return;
+            }
+        if constexpr (std::is_same_v<T, Real>)
+            multiply<false>(k.first + from * k.step, k.step, 1, panel.query, tile, count, D);
+        else
+            multiply<false>(keys_here + from * D, D, 1, panel.query, tile, count, D);
+    }
+
+    void answer(Panel &panel, const Rows<T> &v, int64_t from, int64_t count) {
+        if constexpr (PAIRED)
+            if (paired_rows) {
+                pair *weights = reinterpret_cast<pair *>(tile_pairs);
+                paired(tile, count, weights);
+                const T *values = reinterpret_cast<const T *>(values_here) + from * D;
+                return multiply_pairs<true>(values, 2, 2 * D, weights, panel.answer, D, (count + 1) / 2);
+            }
+        if constexpr (std::is_same_v<T, Real>)
+            multiply<true>(v.first + from * v.step, 1, v.step, tile, panel.answer, D, count);
+        else
+            multiply<true>(values_here + from * D, 1, D, tile, panel.answer, D, count);
     }
 
     void add_bias(const Panel &panel, const Range &one, int64_t head, const Real *bias, int64_t from, int64_t to) {
@@ -265,14 +390,14 @@ void attend(const T *q, T *out, Real *lse, const Real *bias, const Query *stride
     int64_t tasks = (rows + Task<T, Real>::ROWS - 1) / Task<T, Real>::ROWS;
 #pragma omp parallel num_threads(threads)
     {
-        Task<T, Real> task(D, farthest);
+        Task<T, Real> task(D, farthest, Real(scale * 1.4426950408889634));
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < B * H * tasks; i++) {
             int64_t item = i / tasks, b = item / H, h = item % H;
             int64_t first = (tasks - 1 - i % tasks) * task.ROWS, last = std::min(rows, first + task.ROWS) - 1;
             task.run(q + b * strides[0].batch + h * strides[0].head, strides[0].row,
                      out + b * strides[1].batch + h * strides[1].head, strides[1].row, lse + item * rows, first, last,
-                     ranges, count, b, h, bias, Real(scale * 1.4426950408889634));
+                     ranges, count, b, h, bias);
         }
     }
 }
