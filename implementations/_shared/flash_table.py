@@ -81,7 +81,7 @@ CHUNKS = {(4, 256): 32}
 MOST_HEADS = 65535  # blocks along the second axis of a grid
 KERNELS = ("forward", "dq", "dkv")
 WIDEST = {2: 256, 4: 256}  # channels of a head by bytes of an element: the kernels have no tiles beyond
-NARROW = {2: 128, 4: 64}  # the same where a kernel gathers rows beside
+NARROW = {2: 128, 4: 128}  # the same where a kernel gathers rows beside
 
 
 def padded(width: int) -> int:

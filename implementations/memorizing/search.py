@@ -28,11 +28,17 @@ from ctxbench.implementations._shared.ranges import _rows, _strides
 
 KEYS = {2: 64, 4: 32}  # keys of a tile of scores, by bytes of an element
 GATHERING = 32  # queries whose picked rows are gathered together in the backward pass
+SHORT = 256  # bytes of a row, its padding included, that four warps hold beside what queries keep
 
 
-def queries(top_k: int, itemsize: int) -> int:
+def warps(width: int, itemsize: int) -> int:
+    """Of a tile of queries: twice as many where rows are long."""
+    return 4 if padded(width) * itemsize <= SHORT else 8
+
+
+def queries(top_k: int, width: int, itemsize: int) -> int:
     """Queries of a tile: what they keep of scores and numbers fills at most 16 registers a thread, in float32 8."""
-    return max(16, 1024 // padded(top_k) // (itemsize // 2))
+    return max(16, 1024 // padded(top_k) // (itemsize // 2)) if warps(width, itemsize) == 4 else 16
 
 
 @triton.jit
@@ -143,13 +149,13 @@ def search(
     q, k, v = _rows(q), _rows(k), _rows(v)
     out, picked, weights = _results(q, top_k if keep else 0)
     B, H, T, D = q.shape
-    rows = queries(top_k, q.element_size())
+    rows = queries(top_k, D, q.element_size())
     grid = triton.cdiv(T, length) * triton.cdiv(length, rows), B * H
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'
         search_kernel[grid](
             q, k, v, out, picked, weights, *_strides(q, k, v, out), H, T, k.shape[2], past, length, most, D=D,
             WIDTH=padded(D), ROWS=rows, COLUMNS=KEYS[q.element_size()], TOP=top_k, KEPT=padded(top_k), KEEP=keep,
-            num_warps=4, num_stages=2,
+            num_warps=warps(D, q.element_size()), num_stages=2,
         )  # fmt: skip
     return out, picked, weights
 

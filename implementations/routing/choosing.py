@@ -20,9 +20,15 @@ from ctxbench.implementations._shared.flash_table import padded
 from ctxbench.implementations._shared.ranges import _rows, _strides
 from ctxbench.implementations.routing.gathered import Lists
 
-TOKENS, CENTROIDS = 64, 32  # tile of the scores that are compared and dropped
+TOKENS = 64  # of a tile of the scores that are compared and dropped
+CENTROIDS = {256: 32, 512: 16}  # the same by bytes of a row, at most: operands of long rows leave registers for fewer
 SELECT = 4096  # similarities of a centroid that are looked at together
 ADDED = 32  # tokens whose contributions are added up together
+
+
+def centroids_of_tile(width: int, itemsize: int) -> int:
+    """How many centroids tokens are compared with at a time."""
+    return next(count for most, count in CENTROIDS.items() if padded(width) * itemsize <= most)
 
 
 @triton.jit
@@ -121,7 +127,7 @@ def nearest(x: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors'
         nearest_kernel[triton.cdiv(T, TOKENS), B * H](
             x, means, ids, *_strides(x), *means.stride()[:2], H, T, means.shape[1], D=D, WIDTH=padded(D), ROWS=TOKENS,
-            COLUMNS=CENTROIDS,
+            COLUMNS=centroids_of_tile(D, x.element_size()),
         )  # fmt: skip
     return ids
 

@@ -40,7 +40,7 @@ def routing(architecture: int, itemsize: int, shape: dict[str, int], results: tu
                 chosen.warps,
                 chosen.stages,
             )
-    tiles = {"ROWS": choosing.TOKENS, "COLUMNS": choosing.CENTROIDS}
+    tiles = {"ROWS": choosing.TOKENS, "COLUMNS": choosing.centroids_of_tile(shape["D"], itemsize)}
     yield "nearest", choosing.nearest_kernel, shape | tiles, 4, 3
     if results == RESULTS:
         yield "taken", choosing.taken_kernel, {"SIZE": choosing.SELECT}, 4, 3
@@ -51,13 +51,13 @@ def memorizing(architecture: int, itemsize: int, shape: dict[str, int], *_: Any)
     """The search for few and for many pairs, and the gradient of what was picked."""
     for top in TOP:
         kept = {
-            "ROWS": search.queries(top, itemsize),
+            "ROWS": search.queries(top, shape["D"], itemsize),
             "COLUMNS": search.KEYS[itemsize],
             "TOP": top,
             "KEPT": top,
             "KEEP": True,
         }
-        yield f"search {top}", search.search_kernel, shape | kept, 4, 2
+        yield f"search {top}", search.search_kernel, shape | kept, search.warps(shape["D"], itemsize), 2
     yield "picked", search.gradient_kernel, shape | {"ROWS": search.GATHERING, "TOP": TOP[0]}, 4, 3
 
 

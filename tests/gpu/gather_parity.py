@@ -60,9 +60,11 @@ def differing(received: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 # Routing: [B, T, H, D]; T = 1 and lengths below a tile, beyond a tile, queries that continue a state.
-def in_clusters(queries: int, keys: int, earlier: bool, without_self: bool, num_clusters: int = 3) -> Check:
+def in_clusters(
+    queries: int, keys: int, earlier: bool, without_self: bool, num_clusters: int = 3, width: int = 16
+) -> Check:
     def check(dtype: torch.dtype) -> Errors:
-        q, k, v = draw(dtype, 1, queries, 1, 16), draw(dtype, 1, keys, 1, 16), draw(dtype, 1, keys, 1, 16)
+        q, k, v = (draw(dtype, 1, tokens, 1, width) for tokens in (queries, keys, keys))
         key_ids = torch.randint(num_clusters, (1, 1, keys), dtype=torch.int32)
         rest = key_ids if queries == keys else key_ids[:, :, keys - queries :], key_ids
         rules = Rules(num_clusters, earlier, without_self)
@@ -75,9 +77,9 @@ def in_clusters(queries: int, keys: int, earlier: bool, without_self: bool, num_
     return check
 
 
-def in_taken(tokens: int, w: int, earlier: bool, without_self: bool, shared: bool) -> Check:
+def in_taken(tokens: int, w: int, earlier: bool, without_self: bool, shared: bool, width: int = 16) -> Check:
     def check(dtype: torch.dtype) -> Errors:
-        operands = {name: draw(dtype, 1, tokens, 2, 16) for name in "qkv"}
+        operands = {name: draw(dtype, 1, tokens, 2, width) for name in "qkv"}
         ids = [torch.rand(1, 2, 3, tokens).topk(w, dim=3).indices.sort(dim=3).values for _ in range(2)]
         ids = [ids[0], ids[0] if shared else ids[1]]
         numbers = ids if shared else [each.int() for each in ids]
@@ -108,6 +110,8 @@ def choices(dtype: torch.dtype) -> Errors:
     x, means = torch.randn(1, 2, 75, 16).to(dtype), torch.randn(2, 40, 16).to(dtype)
     coarse = torch.randint(-2, 3, (1, 2, 75, 16)).to(dtype), torch.randint(-1, 2, (2, 40, 16)).to(dtype)
     errors = {"nearest": differing(routing.nearest(x, means), clusters.assigned(x, means))}
+    wide = torch.randn(1, 2, 37, 104).to(dtype), torch.randn(2, 20, 104).to(dtype)
+    errors["nearest, wide heads"] = differing(routing.nearest(*wide), clusters.assigned(*wide))
     errors["nearest of equals"] = differing(routing.nearest(*coarse), clusters.assigned(*coarse))
     similarity = torch.randint(-3, 3, (1, 1, 2, 150)).to(dtype) * torch.tensor([1.0, 0.0]).repeat(75).to(dtype)
     for w in (1, 50, 150):
@@ -119,9 +123,10 @@ def choices(dtype: torch.dtype) -> Errors:
 
 
 # Memorizing: exact search, oldest first of equal scores, all segments at once.
-def best(queries: int, keys: int, top_k: int) -> Check:
+def best(queries: int, keys: int, top_k: int, width: int = 16) -> Check:
     def check(dtype: torch.dtype) -> Errors:
-        q, (k, v) = draw(dtype, 1, queries, 2, 16, scale=0.25), (draw(dtype, 1, keys, 2, 16).detach() for _ in range(2))
+        q = draw(dtype, 1, queries, 2, width, scale=width**-0.5)
+        k, v = (draw(dtype, 1, keys, 2, width).detach() for _ in range(2))
         return against(
             lambda q: memorizing.lookup(q, k, v, top_k),
             lambda q: memorizing_reference.lookup(q, k.double(), v.double(), top_k),
@@ -228,9 +233,11 @@ CHECKS: dict[str, Check] = {
     "strict, one query": in_clusters(1, 40, True, False),
     "strict, one token": in_clusters(1, 1, True, True),
     "strict, empty clusters": in_clusters(40, 40, True, False, 20),
+    "strict, wide heads": in_clusters(21, 37, True, True, 2, 104),
     "topw": in_taken(45, 19, False, False, False),
     "topw, masked": in_taken(45, 19, True, True, True),
     "topw, one taken": in_taken(20, 1, True, False, True),
+    "topw, wide heads": in_taken(21, 11, True, False, True, 104),
     "local": in_blocks(45, 45, True),
     "local, bidirectional": in_blocks(37, 37, False),
     "local, continued": in_blocks(8, 17, True),
@@ -238,6 +245,7 @@ CHECKS: dict[str, Check] = {
     "search": best(37, 75, 7),
     "search, one query": best(1, 50, 16),
     "search, everything": best(20, 33, 40),
+    "search, wide heads": best(21, 35, 5, 104),
     "search, equals": equals,
     "segments": at_once(45, 5, 10, 25),
     "segments, fewer than wanted": at_once(25, 12, 8, 14),
@@ -270,8 +278,8 @@ def main() -> None:
     counted = Counted()
     if INTERPRETED:
         ranges.config = gathered.config = lambda kernel, *_: TILES[kernel]
-        choosing.SELECT, choosing.TOKENS, choosing.CENTROIDS, choosing.ADDED = 64, 32, 16, 16
-        search.KEYS, search.GATHERING, search.queries = {2: 16, 4: 16}, 16, lambda top_k, itemsize: 16
+        choosing.SELECT, choosing.TOKENS, choosing.CENTROIDS, choosing.ADDED = 64, 32, {512: 16}, 16
+        search.KEYS, search.GATHERING, search.queries = {2: 16, 4: 16}, 16, lambda *_: 16
         gate.TILES = dict.fromkeys((2, 4), gate.Tile(16, 16, 16, 4, 1))
     else:
         torch.set_default_device("cuda")

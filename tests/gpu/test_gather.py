@@ -12,10 +12,10 @@ from ctxbench.method import Dims, Method
 from ctxbench.registry import discover
 
 SHARED = {90: 232448, 80: 101376}  # see test_flash_aot
-BINDING = ["90:2:128", "80:4:64"]  # architecture:bytes of an element:width
+BINDING = ["90:2:128", "80:4:128"]  # architecture:bytes of an element:width
 # The rest of the table, with results by token and by slot in turn: they differ in addresses and a factor.
-WIDE = ["90:2:64/tokens", "80:2:64/slots", "80:2:128/tokens", "90:4:64/slots", "90:2:96/tokens", "80:2:64/gate",
-        "90:4:64/gate"]  # fmt: skip
+WIDE = ["90:2:64/tokens", "80:2:64/slots", "80:2:128/tokens", "90:4:64/slots", "80:4:64/tokens", "90:2:96/tokens",
+        "90:4:104/slots", "80:2:64/gate", "90:4:64/gate"]  # fmt: skip
 NARROW = ["90:2:16/slots", "90:4:16/tokens", "80:2:16/tokens", "80:4:16/slots"]
 METHODS = {method.name: method for method in discover()}
 FORMS = [
@@ -34,7 +34,7 @@ FORMS = [
 
 def test_kernels_agree_with_float64_in_the_interpreter(program, wrong) -> None:
     rows = program("gather_parity.py", interpret=True)
-    assert len(rows) == 37
+    assert len(rows) == 40
     assert not wrong(rows)
 
 
@@ -86,7 +86,10 @@ def test_formulas_are_what_the_tracer_counts(name: str, changes: dict) -> None:
     ("name", "changes", "dims", "reason"),
     [
         ("routing", {"num_clusters": 5000}, {}, "at most 4096 clusters"),
-        ("routing", {}, {"d_model": 512}, "gathering kernels hold heads of at most 128 channels"),
+        ("routing", {}, {"d_model": 264}, "gathering kernels hold heads of at most 128 channels"),
+        ("routing", {}, {"dtype": "fp32"}, ""),
+        ("routing", {}, {"d_model": 264, "dtype": "fp32"}, "in fp32 the gathering kernels hold heads of at most 128"),
+        ("memorizing", {}, {"dtype": "fp32"}, ""),
         ("memorizing", {}, {"d_model": 512}, "search kernels hold heads of at most 128 channels"),
         ("memorizing", {"lookup": "dense"}, {"d_model": 512}, ""),
         ("memorizing", {"top_k": 200}, {}, "at most 128 pairs a query"),
@@ -98,10 +101,10 @@ def test_formulas_are_what_the_tracer_counts(name: str, changes: dict) -> None:
 )
 def test_support_says_why_not(monkeypatch, name: str, changes: dict, dims: dict, reason: str) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as where triton is installed
-    method = METHODS[name]
-    sizes = Dims(**{"seq_len": 64, "d_model": 256, "num_heads": 2} | dims)
+    method, sizes = METHODS[name], {"seq_len": 64, "d_model": 256, "num_heads": 2, "dtype": "bf16"} | dims
+    dtype = sizes.pop("dtype")
     answer = method.impl_support(
-        method.impl("triton"), "forward", sizes, method.params(**changes), "cuda", "bf16"
+        method.impl("triton"), "forward", Dims(**sizes), method.params(**changes), "cuda", dtype
     )  # fmt: skip
     assert bool(answer) is not bool(reason)
     assert reason in answer.reason
