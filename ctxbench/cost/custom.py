@@ -87,7 +87,7 @@ class CustomFunctions:
             return out, ctx.to_save, ctx.non_differentiable, tuple(ctx.__dict__.items())
 
         form = _twice(args), ctx.needs_input_grad
-        out, saved, fixed, attributes = self.meter.recall(what, args, {}, run, form)
+        out, saved, fixed, attributes = self.meter.recall(what, args, run, form)
         if not ran:
             if saved:
                 ctx.save_for_backward(*saved)
@@ -104,7 +104,7 @@ class CustomFunctions:
             with _heard():
                 return function(ctx, *args)
 
-        return self.meter.recall(what, operands, {}, run, (_twice(operands), ctx.needs_input_grad))
+        return self.meter.recall(what, operands, run, (_twice(operands), ctx.needs_input_grad))
 
 
 def _twice(args: Any) -> tuple[int, ...]:

@@ -4,9 +4,9 @@ A meta tensor has no device to pretend to be, so torch would choose other kernel
 fall apart into its plain form. Here it is sent to the CPU's own operator. Whatever else might differ is not trusted but
 compared: ``trace`` uses this engine only for a cell of which both engines say the same at a short length.
 
-A loop over blocks repeats itself thousands of times. What a call makes of meta tensors depends on their shapes, strides
-and types and on its other arguments, so the second time its results are made, and its work counted, from memory. This
-holds for single operators, and where no gradients are recorded for whole functions of torch.
+A loop over blocks repeats itself thousands of times. What an operator makes of meta tensors depends on their shapes,
+strides and types and on its other arguments, so the second time its results are made, and its work counted, from
+memory. Custom autograd functions are remembered as a whole (see ``cost.custom``).
 """
 
 from __future__ import annotations
@@ -16,43 +16,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from ctxbench.cost.meter import Meter, Reference, Trace, Traits, Work, tensors_in
+from ctxbench.cost.meter import Meter, Trace, Traits, Work, tensors_in
 from ctxbench.cost.outcomes import Memory, New, NotRemembered, Operand, Outcome, Several, metadata, recipe_of, shapes
 from ctxbench.cost.rules import META, RULES
 
 _UNSAFE_VIEW, _DETACH = torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-# Functions that always give a view: no work and no storage, so no meter need see them.
-_VIEWS = frozenset(
-    function
-    for name in """
-        transpose permute expand unsqueeze squeeze select narrow split chunk unbind diagonal as_strided view view_as
-        unflatten movedim swapaxes t
-    """.split()  # noqa: SIM905
-    for function in (getattr(torch.Tensor, name, None), getattr(torch, name, None))
-    if function is not None
-) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
-# Questions about a tensor: nothing to meter either.
-_QUERIES = frozenset(
-    getattr(torch.Tensor, name)
-    for name in "__len__ dim size stride storage_offset numel element_size is_contiguous untyped_storage".split()  # noqa: SIM905
-) | {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_meta", "requires_grad")}
-_DIRECT = _VIEWS | _QUERIES
 _DIFFERENTIATES = frozenset({torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad})
-_BASIC = frozenset({int, slice, type(None), type(Ellipsis)})
-_READ, _WRITE = torch.Tensor.__getitem__, torch.Tensor.__setitem__
+_WRITE = torch.Tensor.__setitem__
 _Tensor, _empty = torch.Tensor, torch.empty_strided
 _unheard, _no_dispatch = torch._C.DisableTorchFunction, torch._C._DisableTorchDispatch
 _grad_enabled, _hears = torch.is_grad_enabled, torch._C._is_torch_function_mode_enabled
-
-# Functions that change what is no part of a tensor's shape, stride and type.
-_CHANGES_FORM = frozenset({"set_", "requires_grad_", "detach_", "share_memory_", "resize_", "resize_as_"})
-
 
 _OLD = frozenset({Operand, type(None)})  # recipes that make no tensor
 
@@ -93,8 +71,7 @@ class ShadowMeter(Meter):
     def __enter__(self) -> ShadowMeter:
         """Let views go from autograd straight to their kernels: half of what a training step dispatches are views.
 
-        Nobody else in the process sees them meanwhile either. Attention is sent to the CPU's operator here where its
-        call is not heard by ``MetaCalls``.
+        Nobody else in the process sees them meanwhile either. Attention is sent to the CPU's operator.
         """
         if not self._depth:
             self._passing = torch.library.Library("aten", "IMPL")
@@ -124,23 +101,23 @@ class ShadowMeter(Meter):
                 super()._add(work, seen.again)
             seen.again = 0
 
-    def recall(self, what: Any, args: Any, kwargs: Any, run: Callable[..., Any], form: Any = None) -> Any:
+    def recall(self, what: Any, args: Any, run: Callable[..., Any], form: Any) -> Any:
         """The results of ``run``, which calls ``what`` on these arguments; ``form`` stands for further ones."""
         outcomes = self._seen.get(what)
         if outcomes is None:
-            outcomes = self._seen[what] = Memory(shapes if _writes(what) else metadata)
-        key = outcomes.key(args, kwargs, form)
+            outcomes = self._seen[what] = Memory(metadata)
+        key = outcomes.key(args, None, form)
         if key is None:
             return run()
         seen = outcomes.get(key)
         if seen is None:
-            return self._watch(what, key, args, kwargs, run, form)
+            return self._watch(what, key, args, None, run, form)
         if type(seen.recipe) in _OLD:
-            return self._again(seen, args, kwargs)
+            return self._again(seen, args)
         with _no_dispatch():  # no mode may see how results are made
-            return self._again(seen, args, kwargs)
+            return self._again(seen, args)
 
-    def _again(self, seen: Outcome, args: Any, kwargs: Any) -> Any:
+    def _again(self, seen: Outcome, args: Any, kwargs: Any = None) -> Any:
         """Count a remembered call and make its results."""
         seen.again += 1
         if self._watching:
@@ -156,7 +133,7 @@ class ShadowMeter(Meter):
             return None
         if kind is Operand and recipe.number == 0 and args and type(args[0]) is _Tensor:
             return args[0]
-        return self._make(recipe, tensors_in(args) + tensors_in(kwargs))
+        return self._make(recipe, _operands(args, kwargs))
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _hears():  # asking a tensor for its shape would be a call of that mode, too
@@ -166,7 +143,7 @@ class ShadowMeter(Meter):
 
     def dispatched(self, operator: Any, args: Any, kwargs: Any) -> Any:
         """Pass an operator on and count it, from memory where it was met before."""
-        outcomes, key = self._seen.get(id(operator)), None  # its own hash is slow
+        outcomes = self._seen.get(id(operator))  # its own hash is slow
         if outcomes is not None:
             key = outcomes.key(args, kwargs)
             seen = outcomes.get(key)
@@ -176,8 +153,12 @@ class ShadowMeter(Meter):
             return args[0].detach()
         elif operator is _UNSAFE_VIEW:  # whose own recipe for meta tensors is slow
             return args[0].view(args[1])
-        kwargs = kwargs or {}
-        traits = self._traits.get(id(operator)) or self._learn(operator)
+        elif id(operator) not in self._traits:
+            self._learn(operator)
+            return self.dispatched(operator, args, kwargs)
+        else:
+            key = None
+        kwargs, traits = kwargs or {}, self._traits[id(operator)]
         if traits.idle:
             return operator(*args, **kwargs)
         if traits.composite:
@@ -207,16 +188,14 @@ class ShadowMeter(Meter):
         if outcomes is None:  # passed by since
             return out
         try:
-            recipe, fresh = recipe_of(out, tensors_in(args) + tensors_in(kwargs))
-            if not works or getattr(what, "__name__", "").partition(".")[0] in _CHANGES_FORM:
+            recipe, fresh = recipe_of(out, _operands(args, kwargs))
+            if not works:
                 raise NotRemembered
         except NotRemembered:
             self.passes(what)
             return out
-        if outcomes.describe is shapes and (rise or recipe != (0,) or not _is_one_write(what, works)):
-            self._seen[what] = Memory(metadata)  # strides may matter
         # Nothing but the results may have stayed, and an operand that was written may not have been resized.
-        elif self.live - live == fresh and (fresh or key == outcomes.key(args, kwargs, form)):
+        if self.live - live == fresh and (fresh or key == outcomes.key(args, kwargs, form)):
             outcomes[key] = Outcome(recipe, works, rise)
             if len(outcomes) % PATIENCE == 0 and sum(seen.again for seen in outcomes.values()) < len(outcomes):
                 self.passes(what)  # it rarely comes again
@@ -239,14 +218,8 @@ class ShadowMeter(Meter):
         return known[recipe.number] if kind is Operand else recipe
 
     def _new(self, recipe: New) -> torch.Tensor:
-        shape, stride, dtype, size = recipe
-        out = _empty(shape, stride, dtype=dtype, device=META)
-        storage = out.untyped_storage()
-        reference = Reference(storage, self._on_death)
-        reference.identity = identity = storage._cdata
-        reference.size = size
-        self._known[identity] = reference
-        self.live += size
+        out = _empty(recipe.shape, recipe.stride, dtype=recipe.dtype, device=META)
+        self._own(out.untyped_storage(), recipe.size)
         return out
 
     def _call(self, traits: Traits, args: Any, kwargs: Any) -> Any:
@@ -269,34 +242,28 @@ class ShadowMeter(Meter):
 
 
 class MetaCalls(TorchFunctionMode):
-    """Stands before the dispatcher: sends attention to the CPU's operator, and spares it what needs no metering.
+    """Makes tensors without a device meta tensors, too.
 
-    With ``redirect``, tensors that are made without a device are meta tensors too: a module that makes its masks on
-    the CPU is then followed, as long as it does not read them.
+    A module that makes its masks on the CPU is then followed, as long as it does not read them. Such a mask may be
+    written row by row: a write is remembered as a whole, by how much it takes.
     """
 
-    def __init__(self, meter: ShadowMeter, redirect: bool = False):
+    def __init__(self, meter: ShadowMeter):
         super().__init__()
-        self.meter, self.redirected = meter, _device_constructors() if redirect else ()
+        self.meter, self._constructors = meter, _device_constructors()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _DIRECT or (function is _READ and _is_basic(args[1])):
-            return function(*args, **kwargs) if kwargs else function(*args)
-        if function is _WRITE and not (_grad_enabled() and _records(args)):
+        if function is _WRITE and not (_grad_enabled() and any(map(_records, args))):
             extent = _extent(args[1], args[0].shape)
             if extent is not None:
-                return self.meter.recall(_WRITE, args[::2], kwargs, lambda: function(*args), extent)
+                return self.meter.recall(_WRITE, args[::2], lambda: function(*args), extent)
         kwargs = kwargs or {}
         if function in _DIFFERENTIATES:
             with self._in_the_engine():
                 return function(*args, **kwargs)
-        if function is scaled_dot_product_attention:
-            function = _attend
-        elif function in self.redirected and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        if function in self.meter.passed or (_grad_enabled() and _records(args, kwargs)):
-            return function(*args, **kwargs)
-        return self.meter.recall(function, args, kwargs, lambda: function(*args, **kwargs))
+        if function in self._constructors and kwargs.get("device") is None:
+            kwargs["device"] = META
+        return function(*args, **kwargs)
 
     @contextlib.contextmanager
     def _in_the_engine(self) -> Iterator[None]:
@@ -314,31 +281,14 @@ class MetaCalls(TorchFunctionMode):
             torch.autograd._engine_run_backward = run
 
 
-def _writes(function: Any) -> bool:
-    """Whether a function of torch writes its first operand, as its name says: then it makes nothing."""
-    name = getattr(function, "__name__", "")
-    return name.endswith("_") and not name.startswith("_") and name not in _CHANGES_FORM
+def _operands(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """All tensors among the arguments of a call."""
+    return tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
 
 
-def _is_one_write(what: Any, works: tuple[Work, ...]) -> bool:
-    """Whether a call was one operator: the one itself, or the one that a function is named after."""
-    return len(works) == 1 and (type(what) is int or works[0].name == f"aten.{what.__name__}")
-
-
-def _records(args: Any, kwargs: Any = None) -> bool:
-    """Whether gradients of a call would be recorded."""
-    for value in args:
-        if isinstance(value, _Tensor):
-            if value.requires_grad:
-                return True
-        elif isinstance(value, (tuple, list)) and _records(value, None):
-            return True
-    return bool(kwargs) and _records(tuple(kwargs.values()), None)
-
-
-def _is_basic(index: Any) -> bool:
-    """Whether an index gives a view."""
-    return _BASIC.issuperset(map(type, index)) if type(index) is tuple else type(index) in _BASIC
+def _records(value: Any) -> bool:
+    """Whether gradients of what is done with a value would be recorded."""
+    return isinstance(value, _Tensor) and value.requires_grad
 
 
 def _extent(index: Any, shape: torch.Size) -> tuple[Any, ...] | None:

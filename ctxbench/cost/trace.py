@@ -28,16 +28,14 @@ RARELY = 50_000  # new objects between two looks of the collector
 class Way(NamedTuple):
     """How the fast engine follows a module.
 
-    ``unheard``: functions of torch are not heard but inside of custom autograd functions: where gradients are recorded
-    there is nothing to remember of them. ``redirect``: see ``MetaCalls``.
+    ``values``: it may make tensors that have values. ``redirect``: those without a device are none (``MetaCalls``).
     """
 
-    unheard: bool = False
+    values: bool = True
     redirect: bool = False
 
 
-HEARD = Way()
-WAYS = Way(unheard=True), Way(redirect=True), HEARD
+WAYS = Way(values=False), Way(redirect=True), Way()
 
 
 def trace(
@@ -83,7 +81,7 @@ def _compare(short: Dims, method: Method, params: Params, impl: str, mode: str, 
         fake = _trace_fake(short, *subject, "cpu")
     except Exception:  # a length that the module does not take: its own will say the same, or be traced
         return None
-    for way in WAYS if mode == "train" else WAYS[1:]:
+    for way in WAYS:
         probe = _trace_shadow(short, *subject, way)
         if probe is not None and _same(probe, fake):
             return way
@@ -118,16 +116,16 @@ def _trace_fake(dims: Dims, method: Method, params: Params, impl: str, mode: str
 
 
 def _trace_shadow(
-    dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str, way: Way = HEARD
+    dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str, way: Way = WAYS[-1]
 ) -> Trace | None:
     """The same on meta tensors; None where this engine cannot follow the module."""
-    meter = ShadowMeter(makes_values=not way.unheard)
+    meter = ShadowMeter(way.values)
+    calls = MetaCalls(meter) if way.redirect else contextlib.nullcontext()
     try:
         work = workload.prepare(method, dims, params, impl, mode, dtype, "meta", rotate=1)
         parameters, carried = _describe(work, dims)
         _ignore_live(meter, work)
-        unheard = torch._C.DisableTorchFunction() if way.unheard else contextlib.nullcontext()
-        with _meta_takes_fast_paths(), CustomFunctions(meter), MetaCalls(meter, way.redirect), meter, unheard:
+        with _meta_takes_fast_paths(), CustomFunctions(meter), calls, meter:
             y = work.call()
         del y
     except Exception:  # whatever stopped it, fake tensors give the answer or the reason
