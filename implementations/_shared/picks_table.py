@@ -18,6 +18,10 @@ BLOCKED = Pick(
     "blocked", devices=("cpu",), dtypes=("fp32",), modes=("forward",),
     why="no sound impl of the published run is faster by more than its precision of 5 %, at any length", measured=True,
 )  # fmt: skip
+NATIVE = Pick(
+    "native", devices=("cpu",), dtypes=("fp32", "bf16"), modes=("forward", "stream"),
+    why="kernels of our own whose scores never leave the innermost cache", measured=True,
+)  # fmt: skip
 IDLE = "plain products use bf16 units that the fused kernel leaves idle"
 SLABS = (
     Pick("slabs", ("cpu",), ("bf16",), ("forward", "stream", "decode"), why=IDLE, measured=True),

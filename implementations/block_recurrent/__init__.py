@@ -1,7 +1,7 @@
 """Block-Recurrent Transformer: a sliding window, and one layer whose states read the tokens and are read by them."""
 
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP, SLABS
+from ctxbench.implementations._shared.picks_table import LOOP, NATIVE, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
 from ctxbench.method import ROPE, Impl, Method, Paper
@@ -52,7 +52,7 @@ METHOD = Method(
             note="as triton, but windows after the first are replayed from a recording: no launches from Python",
         ),
     ),
-    picks=(*SLABS, BLOCKED, *LOOP),
+    picks=(NATIVE, *SLABS, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

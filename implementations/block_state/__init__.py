@@ -1,7 +1,7 @@
 """Block attention with a state: full attention inside blocks, and a few vectors that pass from block to block."""
 
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
+from ctxbench.implementations._shared.picks_table import DIAGONAL, LOOP, NATIVE, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.block_state.params import BlockStateParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
@@ -61,7 +61,7 @@ METHOD = Method(
             note="as triton, but whole blocks are replayed from a recording: no launches from Python",
         ),
     ),
-    picks=(*SLABS, BLOCKED, DIAGONAL, *LOOP),
+    picks=(NATIVE, *SLABS, DIAGONAL, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -1,7 +1,7 @@
 """Compressive memory: segments that retrieve items from a memory of recent tokens and learned compressions."""
 
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, SLABS, TRITON
+from ctxbench.implementations._shared.picks_table import NATIVE, SLABS, TRITON
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
@@ -59,7 +59,7 @@ METHOD = Method(
             note="the source document's sketch, connected as simply as it can be",
         ),
     ),
-    picks=(*SLABS, BLOCKED, TRITON),
+    picks=(NATIVE, *SLABS, TRITON),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

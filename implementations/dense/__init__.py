@@ -3,7 +3,7 @@
 from ctxbench.implementations._shared.backends_table import BACKENDS
 from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, DENSE, SLABS
+from ctxbench.implementations._shared.picks_table import DENSE, NATIVE, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.method import POSITIONS, ROPE, Claim, Impl, Method, Paper
 
@@ -45,7 +45,7 @@ METHOD = Method(
         ),
         *BACKENDS,
     ),
-    picks=(*SLABS, BLOCKED, *DENSE),
+    picks=(NATIVE, *SLABS, *DENSE),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     claims=(

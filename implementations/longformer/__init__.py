@@ -2,7 +2,7 @@
 
 from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
+from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -60,7 +60,7 @@ METHOD = Method(
             note="the source document's sketch: a T x T mask filled by a Python loop in every call",
         ),
     ),
-    picks=(BLOCKED, *KERNELS),
+    picks=(NATIVE, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

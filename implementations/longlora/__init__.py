@@ -2,7 +2,7 @@
 
 from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
+from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE
 from ctxbench.implementations.longlora.params import LongLoRAParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -47,7 +47,7 @@ METHOD = Method(
             "PyTorch's FlexAttention, compiled, with block lists in closed form; nothing is rolled",
         ),
     ),
-    picks=(BLOCKED, *KERNELS),
+    picks=(NATIVE, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(Equivalence("a group is at least twice the sequence", other="dense", params={"group": 256}),),

@@ -1,7 +1,7 @@
 """MELODI: windows that hand a short-term memory on in every layer, and a long-term memory in the middle one."""
 
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
+from ctxbench.implementations._shared.picks_table import DIAGONAL, LOOP, NATIVE, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.melodi.params import MelodiParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
@@ -55,7 +55,7 @@ METHOD = Method(
             note="as triton, but windows with full memories are replayed from a recording: no launches from Python",
         ),
     ),
-    picks=(*SLABS, BLOCKED, DIAGONAL, *LOOP),
+    picks=(NATIVE, *SLABS, DIAGONAL, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -1,7 +1,7 @@
 """Recurrent memory transformer: memory tokens around every segment carry what the next one reads."""
 
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, LOOP, SLABS
+from ctxbench.implementations._shared.picks_table import LOOP, NATIVE, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
@@ -47,7 +47,7 @@ METHOD = Method(
             note="as triton, but whole segments are replayed from a recording: no launches from Python",
         ),
     ),
-    picks=(*SLABS, BLOCKED, *LOOP),
+    picks=(NATIVE, *SLABS, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -1,7 +1,7 @@
 """Segment-recurrent transformer: every layer remembers some of its own outputs from segment to segment."""
 
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, DIAGONAL, LOOP, SLABS
+from ctxbench.implementations._shared.picks_table import DIAGONAL, LOOP, NATIVE, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
@@ -74,7 +74,7 @@ METHOD = Method(
             note="the source document's sketch, attention moved to the token axis",
         ),
     ),
-    picks=(*SLABS, BLOCKED, DIAGONAL, *LOOP),
+    picks=(NATIVE, *SLABS, DIAGONAL, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(
