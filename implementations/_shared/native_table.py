@@ -28,9 +28,11 @@ def support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
     return YES
 
 
-def native_impl(run: str, positions: tuple[str, ...] = (), note: str = NOTE) -> Impl:
-    """The impl of a method whose Triton kernels are ``ranges``'s alone; fp64 is there to be compared."""
+def native_impl(
+    run: str, positions: tuple[str, ...] = (), note: str = NOTE, counts_as: str = "triton"
+) -> Impl:  # fmt: skip
+    """The impl of a method whose attention is that of ``ranges``; fp64 is there to be compared."""
     return Impl(
         "native", run=run, devices=("cpu",), dtypes=("fp32", "bf16", "fp64"), modes=("forward", "stream"),
-        positions=positions, support=f"{__name__}:support", counts_as="triton", note=note,
+        positions=positions, support=f"{__name__}:support", counts_as=counts_as, note=note,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from ctxbench.implementations._shared.picks_table import BLOCKED, SLABS, TRITON
+from ctxbench.implementations._shared.native_table import native_impl
+from ctxbench.implementations._shared.picks_table import NATIVE, SLABS, TRITON
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
@@ -40,6 +41,7 @@ METHOD = Method(
             positions=("none", *ROPE),
             note="plain products by slabs of queries: the schedule of blocked, for bf16",
         ),
+        native_impl(f"{__name__}.native:run", positions=("none", *ROPE), counts_as="blocked"),
         Impl(
             "triton",
             run=f"{__name__}.triton:run",
@@ -70,7 +72,7 @@ METHOD = Method(
             note="the source document's sketch",
         ),
     ),
-    picks=(replace(SLABS[0], modes=("forward",)), SLABS[1], BLOCKED, TRITON),  # in streams blocked was faster
+    picks=(NATIVE, replace(SLABS[0], modes=("forward",)), SLABS[1], BLOCKED, TRITON),  # in streams blocked was faster
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ctxbench.implementations._shared import ranges
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Position
-from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations.memory_bank.blocked import schedule
 from ctxbench.implementations.memory_bank.gate import Gated
 from ctxbench.implementations.memory_bank.layer import Bank, MemoryBankLayer, State
+from ctxbench.implementations.memory_bank.native import attend, read_slots
 
 
 def run(layer: MemoryBankLayer, x: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State | None]:
@@ -18,16 +16,11 @@ def run(layer: MemoryBankLayer, x: torch.Tensor, state: State | None) -> tuple[t
     return schedule(layer, x, state, attend, gated_read)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: Position) -> torch.Tensor:
-    """Causal attention ``[B, H, T, D]``; the last query stands at the last key."""
-    return ranges.attend(q, [Range(k, v, high=Line(base=1))], offset=k.shape[2] - q.shape[2])[0]
-
-
 def gated_read(
     layer: MemoryBankLayer, bank: Bank, x: torch.Tensor, query: torch.Tensor, half: torch.Tensor
 ) -> torch.Tensor:
     """``x`` and what its queries read, as much as the gate lets through."""
     q, k, v = (split_heads(part, layer.num_heads) for part in (query, bank.read_keys, bank.read_values))
-    read = layer.read_o(merge_heads(ranges.attend(q, [Range(k, v)])[0]))
+    read = layer.read_o(merge_heads(read_slots(q, k, v)))
     gated: torch.Tensor = Gated.apply(x, half, read, layer.gate.weight[:, x.shape[2] :], torch.is_grad_enabled())
     return gated

@@ -1,7 +1,8 @@
 """Pyramid transformer: layers at several resolutions, each pooled from the one below, summed at the finest."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
+from ctxbench.implementations._shared.native_table import native_impl
+from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE
 from ctxbench.implementations.pyramid.params import PyramidParams, fewest_layers
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -33,6 +34,7 @@ METHOD = Method(
             run=f"{__name__}.blocked:OPERATORS",
             note="fused attention at every level; levels are projected before they are repeated",
         ),
+        native_impl(f"{__name__}.native:OPERATORS", positions=("none", *ROPE)),
         Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",
@@ -67,7 +69,7 @@ METHOD = Method(
             note="the source document's sketch",
         ),
     ),
-    picks=(BLOCKED, *KERNELS),
+    picks=(NATIVE, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(
