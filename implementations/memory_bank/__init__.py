@@ -1,7 +1,5 @@
 """Memory bank: self-attention inside segments, and a bank of slots that carries what earlier segments wrote."""
 
-from dataclasses import replace
-
 from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import NATIVE, SLABS, TRITON
 from ctxbench.implementations._shared.products_table import slabs_impl
@@ -72,7 +70,7 @@ METHOD = Method(
             note="the source document's sketch",
         ),
     ),
-    picks=(NATIVE, replace(SLABS[0], modes=("forward",)), SLABS[1], BLOCKED, TRITON),  # in streams blocked was faster
+    picks=(NATIVE, SLABS[1], TRITON),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

@@ -99,12 +99,13 @@ sys.modules["triton"] = None  # importing it fails
 import torch
 from ctxbench import registry
 from ctxbench.method import Dims
-dims = Dims(seq_len=80, d_model=32, num_heads=2, d_ff=64)
 for method in registry.discover():
     if any(impl.name == "native" for impl in method.impls):
-        module = method.make(dims, method.params(), "native", "cpu", torch.float32)
+        params = method.params()
+        dims = Dims(seq_len=80, num_layers=method.fewest_layers(params))
+        module = method.make(dims, params, "native", "cpu", torch.float32)
         with torch.no_grad():
-            module(torch.randn(1, 80, 32))
+            module(torch.randn(1, 80, dims.d_model))
         print(method.name)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
