@@ -8,6 +8,7 @@ where it does not apply: then torch decides. Tests hold every rule against torch
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ Result = torch.Tensor | None
 
 
 def _like_first(x: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
-    return torch.empty(x.shape, dtype=x.dtype, device=META) if _dense(x) and not kwargs else None
+    return torch.empty(x.shape, dtype=x.dtype, device=META) if _falls(x, x.shape) and not kwargs else None
 
 
 def _softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> Result:
@@ -27,22 +28,38 @@ def _softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> Result:
 
 def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: Any) -> Result:
     fits = mask.dim() <= x.dim() and all(m in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False))
-    return _like_first(x) if fits and type(value) is float and x.dtype.is_floating_point else None
+    known = fits and type(value) is float and x.dtype.is_floating_point
+    return _like_first(x) if known and _falls(mask, x.shape) else None
 
 
 def _pointwise(a: torch.Tensor, b: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Result:
-    """Two operands of one type, or a number that leaves the first its type; none of them turned round."""
-    if type(b) is torch.Tensor:
-        if a.dtype is not b.dtype or not (_dense(a) and _dense(b)):
-            return None
-        shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)
-        if len(shape) in (4, 5) and shape != a.shape and shape != b.shape:
-            return None
-    elif _dense(a) and (type(b) is int or (type(b) is float and a.dtype.is_floating_point)) and a.dtype != torch.bool:
-        shape = a.shape
-    else:
+    """Two operands of one type, or a number that leaves the first its type."""
+    if isinstance(b, torch.Tensor):
+        return _elementwise(dtype or a.dtype, a, b) if a.dtype is b.dtype else None
+    if a.dtype != torch.bool and (type(b) is int or (type(b) is float and a.dtype.is_floating_point)):
+        return _elementwise(dtype or a.dtype, a)
+    return None
+
+
+def _where(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Result:
+    return _elementwise(a.dtype, condition, a, b) if a.dtype is b.dtype and condition.dtype is torch.bool else None
+
+
+def _elementwise(dtype: torch.dtype, *operands: torch.Tensor) -> Result:
+    """What is made element by element, of operands that may be broadcast: its axes lie as those of its operands do."""
+    shape = operands[0].shape
+    if any(x.shape != shape for x in operands):
+        shape = torch.broadcast_shapes(*(x.shape for x in operands))
+    if all(_falls(x, shape) for x in operands):
+        return torch.empty(shape, dtype=dtype, device=META)
+    full = next((x for x in operands if x.shape == shape), None)
+    if full is None or full.is_contiguous() or 0 in shape or 1 in shape[1:]:  # axes of one place may lie anywhere
         return None
-    return torch.empty(shape, dtype=dtype or a.dtype, device=META)
+    axes = sorted(range(len(shape)), key=lambda axis: -full.stride(axis))
+    if not all(_falls(x, shape, axes) for x in operands):
+        return None
+    out = torch.empty([shape[axis] for axis in axes], dtype=dtype, device=META)
+    return out.permute([axes.index(axis) for axis in range(len(axes))])
 
 
 def _compared(a: torch.Tensor, b: Any) -> Result:
@@ -56,7 +73,7 @@ def _slice_backward(grad: torch.Tensor, sizes: Any, *args: Any) -> Result:
 def _cat(tensors: list[torch.Tensor], dim: int = 0) -> Result:
     first = tensors[0]
     shape, axis = list(first.shape), dim % max(first.dim(), 1)
-    if not _dense(first) or not shape:
+    if not shape or not _falls(first, first.shape):
         return None
     for other in tensors[1:]:
         rest = list(other.shape)
@@ -75,10 +92,28 @@ def _bmm(a: torch.Tensor, b: torch.Tensor) -> Result:
     return torch.empty((a.shape[0], a.shape[1], b.shape[2]), dtype=a.dtype, device=META)
 
 
-def _ones(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None) -> Result:
-    if device != META or layout not in (None, torch.strided) or pin_memory:
+def _clone(x: torch.Tensor, *, memory_format: Any = None) -> Result:
+    fits = x.is_meta and memory_format is torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=META) if fits else None
+
+
+def _ones(size: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Result:
+    return torch.empty(size, dtype=dtype, device=META) if device == META and _is_usual(**kwargs) else None
+
+
+def _new_zeros(x: torch.Tensor, size: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Result:
+    return _ones(size, dtype=dtype or x.dtype, device=x.device if device is None else device, **kwargs)
+
+
+def _arange(*bounds: Any, dtype: Any = None, **kwargs: Any) -> Result:
+    first, last = (0, *bounds)[-2:]
+    if type(first) is not int or type(last) is not int or last < first:
         return None
-    return torch.empty(size, dtype=dtype, device=META)
+    return _ones((last - first,), dtype=dtype or torch.int64, **kwargs)
+
+
+def _is_usual(layout: Any = None, pin_memory: Any = None) -> bool:
+    return layout in (None, torch.strided) and not pin_memory
 
 
 def _into(x: torch.Tensor, *args: Any, out: torch.Tensor, **kwargs: Any) -> Result:
@@ -94,13 +129,15 @@ def _softmax_backward_into(grad: torch.Tensor, p: torch.Tensor, dim: int, dtype:
     return _into(grad, out=grad_input) if dtype is grad.dtype and p.shape == grad.shape else None
 
 
-def _dense(x: torch.Tensor) -> bool:
-    """Whether a tensor is contiguous and can be read as nothing else."""
-    return x.is_meta and x.is_contiguous() and not (x.dim() in (4, 5) and _channels_last(x))
+def _falls(x: torch.Tensor, shape: torch.Size, axes: Any = None) -> bool:
+    """Whether strides fall from axis to axis, of a tensor that is expanded to this shape.
 
-
-def _channels_last(x: torch.Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    Where two are equal the later axis must not be the larger one. Kernels keep to such an order of axes in what they
+    make, whether a tensor has gaps or not, and also where it could be read as another format.
+    """
+    strides = (x if x.shape == shape else x.expand(shape)).stride()
+    steps = [(strides[axis], shape[axis]) for axis in axes or range(len(shape)) if strides[axis]]
+    return x.is_meta and all(above >= below for above, below in pairwise(steps))
 
 
 RULES: dict[int, Callable[..., Result]] = {  # by the id of the operator, whose own hash is slow
@@ -118,6 +155,7 @@ RULES: dict[int, Callable[..., Result]] = {  # by the id of the operator, whose 
         aten.lt.Tensor: _compared,
         aten.eq.Scalar: _compared,
         aten.slice_backward.default: _slice_backward,
+        aten.where.self: _where,
         aten.tril.default: _like_first,
         aten.triu.default: _like_first,
         aten.masked_fill.Scalar: _masked_fill,
@@ -125,6 +163,10 @@ RULES: dict[int, Callable[..., Result]] = {  # by the id of the operator, whose 
         aten.bmm.default: _bmm,
         aten.ones.default: _ones,
         aten.zeros.default: _ones,
+        aten.new_zeros.default: _new_zeros,
+        aten.arange.default: _arange,
+        aten.arange.start: _arange,
+        aten.clone.default: _clone,
         aten.softmax.int_out: _softmax_into,
         aten._softmax_backward_data.out: _softmax_backward_into,
     }.items()
