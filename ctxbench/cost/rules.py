@@ -55,7 +55,8 @@ def _elementwise(dtype: torch.dtype, *operands: torch.Tensor) -> Result:
     full = next((x for x in operands if x.shape == shape), None)
     if full is None or full.is_contiguous() or 0 in shape or 1 in shape[1:]:  # axes of one place may lie anywhere
         return None
-    axes = sorted(range(len(shape)), key=lambda axis: -full.stride(axis))
+    strides = full.stride()
+    axes = sorted(range(len(shape)), key=lambda axis: -strides[axis])
     if not all(_falls(x, shape, axes) for x in operands):
         return None
     out = torch.empty([shape[axis] for axis in axes], dtype=dtype, device=META)
