@@ -67,8 +67,10 @@ def _light(call: Callable[[], Any]) -> list[Event]:
     )  # shapes off, memory on, stacks, FLOPs and modules off
     autograd._enable_profiler_legacy(config)
     try:
+        autograd._enable_record_function(False)  # operators are of no interest, and their record took 30 MiB
         result = call()
     finally:
+        autograd._enable_record_function(True)
         threads = autograd._disable_profiler_legacy()
     del result
     return merge(threads)

@@ -54,20 +54,23 @@ def measure(
     if device.startswith("cuda"):
         return _cuda(call, device)
     if expected_s is not None and expected_s > LONG_CALL_S:
-        seen: list[tuple[int, str]] = []
-        resident, reason = high_water(lambda: seen.append(allocator.measure(call)))
+        marks: list[tuple[int | None, str]] = []
+        _settle()
+        # The mark is read before the record of the events is, which takes as much again.
+        allocated, meter = allocator.measure(lambda: marks.append(high_water(call)))
+        resident, reason = marks[0]
+        if resident is not None:
+            return Peak(allocated, resident, meter)
     else:
         resident, reason = high_water(call)
-        ready()
-        seen = [allocator.measure(call)]
-    allocated, meter = seen[0]
+    ready()
+    allocated, meter = allocator.measure(call)
     return Peak(allocated, resident, meter, reason)
 
 
 def high_water(call: Callable[[], Any], proc: Path = Path("/proc/self")) -> tuple[int | None, str]:
     """Growth of the resident set's high-water mark during a call, or None with the reason."""
-    gc.collect()
-    _trim()
+    _settle()
     try:
         (proc / "clear_refs").write_text("5")  # the mark falls to what is resident now
         start = _status(proc, "VmRSS")
@@ -106,7 +109,9 @@ def _status(proc: Path, field: str) -> int:
     raise OSError(0, f"no {field} in {proc / 'status'}")
 
 
-def _trim() -> None:
+def _settle() -> None:
+    """Collect what nobody holds and hand freed memory back."""
+    gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # another C library keeps its own pages
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -287,6 +287,7 @@ def _trace_into(found: Memory, method: Method, cell: Cell) -> Any:
 
 def _warm_small(method: Method, cell: Cell) -> None:
     """Load code pages and library buffers with a shorter sequence; skipped where the method has no shorter one."""
+    _warm_libraries(cell)
     dims = cell.dims.replace(seq_len=max(1, min(WARM_UP_TOKENS, cell.seq_len // 4)), batch_size=1)
     params = cell.params_for(method)
     impl = method.impl(cell.impl)
@@ -300,3 +301,14 @@ def _warm_small(method: Method, cell: Cell) -> None:
         if is_out_of_memory(error):
             raise
     gc.collect()
+
+
+def _warm_libraries(cell: Cell) -> None:
+    """Start the threads, and have products of the cell's widths take the buffers that libraries then keep.
+
+    A quarter of a short sequence is too little for that: the peak of a small cell would hold what a process takes once.
+    """
+    dtype = workload.DTYPES[cell.dtype]
+    x = torch.ones(WARM_UP_TOKENS, cell.d_model, dtype=dtype, device=cell.device)
+    weight = torch.ones(4 * cell.d_model, cell.d_model, dtype=dtype, device=cell.device)
+    torch.nn.functional.linear(torch.nn.functional.linear(x, weight), weight.T.contiguous()).softmax(-1).mean(0)

@@ -8,6 +8,7 @@ import torch
 from ctxbench.cell import Cell
 from ctxbench.measure import allocator, flops, memory
 from ctxbench.method import Dims, Impl, Method
+from ctxbench.registry import discover
 from ctxbench.run.client import Server
 from ctxbench.run.tasks import Memory, Task
 
@@ -22,6 +23,7 @@ from ctxbench.method import Method, Params, param
 class Sizes(Params):
     mib: int = param(1, "scratch", unit="MiB", low=1)
     by_value: bool = param(False, "whether a shape depends on a value")
+    steps: int = param(0, "operators that take no memory")
 
 class Layer(nn.Module):
     def __init__(self, d_model, params):
@@ -32,6 +34,9 @@ class Layer(nn.Module):
         first = torch.ones(self.params.mib << 18)
         second = first.clone()
         del first
+        one = second[:1]
+        for _ in range(self.params.steps):
+            one.relu_()
         if self.params.by_value:
             x = x[:, : x.shape[1] - x.new_zeros(3).nonzero().shape[0]]
         return self.linear(x) + second[0]
@@ -80,6 +85,21 @@ def test_a_long_call_is_made_once_under_both_meters(measured):
     found = measured(32, expected_s=10.0)
     assert found.allocated == 64 * MIB
     assert memory.agree(found.allocated, found.resident)
+
+
+def test_the_record_of_a_long_call_is_no_part_of_its_peak(measured):
+    """Recording every operator took 30 MiB in calls of a few seconds."""
+    found = measured(8, expected_s=10.0, steps=40_000)
+    assert found.allocated == 16 * MIB
+    assert memory.agree(found.allocated, found.resident), f"{found.allocated} and {found.resident}"
+
+
+def test_a_short_cell_does_not_pay_for_what_libraries_take_once(server: Server):
+    registry = discover()
+    cell = Cell(method="segment_recurrent", impl="blocked", seq_len=1024, causal=True, threads=1)
+    task = Task(kind="memory", cell=cell, origin=registry.entries["segment_recurrent"].origin)
+    found = server.submit(task, timeout_s=60).memory
+    assert abs(found.resident - found.allocated) < MIB
 
 
 def test_what_cannot_be_traced_is_counted_on_real_tensors(measured):
@@ -150,6 +170,12 @@ def test_events_of_several_threads_are_merged_in_time_order():
 def test_a_kernel_without_a_resettable_mark_says_so(tmp_path):
     assert memory.high_water(lambda: None, tmp_path / "nowhere")[0] is None
     assert "high-water" in memory.high_water(lambda: None, tmp_path / "nowhere")[1]
+
+
+def test_a_long_call_is_made_again_where_the_mark_cannot_be_reset(monkeypatch):
+    monkeypatch.setattr(memory, "high_water", lambda call: (None, "no mark"))
+    found = memory.measure(takes_five_mebibytes, expected_s=10.0)
+    assert (found.allocated, found.resident, found.reason) == (5 * MIB, None, "no mark")
 
 
 def test_an_impl_that_fails_on_fake_tensors_is_untraceable_and_not_an_error():
