@@ -6,10 +6,12 @@ so in ``basis``.
 
 The interval comes from leaving lengths out: every series is fitted again on its first two, three, ... lengths, and the
 relative errors of what follows, divided by the root of the octaves ahead, are its scatter. Few lengths know their own
-scatter badly, so it is drawn towards that of all series of the run and enlarged by the quantile of t.
+scatter badly, so it is drawn towards that of all series of the run and enlarged by the quantile of t. No interval is
+narrower than what 19 of 20 of the run's errors stay below, because errors have longer tails than a normal law.
 
 Where the rows timed the reference product beside their samples, every time is that at the run's typical speed of the
-machine (``analysis.steady``): a slow second of the host is no property of a length.
+machine (``analysis.steady``): a slow second of the host is no property of a length. By how far that speed moved what
+the run measured, the intervals are wider.
 """
 
 from __future__ import annotations
@@ -125,6 +127,7 @@ class Forecaster:
         every = [abs(error) for errors in self._errors.values() for error in errors]
         # The median: a series that ran beside other work must not widen all intervals.
         self.scatter = max(1.4826 * float(np.median(every)), LEAST_SCATTER) if every else SCATTER
+        self.tail = _tail(every)
 
     def estimate(self, cell: Cell) -> Estimate:
         """What is known of one cell; a measurement beside other work stands back behind a fit to quiet ones."""
@@ -212,7 +215,8 @@ class Forecaster:
         freedom = max(len(series.lengths) - LEAST_LENGTHS, 0)
         own = float(np.mean(np.square(errors))) if errors else 0.0
         variance = (freedom * own + PRIOR_DOF * self.scatter**2) / (freedom + PRIOR_DOF)
-        spread = math.exp(float(t.ppf(0.975, freedom + PRIOR_DOF)) * math.sqrt(variance * octaves))
+        wrong = max(float(t.ppf(0.975, freedom + PRIOR_DOF)) * math.sqrt(variance), self.tail) * math.sqrt(octaves)
+        spread = math.exp(math.hypot(wrong, self.steady.movement))
         times = cell.seq_len / series.lengths[-1]
         beyond = f", {times:.3g} times the longest: unchecked beyond {FAR}" if times > FAR else ""
         shown = f"{format_tokens(series.lengths[0])}..{format_tokens(series.lengths[-1])}"
@@ -282,6 +286,12 @@ class Forecaster:
         if len(above) < SCRATCH_LENGTHS:
             return int(likely), int(likely * SCRATCH_SHARE + PEAK_SLACK + scratch)
         return int(likely), int(max(likely * PEAK_SHARE, likely + PEAK_SLACK) + scratch)
+
+
+def _tail(errors: Sequence[float]) -> float:
+    """What 19 of 20 further errors of a run stay below, by those it shows; 0 where they are too few to tell."""
+    index = math.ceil(0.95 * (len(errors) + 1)) - 1
+    return sorted(errors)[index] if index < len(errors) else 0.0
 
 
 def fits(found: Estimate, beside: int, limit: int | None) -> str:

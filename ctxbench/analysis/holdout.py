@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ctxbench.analysis.forecast import FITTED, Forecaster, disturbed, latency, needed
+from ctxbench.analysis.forecast import FITTED, Forecaster, latency, needed
+from ctxbench.analysis.processes import processes
 from ctxbench.cost.roofline import Ceilings
 from ctxbench.errors import UserError
 from ctxbench.registry import Registry
@@ -63,7 +64,7 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Holdout(msgspec.Struct, frozen=True, kw_only=True):
-    """Forecasts against measurements. ``disturbed`` cells ran beside other work in every process and are no truth.
+    """Forecasts against measurements. ``disturbed`` cells rest on processes beside which other work ran: no truth.
 
     ``median_error`` and ``coverage``, the share inside their intervals, are against the seconds as measured; ``steady``
     is the same pair against those at one speed of the machine, None where the rows have no reference.
@@ -93,7 +94,7 @@ def holdout(rows: Sequence[Row], registry: Registry, ceilings: Ceilings, held: i
     targets: list[Row] = []
     noisy = 0
     for found in series.values():
-        quiet = [row for row in found if not disturbed(row)]
+        quiet = [row for row in found if not processes(row).disturbed]
         noisy += len(found) - len(quiet)
         if len(quiet) >= LEAST_LEFT + held:
             targets += quiet[-held:]
@@ -102,7 +103,7 @@ def holdout(rows: Sequence[Row], registry: Registry, ceilings: Ceilings, held: i
     forecaster = Forecaster(registry, ceilings, kept)
     cells = [cell for row in targets if (cell := _held_out(row, forecaster)) is not None]
     if not cells:
-        busy = f" ({noisy} rows ran beside other work in every process)" if noisy else ""
+        busy = f" ({noisy} rows rest on processes beside other work)" if noisy else ""
         raise UserError(
             f"no series has {LEAST_LEFT + held} undisturbed lengths and formulas, so nothing can be held out{busy}\n"
             "  accepted: a run over at least four lengths, on a quiet machine, such as `ctxbench run --seq 1k..16k`"

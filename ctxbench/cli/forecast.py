@@ -140,4 +140,4 @@ def _print_check(found: Holdout, ctx: Common) -> None:
         )
     click.echo(f"memory: {found.false_fits} of {found.peaks} peaks above what the forecast would have reserved")
     if found.disturbed:
-        click.echo(f"{found.disturbed} rows ran beside other work in every process and are left out")
+        click.echo(f"{found.disturbed} rows rest on processes beside which other work ran, and are left out")

@@ -45,6 +45,12 @@ def test_a_row_is_told_at_the_typical_speed_and_its_slow_process_counts_less(res
     assert found.seconds(other) == pytest.approx(0.01, rel=0.02)
 
 
+def test_a_restless_machine_widens_what_a_measurement_may_be(restless_host: Any) -> None:
+    quiet, restless = (Steady(restless_host(0.7).run(restless=by, count=60)) for by in (0.02, 0.3))
+    assert quiet.movement < 0.1 < restless.movement
+    assert Steady(restless_host(0.7).run(count=7)).movement == 0  # too few to know that calls follow the reference
+
+
 def test_rows_without_the_reference_or_too_few_of_them_stay_as_they_are(restless_host: Any) -> None:
     host = restless_host(0.7)
     few = host.run(count=7)
