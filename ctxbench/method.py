@@ -411,15 +411,21 @@ class Method:
         return check(dims, params, device, dtype) if check else YES
 
     def cost_of(self, impl: str, mode: str, causal: bool, position: str, params: Params) -> Any:
-        """The closed forms of one impl in one mode, or None where the method declares none."""
+        """The closed forms of one impl in one mode, or None where the method declares none; each is built once."""
         function = load(self.cost)
         counted = next((one.counts_as for one in self.impls if one.name == impl and one.counts_as), impl)
-        return function(counted, mode, causal, position, params) if function else None
+        return _built(function, counted, mode, causal, position, params) if function else None
 
     def make(self, dims: Dims, params: Params, impl: str, device: str, dtype: Any) -> Any:
         """Build the module; ``dtype`` is a torch dtype."""
         build = load(self.build)
         return build(dims, params, impl, device, dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _built(function: Callable[..., Any], *structure: Any) -> Any:
+    """What a cost function says of one structure."""
+    return function(*structure)
 
 
 @functools.cache

@@ -1,10 +1,11 @@
-"""Formulas for readers: text, growth, LaTeX to copy, and MathML, which browsers draw themselves."""
+"""Formulas for readers: text, growth, and MathML, which browsers draw themselves."""
 
 from __future__ import annotations
 
 import html
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ctxbench.method import Method
@@ -21,7 +22,6 @@ class Formula:
 
     term: str
     text: str
-    latex: str
     growth: str
     mathml: str = ""
 
@@ -32,7 +32,7 @@ def formulas(method: Method | None, row: dict[str, Any]) -> tuple[list[Formula],
         return [], "The method is not installed here, so its formulas are not known."
     if method.cost is None:
         return [], "The method declares no formula."
-    from ctxbench.cost import big_o, latex, total
+    from ctxbench.cost import big_o, total
     from ctxbench.cost.model import text
 
     try:
@@ -45,12 +45,13 @@ def formulas(method: Method | None, row: dict[str, Any]) -> tuple[list[Formula],
         for name, expression in terms.items():
             words = text(expression)
             drawn = mathml(expression) if len(words) <= LONGEST and name != "total" else ""
-            found.append(Formula(name, words, latex(expression), big_o(expression), drawn))
+            found.append(Formula(name, words, big_o(expression), drawn))
     except Exception as error:  # a plug-in's cost function may raise anything
         return [], f"The formula could not be evaluated: {type(error).__name__}: {error}"
     return found, ""
 
 
+@lru_cache(maxsize=1024)
 def mathml(expression: Expr) -> str:
     """A formula as a ``<math>`` element; parameters appear under their own names, undivided.
 

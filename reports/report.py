@@ -56,6 +56,7 @@ class Report:
     title: str
     figures: dict[str, Any] = field(default_factory=dict)
     _forecasters: dict[str, Forecaster] = field(default_factory=dict)
+    _shown: dict[int, frozenset[str]] = field(default_factory=dict)  # by view, which the report keeps
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -123,7 +124,9 @@ class Report:
 
     def shown(self, view: View) -> set[str]:
         """The series a chart shows at first: the fastest of each method."""
-        return set(fastest(view.frame).values())
+        if id(view) not in self._shown:
+            self._shown[id(view)] = frozenset(fastest(view.frame).values())
+        return set(self._shown[id(view)])
 
     def method(self, name: str) -> Method | None:
         """The method as it is installed here, or None."""

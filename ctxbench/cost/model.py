@@ -184,6 +184,7 @@ def latex(expression: Expr) -> str:
     return str(sympy.latex(expression, symbol_names=names))
 
 
+@lru_cache(maxsize=1024)
 def text(expression: Expr) -> str:
     """One-line text of a formula, factored where that makes it shorter and does not take SymPy seconds."""
     written = plain(expression)
