@@ -93,8 +93,8 @@ def format_tokens(count: int | None) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things: ``1 cell``, ``2 cells``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """A number of things: ``1 cell``, ``2 cells``, ``3 processes``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def significant(value: float) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ctxbench import __version__
 from ctxbench.analysis.printable import printable
@@ -166,6 +166,7 @@ def _environment() -> Environment:
         loader=PackageLoader("ctxbench.reports", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
     )  # fmt: skip
+    environment.filters["broken"] = lambda name: Markup("_<wbr>").join(escape(printable(name)).split("_"))
     environment.globals["now"] = lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return environment
 

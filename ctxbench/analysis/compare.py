@@ -40,6 +40,7 @@ from ctxbench.cell import Cell
 from ctxbench.errors import UserError, unknown
 from ctxbench.rows import FAILURES, Row, cell_of
 from ctxbench.text import Warn, kind_of
+from ctxbench.units import counted
 
 ALPHA = 0.01  # chance of any wrong faster or slower in one comparison of identical code
 SAME = 0.02  # a difference nobody needs to know
@@ -303,7 +304,8 @@ def _verdict(cell: Compared, shifts: list[ranks.Shift], cells: int) -> tuple[Ver
         return Verdict.SAME, f"the interval lies inside +-{100 * SAME:g} %"
     if cell.p_holm is None:
         needed = least_processes(cells)
-        counts = f"{cell.n_a} and {cell.n_b} processes" if cell.n_a != cell.n_b else f"{cell.n_a} processes a side"
+        counts = counted(cell.n_b, "process")
+        counts = f"{cell.n_a} and {counts}" if cell.n_a != cell.n_b else f"{counts} a side"
         over = f" over {cells} cells" if cells > 1 else ""
         beside = f"; other work ran beside {cell.disturbed}" if cell.disturbed else ""
         return Verdict.UNCLEAR, f"{counts} cannot reach {100 * ALPHA:g} %{over}; {needed} would{beside}"

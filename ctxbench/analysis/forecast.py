@@ -36,7 +36,7 @@ from ctxbench.pace import ONE_MEMORY_CALL_S
 from ctxbench.plan import Planned, resident_bytes
 from ctxbench.registry import Registry
 from ctxbench.rows import Row, cell_of
-from ctxbench.units import format_seconds, format_tokens
+from ctxbench.units import counted, format_seconds, format_tokens
 
 MEASURED, FITTED, SCALED, ROOFLINE, UNKNOWN = "measured", "fit", "scaled", "roofline", "unknown"
 SCATTER = 0.12  # relative, an octave ahead; where no series of the run can tell its own
@@ -221,7 +221,7 @@ class Forecaster:
         beyond = f", {times:.3g} times the longest: unchecked beyond {FAR}" if times > FAR else ""
         shown = f"{format_tokens(series.lengths[0])}..{format_tokens(series.lengths[-1])}"
         return Estimate(
-            source=FITTED, basis=f"own cost terms fitted to {len(series.lengths)} lengths {shown}{beyond}",
+            source=FITTED, basis=f"own cost terms fitted to {counted(len(series.lengths), 'length')} {shown}{beyond}",
             latency_s=middle, low=middle / spread, high=middle * spread,
             power_law_s=power_law(series.lengths, series.seconds).predict(cell.seq_len),
             evidence=[row.cell for row in series.rows], **common,
@@ -232,7 +232,7 @@ class Forecaster:
         seconds, (low, high) = self.steady.seconds(row), self.steady.interval(row)
         moved = len(self.steady.off(row)) > 0
         count = row.latency_s.n_processes
-        basis = f"{count} process{'es' if count > 1 else ''}"
+        basis = counted(count, "process")
         if abs(seconds / latency(row) - 1) > TOLD:
             basis += f", {format_seconds(latency(row))} as the machine ran then"
         return Estimate(

@@ -219,8 +219,9 @@ def _print_gate(threshold: float, failing: list[Compared], found: Comparison) ->
     share = f"{100 * threshold:g} %"
     if failing:
         names = ", ".join(f"{c.method}/{c.impl}/{format_tokens(c.seq_len)} x{c.ratio:.3f}" for c in failing)
-        click.echo(f"FAILED: {len(failing)} cells are slower by at least {share}: {names}")
+        are = f"{counted(len(failing), 'cell')} {'is' if len(failing) == 1 else 'are'}"
+        click.echo(f"FAILED: {are} slower by at least {share}: {names}")
     elif found.broken():
-        click.echo(f"FAILED: {len(found.broken())} cells that A measured failed in B")
+        click.echo(f"FAILED: {counted(len(found.broken()), 'cell')} that A measured failed in B")
     else:
         click.echo(f"passed: no cell is shown to be slower by at least {share}")

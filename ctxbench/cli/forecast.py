@@ -14,7 +14,7 @@ from ctxbench.cli.selection import selection_options
 from ctxbench.errors import UserError
 from ctxbench.run.store import RUN
 from ctxbench.suite import Suite
-from ctxbench.units import format_bytes, format_seconds, format_tokens
+from ctxbench.units import counted, format_bytes, format_seconds, format_tokens
 
 if TYPE_CHECKING:
     from ctxbench.analysis.holdout import Holdout
@@ -130,7 +130,7 @@ def _print_check(found: Holdout, ctx: Common) -> None:
     headers = ["METHOD / IMPL", "LENGTH", "MODE", "MEASURED", *steady, "FORECAST", "INTERVAL", "ERROR", "POWER LAW", ""]
     click.echo(table(headers, lines))
     click.echo(
-        f"{len(found.cells)} cells held out: median error {100 * found.median_error:.1f} %, of a power law "
+        f"{counted(len(found.cells), 'cell')} held out: median error {100 * found.median_error:.1f} %, of a power law "
         f"{100 * found.power_law_median_error:.1f} %; {100 * found.coverage:.0f} % inside their intervals"
     )
     if found.steady is not None:

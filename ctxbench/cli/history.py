@@ -10,7 +10,7 @@ import msgspec
 
 from ctxbench.cli.common import Common, common_options, table
 from ctxbench.cli.compare import SIGNS
-from ctxbench.units import format_seconds, format_tokens
+from ctxbench.units import counted, format_seconds, format_tokens
 
 if TYPE_CHECKING:
     from ctxbench.analysis.history import History, Trend
@@ -56,7 +56,7 @@ def _has_changed(trend: Trend) -> bool:
 
 def _print(history: History) -> None:
     machine = ", ".join(f"{name} {value}" for name, value in history.machine.items() if name in ("cpu", "cores", "gpu"))
-    click.echo(f"{history.device}: {machine}\n{len(history.runs)} runs: {', '.join(history.runs)}")
+    click.echo(f"{history.device}: {machine}\n{counted(len(history.runs), 'run')}: {', '.join(history.runs)}")
     if not history.trends:
         click.echo("no cell changed\n")
         return

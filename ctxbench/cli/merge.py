@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from ctxbench.cli.common import Common, common_options
+from ctxbench.units import counted
 
 KEEP = ("first", "last")
 
@@ -39,6 +40,6 @@ def command(runs: tuple[Path, ...], out: Path, keep: str | None, ctx: Common) ->
     for note in found.notes:
         ctx.note(note)
     counts = ", ".join(f"{count} {status}" for status, count in found.counts.items())
-    click.echo(f"{found.rows} rows of {len(sources)} runs ({counts})")
+    click.echo(f"{counted(found.rows, 'row')} of {counted(len(sources), 'run')} ({counts})")
     click.echo(f"rows    {Path(found.folder) / 'rows.jsonl'}")
     click.echo(f"next    ctxbench report {found.folder}")

@@ -9,6 +9,7 @@ import click
 
 from ctxbench.cli.common import Common, common_options, complete_methods
 from ctxbench.errors import Exit, UserError
+from ctxbench.units import counted
 
 if TYPE_CHECKING:
     from ctxbench.analysis.reach import ReachMap
@@ -80,7 +81,7 @@ def _emit(shown: list[ReachMap], failed: list[str], folder: Path | None, ctx: Co
     if ctx.json:
         ctx.emit({"maps": msgspec.to_builtins(shown), "failed": failed})
     elif folder is not None:
-        click.echo(f"{len(shown)} maps in {folder / 'reach.json'}")
+        click.echo(f"{counted(len(shown), 'map')} in {folder / 'reach.json'}")
     else:
         click.echo("\n\n".join(_text(each) for each in shown))
 
@@ -96,7 +97,7 @@ def _text(each: ReachMap) -> str:
         below = connected[i + 1] if i + 1 < each.seq_len else empty
         lines.append("".join(BLOCKS[int(a), int(b)] for a, b in zip(connected[i], below, strict=True)).rstrip())
     counts = each.counts()
-    words = {"values": "pass values without a gradient", "claimed": "named by METHOD.reach but not seen",
+    words = {"values": "passing values without a gradient", "claimed": "named by METHOD.reach but not seen",
              "unclaimed": "seen but not named by METHOD.reach"}  # fmt: skip
-    lines += [f"{counts[name]} pairs {text}" for name, text in words.items() if counts[name]]
+    lines += [f"{counted(counts[name], 'pair')} {text}" for name, text in words.items() if counts[name]]
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from ctxbench.measure.agreement import Agreement, compare
 from ctxbench.measure.specimen import NotClaimed, Specimen
 from ctxbench.method import Method, load
 from ctxbench.rows import Gate
+from ctxbench.units import counted
 
 EPS = torch.finfo(torch.float32).eps
 UNCHANGED = 4 * EPS  # of the largest output: what a sum in another order may move
@@ -202,7 +203,7 @@ def _receptive_field(specimen: Specimen) -> str:
         touched = set(torch.nonzero(x.grad[row].abs().amax(dim=1)).flatten().tolist())
         beyond = sorted(touched - set(claimed))
         if beyond:
-            return f"output {i} depends on {len(beyond)} inputs outside its reach, the first at {beyond[0]}"
+            return f"output {i} depends on {counted(len(beyond), 'input')} outside its reach, the first at {beyond[0]}"
         # A set names what may have an influence, the contents decide; a range promises that its ends have.
         ends = {claimed[0], claimed[-1]} if isinstance(claimed, range) and len(claimed) else set()
         silent = sorted(ends - touched)

@@ -76,8 +76,9 @@ async function drawCharts() {
     if (!waiting.length) startTable(); else if (idle) next();
   }, { rootMargin: "400px" });
   $$(".plot").forEach((plot) => near.observe(plot));
-  addEventListener("beforeprint", () => { startTable(); root.dataset.theme = "light"; $$(".plot").forEach(draw); });
-  addEventListener("afterprint", () => setTheme(theme));
+  const anew = (plot) => { Plotly.purge(plot); draw(plot); }; // in the size that its place has now
+  addEventListener("beforeprint", () => { startTable(); Object.assign(root.dataset, { theme: "light", printing: "" }); $$(".plot").forEach(anew); });
+  addEventListener("afterprint", () => { delete root.dataset.printing; setTheme(theme); $$(".plot").forEach(anew); });
   $$("[data-save]").forEach((button) => button.addEventListener("click", () => {
     const plot = $(".plot", button.closest("figure"));
     Plotly.downloadImage(plot, { format: button.dataset.save, filename: keyOf(plot), scale: button.dataset.save === "png" ? 2 : 1 });

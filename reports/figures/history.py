@@ -13,7 +13,7 @@ from ctxbench.analysis.printable import printable
 from ctxbench.reports.figures import canvas, scales
 from ctxbench.reports.figures.plotly_json import axis, hover, layout, scatter, ticks
 from ctxbench.reports.palette import MPL_DASHES, MPL_MARKERS, Style
-from ctxbench.units import format_tokens
+from ctxbench.units import counted, format_tokens
 
 COLUMNS = ["series", "seq_len", "order", "run", "value", "low", "high", "hover"]
 TIMES = "time in units of the first run"
@@ -43,7 +43,7 @@ def _text(row: Mapping[str, Any]) -> str:
     low, high = (scales.text(row[f"latency_{end}_s"], "s") for end in ("low", "high"))
     return "\n".join((
         f"{row['series']} at {format_tokens(int(row['seq_len']))} tokens", f"in {row['run']}, {row['started_at'][:16]}",
-        f"{scales.text(row['latency_s'], 's')}, interval {low} to {high}", f"{row['n_processes']} processes",
+        f"{scales.text(row['latency_s'], 's')}, interval {low} to {high}", counted(int(row["n_processes"]), "process"),
     ))  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from ctxbench.analysis.frame import MEASURED, records
 from ctxbench.reports.figures import scales
 from ctxbench.reports.palette import status_of
-from ctxbench.units import format_tokens
+from ctxbench.units import counted, format_tokens
 
 COLUMNS = ["series", "method", "impl", "seq_len", "kind", "value", "low", "high", "status", "reason", "hover"]
 
@@ -106,7 +106,7 @@ def _measured_text(row: Mapping[str, Any], metric: Metric, source: str, value: f
     if low < value or high > value:
         lines.append(f"interval {scales.text(low, metric.unit)} to {scales.text(high, metric.unit)}")
     if metric is LATENCY:
-        lines.append(f"{row['n_samples']} samples in {row['n_processes']} processes")
+        lines.append(f"{counted(row['n_samples'], 'sample')} in {counted(row['n_processes'], 'process')}")
         if row["stop"]:
             lines.append(f"sampling ended by {row['stop']}")
     if metric is MEMORY and row["meter"]:

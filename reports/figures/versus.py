@@ -13,7 +13,7 @@ from ctxbench.reports.figures import canvas, scales
 from ctxbench.reports.figures.overview import LENGTH
 from ctxbench.reports.figures.plotly_json import axis, layout, scatter, ticks
 from ctxbench.reports.palette import MPL_DASHES, MPL_MARKERS, Style
-from ctxbench.units import format_tokens
+from ctxbench.units import counted, format_tokens
 
 COLUMNS = ["series", "label", "seq_len", "a_s", "b_s", "ratio", "low", "high", "verdict", "hover"]
 MARKS = {
@@ -55,7 +55,7 @@ def _text(cell: Compared) -> str:
         f"{label(cell)} at {format_tokens(cell.seq_len)} tokens",
         f"A {scales.text(cell.a_s, 's')}, B {scales.text(cell.b_s, 's')}",
         f"B / A {ratio_text(cell)}",
-        f"{cell.n_a} and {cell.n_b} processes",
+        f"{cell.n_a} and {counted(cell.n_b, 'process')}",
         f"{cell.verdict}" + (f": {cell.reason}" if cell.reason else ""),
     ]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from typing import Any
 from ctxbench.analysis.audit import FAILS, HOLDS, NOT_APPLICABLE, NOT_CLAIMED, VIOLATED, Verdict
 from ctxbench.analysis.audit_rows import audit_rows
 from ctxbench.reports.report import Report
+from ctxbench.units import counted
 
 MARKS = {HOLDS: "\u2713", VIOLATED: "\u2717", NOT_CLAIMED: "\u2013", NOT_APPLICABLE: ""}
 UNITS = {"FLOPs": "FLOP", "peak memory": "B", "state bytes": "B"}  # of terms that begin so and whose values are bare
@@ -51,10 +52,12 @@ def _mark(verdict: Verdict) -> str:
 def _sentence(found: list[Verdict]) -> str:
     answered = [verdict for verdict in found if verdict.verdict in (HOLDS, VIOLATED)]
     wrong = sum(not verdict.ok for verdict in answered)
+    right = len(answered) - wrong
     if not answered:
         return "The rows hold no numbers that could be held against a claim."
     outcome = f"{wrong} {'is' if wrong == 1 else 'are'} contradicted" if wrong else "none is contradicted"
-    return f"Of {len(answered)} claims that the rows can answer, {len(answered) - wrong} hold and {outcome}."
+    hold = f"{right} {'holds' if right == 1 else 'hold'}"
+    return f"Of {counted(len(answered), 'claim')} that the rows can answer, {hold} and {outcome}."
 
 
 def _subject(run: str, verdict: Verdict) -> str:

@@ -9,7 +9,7 @@ from ctxbench.errors import UserError
 from ctxbench.reports.figures import scales, versus
 from ctxbench.reports.report import Report
 from ctxbench.reports.swatch import legend
-from ctxbench.units import format_tokens
+from ctxbench.units import counted, format_tokens
 
 ORDER = (Verdict.SLOWER, Verdict.FASTER, Verdict.UNCLEAR, Verdict.SAME, Verdict.INVALID)
 TONES = {Verdict.FASTER: "good", Verdict.SLOWER: "bad", Verdict.UNCLEAR: "fair", Verdict.SAME: "", Verdict.INVALID: ""}
@@ -46,7 +46,10 @@ def context(report: Report) -> dict[str, Any]:
                    for name, count in found.counts().items()],
         "sentence": _sentence(found), "lines": [_line(cell) for cell in cells],
         "legend": legend(report.frame, report.styles, report.looks, shown),
-        "lonely": [(side, len(cells)) for side, cells in (("A", found.only_a), ("B", found.only_b)) if cells],
+        "lonely": [
+            (side, f"{counted(len(cells), 'cell')} {'is' if len(cells) == 1 else 'are'}")
+            for side, cells in (("A", found.only_a), ("B", found.only_b)) if cells
+        ],
     }  # fmt: skip
 
 
@@ -69,6 +72,6 @@ def _times(ratio: float) -> str:
 def _sentence(found: Comparison) -> str:
     counts = found.counts()
     parts = [f"{count} {name}" for name, count in counts.items()]
-    text = f"Of {len(found.cells)} cells that both runs have, B is {', '.join(parts)}."
+    text = f"Of {counted(len(found.cells), 'cell')} that both runs have, B is {', '.join(parts)}."
     broken = found.broken()
-    return text + (f" {len(broken)} cells that A measured failed in B." if broken else "")
+    return text + (f" {counted(len(broken), 'cell')} that A measured failed in B." if broken else "")

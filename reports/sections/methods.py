@@ -16,6 +16,7 @@ from ctxbench.reports.figures import reach as figure
 from ctxbench.reports.palette import status_of
 from ctxbench.reports.report import Report
 from ctxbench.reports.swatch import swatch
+from ctxbench.units import counted
 
 
 def context(report: Report) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def _reach(found: ReachMap | None) -> dict[str, Any] | None:
     key = [(state, words) for state, words in figure.WORDS.items() if counts[state]]
     sizes = [f"{name} = {value}" for name, value in found.params.items()]
     layers = found.dims.get("num_layers", 1)
-    note = f"{found.seq_len} tokens, {layers} layer{'s' if layers != 1 else ''}, in {found.impl}"
+    note = f"{counted(found.seq_len, 'token')}, {counted(layers, 'layer')}, in {found.impl}"
     return {"svg": figure.svg(found), "key": key, "note": ", ".join([note, *sizes])}
 
 

@@ -23,6 +23,9 @@ BASES = {
 }
 
 
+FORECAST = "; forecast of "  # what follows it in a reason is of that length alone
+
+
 def context(report: Report) -> dict[str, Any]:
     """What ``model.j2`` prints. Of several memory sizes, the one with the most measurements is shown."""
     chosen: dict[tuple[Any, ...], Any] = {}
@@ -82,12 +85,18 @@ def _signed(value: float) -> str:
 
 
 def _missing(table: pd.DataFrame) -> list[str]:
-    """Lengths without a measurement, with their reasons; equal reasons together."""
-    reasons: dict[str, list[str]] = {}
+    """Lengths without a measurement, with their reasons; equal reasons together, and what each was forecast to take."""
+    reasons: dict[str, list[tuple[str, str]]] = {}
     for row in records(table[table["latency_s"].isna()]):
-        why = status_of(row["status"]).words + (f": {row['reason']}" if row["reason"] else "")
-        reasons.setdefault(why, []).append(format_tokens(int(row["seq_len"])))
-    return [f"{', '.join(lengths)}: {why}" for why, lengths in reasons.items()]
+        reason, _, forecast = row["reason"].partition(FORECAST)
+        why = status_of(row["status"]).words + (f": {reason}" if reason else "")
+        reasons.setdefault(why, []).append((format_tokens(int(row["seq_len"])), forecast))
+    lines = []
+    for why, found in reasons.items():
+        forecasts = [forecast.removesuffix(" a call") for _, forecast in found if forecast]
+        more = f"{FORECAST}{', '.join(forecasts)} a call" if forecasts else ""
+        lines.append(f"{', '.join(length for length, _ in found)}: {why}{more}")
+    return lines
 
 
 def _title(report: Report, name: str) -> str:

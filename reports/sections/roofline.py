@@ -9,7 +9,7 @@ from ctxbench.analysis.frame import View
 from ctxbench.reports.figures import roofline, scales
 from ctxbench.reports.report import Report
 from ctxbench.reports.swatch import legend
-from ctxbench.units import format_tokens
+from ctxbench.units import counted, format_tokens
 
 
 def context(report: Report) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _sentence(report: Report, view: View, table: Any) -> str:
     ceilings = report.ceilings(view)
     if ceilings is None:
         return "This run left no calibration of its machine, so no ceiling is drawn."
-    threads = f"{ceilings.threads} thread{'s' if ceilings.threads != 1 else ''}" if ceilings.threads else "all cores"
+    threads = counted(ceilings.threads, "thread") if ceilings.threads else "all cores"
     rates = ", ".join(f"{scales.text(rate, 'FLOP/s')} in {dtype}" for dtype, rate in ceilings.flops_per_s.items())
     return (
         f"Ceilings measured on {ceilings.device} with {threads}: products of matrices {rates}; "

@@ -357,7 +357,12 @@ def test_printing_uses_the_light_theme_and_draws_every_chart(visit):
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("[...document.querySelectorAll('.plot')].every(plot => plot.data)")
+    fits = "[...document.querySelectorAll('.plot')].every(plot => plot._fullLayout.width <= plot.clientWidth + 1)"
+    assert page.evaluate("document.body.clientWidth") <= 705
+    assert page.evaluate(fits)
     page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("document.body.clientWidth") > 705
+    assert page.evaluate(f"document.querySelector('{OVERVIEW}')._fullLayout.width") > 250
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
 
 

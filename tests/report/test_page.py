@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 from sympy import Function, Piecewise, Symbol, floor, symbols
 
 from ctxbench.analysis.frame import to_frame
@@ -20,6 +22,7 @@ from ctxbench.reports import formulas, tables
 from ctxbench.reports.page import render, unpack, write
 from ctxbench.reports.publish import publish
 from ctxbench.reports.report import Report
+from ctxbench.reports.sections import model
 from ctxbench.reports.sections.methods import paper_link
 from ctxbench.reports.summary import sentences
 
@@ -130,6 +133,22 @@ def test_a_page_is_the_same_page_twice_but_for_its_date(run_folder):
     run = read_run(run_folder("tiny"))
     first, second = (render(Report([run], Registry(), "title")) for _ in range(2))
     assert re.sub(r"on \d{4}-[^.]*UTC", "", first) == re.sub(r"on \d{4}-[^.]*UTC", "", second)
+
+
+def test_lengths_that_were_not_measured_for_one_reason_share_a_line(run_folder):
+    run = read_run(run_folder("scaling"))
+    rows = [
+        replace(row, reason=f"the budget is spent; forecast of {row.seq_len // 1024} s a call")
+        if row.status == "skipped"
+        else row
+        for row in run.rows
+        if (row.method, row.impl) == ("dense", "reference")
+    ]
+    (group,) = model.context(Report([dataclasses.replace(run, rows=tuple(rows))], Registry(), "t"))["groups"]
+    assert group["cards"][0]["missing"] == [
+        "16k: out of memory: asked for 8.00 GiB above 5.10 GiB",
+        "32k, 64k, 128k: skipped: the budget is spent; forecast of 32 s, 64 s, 128 s a call",
+    ]
 
 
 def test_a_method_card_shows_what_the_plug_in_declares_and_escapes_it(run_folder):

@@ -68,6 +68,8 @@ def test_malformed_quantities_say_what_is_accepted(parse, text: str) -> None:
         (format_seconds(0), "0 s"),
         (counted(1, "cell"), "1 cell"),
         (counted(0, "cell"), "0 cells"),
+        (counted(1, "process"), "1 process"),
+        (counted(2, "process"), "2 processes"),
         (format_bytes(512), "512 B"),
         (format_bytes(2048), "2.00 KiB"),
         (format_bytes(198 * 2**20), "198 MiB"),
