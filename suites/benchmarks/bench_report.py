@@ -17,7 +17,7 @@ from pathlib import Path
 from ctxbench.errors import CtxbenchError, EnvironmentUnusable
 
 LIMIT_S = 1.5  # to answer to a reader, and to show the first chart
-SCREEN = {"width": 1280, "height": 800}
+WIDTH, HEIGHT = 1280, 800
 WATCH = """
 window.seen = {};
 new MutationObserver((_, observer) => {
@@ -47,7 +47,7 @@ def opened(page: Path, repeats: int = 5) -> dict[str, float]:
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
         for _ in range(repeats):
-            context = launched.new_context(viewport=SCREEN)
+            context = launched.new_context(viewport={"width": WIDTH, "height": HEIGHT})
             tab = context.new_page()
             tab.add_init_script(WATCH)
             tab.goto(page.resolve().as_uri())
@@ -77,7 +77,7 @@ def main() -> int:
         except CtxbenchError as error:
             sys.stderr.write(f"error: {error}\n")
             return error.exit_code
-    show(f"opened on {SCREEN['width']} x {SCREEN['height']} (limit {LIMIT_S} s)\n")
+    show(f"opened on {WIDTH} x {HEIGHT} (limit {LIMIT_S} s)\n")
     reached = max(times["ready"], times["chart"]) < LIMIT_S
     for name, words in (("ready", "answers"), ("chart", "first chart"), ("table", "table, without a limit")):
         show(f"  {words:24} {times[name]:6.2f} s\n")
