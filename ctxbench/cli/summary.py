@@ -22,7 +22,7 @@ NAMED = ("batch_size", "d_model", "num_heads", "d_ff")
 
 def print_summary(rows: list[Row], registry: Registry, console: Console) -> None:
     """Print one table a setting, then what happened to all cells."""
-    settings: dict[Any, list[Row]] = defaultdict(list)
+    settings: dict[Any, list[Row]] = defaultdict(list)  # of measured rows
     for row in rows:
         if row.measured and not _is_sketch(row, registry):
             settings[tuple(getattr(row, name) for name in SETTING)].append(row)
@@ -34,6 +34,10 @@ def print_summary(rows: list[Row], registry: Registry, console: Console) -> None
     for row in [row for row in rows if row.status in FAILURES][:10]:
         where = f"{row.method} / {row.impl} at {format_tokens(row.seq_len)}, {row.mode}"
         console.print(f"  {row.status}: {where}: {row.reason.splitlines()[0] if row.reason else ''}", markup=False)
+    if rows and not settings:  # then what was not even tried is all there is to say
+        refused = Counter((row.status, f"{row.method} / {row.impl}", row.reason) for row in rows if row.reason)
+        for (status, whose, reason), count in refused.most_common(10):
+            console.print(f"  {count} x {status}: {whose}: {reason.splitlines()[0]}", markup=False)
     kinds = Counter(kind for row in rows for kind in {kind_of(warning) for warning in row.warnings})
     for kind, count in kinds.most_common():
         if kind is not Warn.OTHER:

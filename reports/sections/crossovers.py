@@ -23,7 +23,7 @@ MOST = 60  # lines of the table of crossings
 def context(report: Report) -> dict[str, Any]:
     """What ``crossovers.j2`` prints, for the setting with the most measurements."""
     if not report.settings:
-        return {"sentence": "No cell of this run was measured, so nothing can cross."}
+        return {"sentence": "No cell of this run was measured, so nothing can cross.", "setting": ""}
     setting = report.settings[0]
     curves = best(setting.curves)
     found, names = crossings(report, setting)

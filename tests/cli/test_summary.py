@@ -22,3 +22,13 @@ def test_a_sketch_with_defects_is_never_the_fastest_impl():
     assert "blocked" in out.getvalue()
     assert "500 ms" in out.getvalue()
     assert "as_written" not in out.getvalue()
+
+
+def test_where_nothing_was_measured_the_reasons_are_there():
+    rows = [
+        row_for(Cell(method="dense", impl="native", seq_len=length), "unsupported", reason="needs a C++ compiler")
+        for length in (1024, 2048)
+    ]
+    out = io.StringIO()
+    print_summary(rows, discover(), Console(file=out, width=120))
+    assert "2 x unsupported: dense / native: needs a C++ compiler" in out.getvalue()

@@ -208,6 +208,7 @@ ROWS = {
     "hostile": hostile_rows,
     "memory": memory_rows,
     "large": large_rows,
+    "refused": lambda: [make_row("dense", "triton", 1024, "unsupported", flops=None, forecast=None)],
 }
 
 

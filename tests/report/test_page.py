@@ -97,6 +97,8 @@ def test_a_sketch_with_defects_never_counts_as_the_fastest(run_folder):
 def test_a_run_in_which_nothing_was_measured_says_so(run_folder):
     frame = to_frame([read_run(run_folder("scaling"))])
     assert "No cell of this run was measured" in sentences(frame[frame["impl"] == "triton"])[0]
+    page = write([run_folder("refused")])
+    assert "No cell of this run was measured, so nothing can cross" in page.read_text()
 
 
 def test_a_run_with_one_memory_size_says_so_in_a_sentence(report_file):
