@@ -55,12 +55,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BigBirdParam
 
 
 def _peak(impl: str, mode: str, position: str) -> Expr | None:
-    if impl == "flex" or (position in ("t5", "alibi") and impl != "triton") or (position, mode) == ("t5", "train"):
+    if impl == "flex" or (position in ("t5", "alibi") and impl != "triton"):
         return None
-    if mode == "forward":
-        most = _forward_peak(impl, position)
-    else:  # every layer keeps its slopes
-        most = _train_peak(impl, position in ROPE) + L * bias_bytes(position)
+    most = _forward_peak(impl, position) if mode == "forward" else _train_peak(impl, position)
     return rotated(most, mode) if position in ROPE else most
 
 
@@ -102,9 +99,23 @@ def _forward_peak(impl: str, position: str) -> Expr:
     return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (slab, True)))
 
 
-def _train_peak(impl: str, rotates: bool) -> Expr:
+def _biases(position: str) -> tuple[Expr, Expr]:
+    """What a layer keeps of biases for the backward pass, and what is there in the middle of its attention's.
+
+    Of slopes one copy. Of a table one for each of the calls, and which entry of T5's each distance takes; in the
+    backward pass that of the first call, and gradients of the others.
+    """
+    bias = bias_bytes(position)
+    if position != "t5":
+        return bias, bias
+    taken = Integer(8 * T5_DISTANCES)
+    return taken + bias * Piecewise((1, few), (3, True)), taken + bias * Piecewise((2, few), (3, True))
+
+
+def _train_peak(impl: str, position: str) -> Expr:
     """The top layer's backward pass, in its FFN or in its attention, with all layers below it still saved."""
     scores, statistics, hidden = tensor(B, h, T, T), 2 * e * B * T, tensor(B, T, f)
+    kept_biases, biases = _biases(position)
     if impl == "reference":
         core = scores + h * T * T  # probabilities and mask
         attending = core + 5 * row + 2 * scores  # norm q k, output, gradient of v; gradients of probabilities, scores
@@ -124,10 +135,9 @@ def _train_peak(impl: str, rotates: bool) -> Expr:
         summed = by_block + Max(end_keys + 2 * piece, _buffers(1, 0, 1) - indices + converted)
         attending = core + Piecewise((10 * row, few), (7 * row + summed, True))
     # Of rotated queries a fused call of all rows gives an output that merging heads copies.
-    merged = Piecewise((row, few), (0, True)) if rotates and impl != "reference" else Integer(0)
-    kept = (
-        core + merged + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)
-    )  # norm q k v, mixed, output; FFN's
+    merged = Piecewise((row, few), (0, True)) if position in ROPE and impl != "reference" else Integer(0)
+    kept = core + kept_biases + merged + 6 * row  # norm q k v, mixed, output
+    kept += statistics + when_ffn(2 * row + 2 * hidden + statistics)
     in_ffn = when_ffn(kept + hidden + e * (d * f + d))
     gradients = e * (d * d + d) + when_ffn(row + e * (2 * d * f + f + 3 * d))
-    return (L - 1) * kept + Max(in_ffn, attending + statistics + gradients)
+    return (L - 1) * kept + Max(in_ffn, attending + biases + statistics + gradients)

@@ -1,6 +1,6 @@
 """Allocator peaks: what is alive together at the worst moment.
 
-``topw``, purely local layers, bidirectional training of ``blocked``, and ``triton`` have no formula.
+``topw``, purely local layers and bidirectional training of ``blocked`` have no formula. Those of ``triton`` are exact.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ c, K = param("local_block"), param("num_clusters")
 
 def peak(impl: str, mode: str, causal: bool, params: RoutingParams) -> Expr | None:
     """One impl in one mode, or None."""
-    if impl == "triton" or params.selection == "topw" or params.local_share == 1:
+    if params.selection == "topw" or params.local_share == 1:
         return None
+    if impl == "triton":
+        return Kernels(params).peak(mode)
     if (impl, mode, causal) == ("blocked", "train", False):
         return None
     sizes = _Sizes(impl, params)
@@ -111,3 +113,73 @@ class _Sizes:
     def kept(self, tokens: Expr) -> Expr:
         """Tokens that local heads remember."""
         return tokens - c * Max(0, floor(tokens / c) - 1)
+
+
+class Kernels(_Sizes):
+    """The Triton impl: lists of clusters instead of scores, a log-sum-exp a query, no mask."""
+
+    def __init__(self, params: RoutingParams):
+        super().__init__("triton", params)
+        self.begins = 4 * B * self.routed_heads * (K + 1)
+
+    def peak(self, mode: str) -> Expr:
+        """Bytes of one mode."""
+        if mode == "forward":
+            row = tensor(B, T, d)
+            found = self.numbers(T) + self.begins
+            routed = 2 * tensor(B, T, self.routed) + found + 2 * self.numbers(T)
+            sorting = tensor(B, T, self.routed) + self.numbers(T) + self.sorting(T)
+            # Norm, q, v, k of local heads; what these found, or all that routed heads need beside it.
+            own = 3 * row + 2 * tensor(B, T, self.local)
+            return stack_peak(T, own + largest(4 * B * self.local_heads * T, routed, sorting))
+        if mode == "train":
+            return self.train()
+        if mode == "decode":
+            return self.call(Integer(1), T, Integer(0))
+        whole = floor(T / C) * C
+        rest = T - whole
+        last_whole = Min(whole, 1) * self.call(C, Max(whole - C, 0), tensor(B, Min(whole - C, C), d))
+        return largest(last_whole, Min(rest, 1) * self.call(rest, whole, tensor(B, Min(whole, C), d)))
+
+    def numbers(self, tokens: Expr) -> Expr:
+        """Four bytes a routed head and token."""
+        return 4 * B * self.routed_heads * tokens
+
+    def sorting(self, tokens: Expr) -> Expr:
+        """Clusters in order, the order in 64 and in 32 bits, bounds and where clusters begin."""
+        return 4 * self.numbers(tokens) + 2 * self.begins
+
+    def train(self) -> Expr:
+        """The top layer's backward pass: in its FFN, in its routed heads or in its local ones."""
+        row, hidden, statistics = tensor(B, T, d), tensor(B, T, f), 2 * e * B * T
+        narrow, routed = tensor(B, T, self.local), tensor(B, T, self.routed)
+        # Of routed heads: normalised q with its statistics, what was found and its log-sum-exps, the lists.
+        clusters = 2 * routed + 2 * e * B * self.routed_heads * T + 2 * self.numbers(T) + self.begins
+        # Norm, q, v, the residual and its statistics; keys of local heads, what these found and its log-sum-exps.
+        kept = 4 * row + statistics + 2 * narrow + 4 * B * self.local_heads * T
+        of_ffn = when_ffn(2 * row + 2 * hidden + statistics)
+        layer = kept + clusters + row + of_ffn  # with heads merged
+        in_ffn = when_ffn(layer + hidden + e * (d * f + d))
+        gradients = row + e * (d * d + d) + when_ffn(row + e * (2 * d * f + f + 3 * d))
+        in_clusters = clusters + 3 * routed
+        in_blocks = Min(self.local_heads, 1) * (2 * row + 3 * narrow)  # q and v have gradients with zeros by now
+        return (L - 1) * layer + largest(in_ffn, kept + gradients + largest(in_clusters, in_blocks))
+
+    def call(self, tokens: Expr, before: Expr, earlier: Expr) -> Expr:
+        """The last layer of a call after ``before`` tokens; ``earlier``: the output of the call before it, if any."""
+        after, row = before + tokens, tensor(B, tokens, d)
+        narrow, routed = tensor(B, tokens, self.local), tensor(B, tokens, self.routed)
+        states = (L - 1) * self.state(after) + (L * self.state(before) if earlier != 0 else 0)
+        keys, kept = self.kept(before) + tokens, self.kept(after)
+        cut = Min(keys - kept, 1) * kept  # else the joined keys are the state
+        local = narrow + 2 * tensor(B, keys + cut, self.local) + 4 * B * self.local_heads * tokens
+        own, all_keys = self.numbers(tokens), self.numbers(after)
+        lists = largest(
+            own + self.sorting(after),
+            own + all_keys + self.begins + self.sorting(tokens),
+            own + all_keys + 2 * self.begins + routed + 2 * own,
+        )
+        in_clusters = narrow + 2 * tensor(B, kept, self.local) + routed + self.routed_state(after) + lists
+        feed = when_ffn(2 * row + 2 * tensor(B, tokens, f) + self.state(after))
+        mixing = 3 * row + narrow + largest(local * Min(self.local_heads, 1), in_clusters)
+        return states + earlier + largest(mixing, feed) + Min(L - 1, 1) * row

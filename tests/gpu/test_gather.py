@@ -8,7 +8,7 @@ import torch
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
-from ctxbench.method import Dims, Method
+from ctxbench.method import DTYPE_BYTES, Dims, Method
 from ctxbench.registry import discover
 
 SHARED = {90: 232448, 80: 101376}  # see test_flash_aot
@@ -80,6 +80,19 @@ def test_formulas_are_what_the_tracer_counts(name: str, changes: dict) -> None:
                 assert evaluate(cost.peak_bytes, values) == counted.peak_bytes, mode
             compared += 1
     assert compared >= 2
+
+
+@pytest.mark.parametrize(("length", "layers", "d_ff", "dtype"), [(203, 2, 96, "fp32"), (600, 3, 0, "bf16")])
+@pytest.mark.parametrize("changes", [{"local_block": 100}, {"local_share": 0.0}, {"local_share": 0.75}], ids=str)
+def test_peaks_of_clusters_are_the_tracers(changes: dict, length: int, layers: int, d_ff: int, dtype: str) -> None:
+    pytest.importorskip("triton")
+    method, size = METHODS["routing"], DTYPE_BYTES[dtype]
+    params, dims = method.params(**changes), Dims(length, 2, 64, 4, layers, d_ff)
+    values = bindings(dims, params, size, method.segment_len(params))
+    for mode in method.modes:
+        cost = method.cost_of("triton", mode, True, "none", params)
+        peak = trace(method, dims, params, "triton", mode, dtype).peak_bytes
+        assert evaluate(cost.peak_bytes, values) == peak, mode
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ FORMS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [  # method, parameter
     (bigbird.METHOD, {"block_size": 700}, {"causal": False, "position": "t5", "d_ff": 0, "batch_size": 1}),
     (bigbird.METHOD, {"block_size": 64}, {"causal": False, "position": "t5", "seq_len": 60, "num_layers": 1}),
     (bigbird.METHOD, {"block_size": 16}, {"causal": False, "position": "alibi", "seq_len": 333, "num_layers": 3}),
+    (bigbird.METHOD, {"block_size": 16}, {"causal": False, "position": "t5", "seq_len": 333, "num_layers": 3}),
     (bigbird.METHOD, {"plan": "official"}, {"causal": False, "seq_len": 2048}),
     (bigbird.METHOD, {"form": "etc"}, {"causal": False}),
 ]
