@@ -24,7 +24,7 @@ REST = T - WHOLE * S
 def peak(impl: str, mode: str, params: MemorizingParams) -> Expr | None:
     """Bytes above parameters, inputs and incoming state; None where no formula is known."""
     if impl == "triton":
-        return None
+        return _kernels_forward(params) if mode == "forward" else None
     selects = params.lookup == "topk" and params.top_k < params.memory_len
     if mode == "decode":
         return _decode() if impl == "reference" else None
@@ -70,6 +70,17 @@ def _forward(selects: bool) -> Expr:
     local = 4 * row(T) + largest(whole, ragged)
     with_memory = largest(memory, local + 2 * tensor(h)) + Min(Max(L - FROM_TOP, 0), 1) * row(T)
     return largest(with_memory, Min(L - 1, 1) * (local + row(T)), stack_peak(T, 7 * row(T)))
+
+
+def _kernels_forward(params: MemorizingParams) -> Expr:
+    """Exactly: making queries and keys unit vectors, the window, or a gate's mixing of it with what was found.
+
+    Distances are twice there as integers before a bias of zeros is.
+    """
+    window = largest(5 * row(T) + tensor(h, W) + 4 * B * h * T, 4 * row(T) + 16 * W)
+    mixing = largest(window, (7 if params.memory_len else 6) * row(T) - min(params.memory_len, 1) * tensor(h))
+    with_memory = mixing + 2 * tensor(h) + Min(Max(L - FROM_TOP, 0), 1) * row(T)
+    return largest(with_memory, stack_peak(T, largest(6 * row(T) + tensor(B, h, T), Min(L - 1, 1) * window)))
 
 
 def _blocked_forward(params: MemorizingParams) -> Expr:

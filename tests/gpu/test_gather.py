@@ -85,14 +85,29 @@ def test_formulas_are_what_the_tracer_counts(name: str, changes: dict) -> None:
 @pytest.mark.parametrize(("length", "layers", "d_ff", "dtype"), [(203, 2, 96, "fp32"), (600, 3, 0, "bf16")])
 @pytest.mark.parametrize("changes", [{"local_block": 100}, {"local_share": 0.0}, {"local_share": 0.75}], ids=str)
 def test_peaks_of_clusters_are_the_tracers(changes: dict, length: int, layers: int, d_ff: int, dtype: str) -> None:
+    for mode in METHODS["routing"].modes:
+        assert peaks("routing", mode, changes, Dims(length, 2, 64, 4, layers, d_ff), dtype) == 0, mode
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "layers", "d_ff", "dtype"),
+    [(1, 1, 3, 0, "bf16"), (203, 2, 2, 96, "fp32"), (777, 1, 6, 0, "bf16"), (600, 2, 6, 256, "fp32")],
+)
+@pytest.mark.parametrize("changes", [{}, {"memory_len": 0, "window": 7}, {"lookup": "dense", "window": 900}], ids=str)
+def test_peaks_of_lookups_are_the_tracers(
+    changes: dict, length: int, batch: int, layers: int, d_ff: int, dtype: str
+) -> None:
+    assert peaks("memorizing", "forward", changes, Dims(length, batch, 64, 4, layers, d_ff), dtype) == 0
+
+
+def peaks(name: str, mode: str, changes: dict, dims: Dims, dtype: str) -> int:
+    """How far the formula is from the trace, in bytes."""
     pytest.importorskip("triton")
-    method, size = METHODS["routing"], DTYPE_BYTES[dtype]
-    params, dims = method.params(**changes), Dims(length, 2, 64, 4, layers, d_ff)
-    values = bindings(dims, params, size, method.segment_len(params))
-    for mode in method.modes:
-        cost = method.cost_of("triton", mode, True, "none", params)
-        peak = trace(method, dims, params, "triton", mode, dtype).peak_bytes
-        assert evaluate(cost.peak_bytes, values) == peak, mode
+    method = METHODS[name]
+    params = method.params(**changes)
+    values = bindings(dims, params, DTYPE_BYTES[dtype], method.segment_len(params))
+    formula = evaluate(method.cost_of("triton", mode, True, "none", params).peak_bytes, values)
+    return int(formula) - trace(method, dims, params, "triton", mode, dtype).peak_bytes
 
 
 @pytest.mark.parametrize(
