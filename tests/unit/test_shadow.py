@@ -26,7 +26,7 @@ CASES = [
     if not impl.defects and impl.name != "flex"
 ]
 
-MAKE_VALUES = {("compressive_memory", impl) for impl in ("blocked", "slabs", "triton")}  # small plans on the CPU
+MAKE_VALUES = {("compressive_memory", impl) for impl in ("blocked", "native", "slabs", "triton")}  # plans on the CPU
 
 
 @pytest.mark.parametrize(("method", "impl", "mode"), CASES, ids=lambda value: getattr(value, "name", value))
