@@ -64,7 +64,8 @@ def core_backward(impl: str, position: str = "none") -> Expr:
     For the gradient of T5's table the kernels compute the scores and theirs once more.
     """
     kernels = Rational(BACKWARD) + int(position == "t5")
-    return {**dict.fromkeys(("blocked", "slabs", "flex"), FUSED_BACKWARD), "triton": kernels}.get(impl, Integer(2))
+    again = dict.fromkeys(("blocked", "slabs", "native", "flex"), FUSED_BACKWARD)
+    return {**again, "triton": kernels}.get(impl, Integer(2))
 
 
 def replayed(plain: Cost, streamed: Cost) -> Cost:

@@ -1,9 +1,9 @@
 """C++ kernels for the CPU: compiled once on a machine, for its own instructions, and called without a copy.
 
 For what PyTorch's operators could only do in several passes over memory. A kernel is one source file with plain C
-functions, ``name_float32(pointer, ...)`` and so on; it uses OpenMP, whose library PyTorch brings and has loaded, so
-that its threads are PyTorch's own. What was compiled is kept under a name that holds the source, the compiler and the
-machine's instructions, so nothing stale is ever loaded.
+functions, ``name_float32(pointer, ...)`` and so on, and may include the headers beside this file; it uses OpenMP, whose
+library PyTorch brings and has loaded, so that its threads are PyTorch's own. What was compiled is kept under a name
+that holds the source, the headers, the compiler and the machine's instructions, so nothing stale is ever loaded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def _library(source: Path) -> ctypes.CDLL:
     command = compiler()
     if command is None:
         raise RuntimeError("native kernels need a C++ compiler: install g++ or let CXX name one")
-    text = source.read_text()
+    shared = sorted(Path(__file__).parent.glob("*.hpp"))
+    text = "".join(path.read_text() for path in (source, *shared))
     key = hashlib.sha256("\0".join((text, command, *FLAGS, _instructions())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxbench" / "native"
     kept = folder / f"{source.stem}-{key}.so"
@@ -55,8 +56,9 @@ def _library(source: Path) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as made:  # several processes may compile at once
             target = Path(made) / kept.name
             done = subprocess.run(
-                [command, *FLAGS, str(source), "-o", str(target)], capture_output=True, text=True, check=False
-            )
+                [command, *FLAGS, f"-I{Path(__file__).parent}", str(source), "-o", str(target)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
             if done.returncode:
                 raise RuntimeError(f"{command} could not compile {source.name}:\n{done.stderr.strip()[-2000:]}")
             target.replace(kept)

@@ -9,7 +9,13 @@ import sys
 from ctxbench.method import YES, Dims, Impl, Params, Support, no
 
 NOTE = "kernels of our own in C++, compiled on this machine; scores never leave the innermost cache"
+PAD = 16  # numbers that a row of ``tiles.hpp`` is a multiple of
 COMPILERS = ("c++", "g++", "clang++")  # looked for in this order, unless CXX names one
+
+
+def padded(count: int) -> int:
+    """The next multiple of PAD."""
+    return -(-count // PAD) * PAD
 
 
 def compiler() -> str | None:
@@ -28,11 +34,19 @@ def support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
     return YES
 
 
+def wide_support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
+    """The same for kernels whose products are those of ``tiles.hpp``."""
+    if dtype == "bf16":
+        return no("this native kernel multiplies in fp32 and fp64; in bf16 blocked uses units of their own")
+    return support(dims, params, device, dtype)
+
+
 def native_impl(
-    run: str, positions: tuple[str, ...] = (), note: str = NOTE, counts_as: str = "triton"
+    run: str, positions: tuple[str, ...] = (), note: str = NOTE, modes: tuple[str, ...] = ("forward", "stream"),
+    support: str = f"{__name__}:support", counts_as: str = "triton",
 ) -> Impl:  # fmt: skip
-    """The impl of a method whose attention is that of ``ranges``; fp64 is there to be compared."""
+    """The impl of a method, by default of one whose Triton kernels are those of ``ranges``; fp64 is to be compared."""
     return Impl(
-        "native", run=run, devices=("cpu",), dtypes=("fp32", "bf16", "fp64"), modes=("forward", "stream"),
-        positions=positions, support=f"{__name__}:support", counts_as=counts_as, note=note,
+        "native", run=run, devices=("cpu",), dtypes=("fp32", "bf16", "fp64"), modes=modes, positions=positions,
+        support=support, counts_as=counts_as, note=note,
     )  # fmt: skip

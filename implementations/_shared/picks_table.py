@@ -22,6 +22,10 @@ NATIVE = Pick(
     "native", devices=("cpu",), dtypes=("fp32", "bf16"), modes=("forward", "stream"),
     why="kernels of our own whose scores never leave the innermost cache", measured=True,
 )  # fmt: skip
+TILES = Pick(
+    "native", devices=("cpu",), dtypes=("fp32",), modes=("forward",),
+    why="one pass in C++ without copies, its scores in the caches", measured=True,
+)  # fmt: skip
 IDLE = "plain products use bf16 units that the fused kernel leaves idle"
 SLABS = (
     Pick("slabs", ("cpu",), ("bf16",), ("forward", "stream", "decode"), why=IDLE, measured=True),

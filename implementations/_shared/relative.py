@@ -52,8 +52,9 @@ class Operands(NamedTuple):
 
 
 def attend(
-    layer: Any, x: torch.Tensor, rows: torch.Tensor, geometry: Geometry, far: torch.Tensor | None = None
-) -> torch.Tensor:
+    layer: Any, x: torch.Tensor, rows: torch.Tensor, geometry: Geometry, far: torch.Tensor | None = None,
+    function: Any = None,
+) -> torch.Tensor:  # fmt: skip
     """Heads merged, before the output projection: ``[B, T, d_model]``.
 
     Args:
@@ -63,6 +64,7 @@ def attend(
         rows: the past rows and ``x``, ``[B, P, d_model]``. Gradients pass to rows of a query's own segment only.
         geometry: who sees what.
         far: compressed entries, ``[B, F, d_model]``; no gradient passes to them.
+        function: :class:`Staircase`, or one of its signature.
     """
     H = layer.num_heads
     q = layer.q(x).unflatten(2, (H, -1)).permute(2, 0, 1, 3)  # [H, B, T, D]
@@ -72,7 +74,7 @@ def attend(
     del q  # else it would live through the attention
     longest = max(block.keys for block in geometry.blocks(x.shape[1], heads=1))
     r = layer.r(layer.table[:longest].flip(0)).unflatten(1, (H, -1)).transpose(0, 1)
-    mixed = Staircase.apply(content, position, rows, layer.k.weight, layer.v.weight, r, geometry, far)
+    mixed = (function or Staircase).apply(content, position, rows, layer.k.weight, layer.v.weight, r, geometry, far)
     return _heads_last(mixed, x.shape[0])
 
 
@@ -161,23 +163,28 @@ def _block_backward(
     _put(result.position, block, (by_distance @ r[:, -K:]).view(-1, n, r.shape[2]))
 
 
+def project(
+    ctx: Any, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor, w_k: torch.Tensor, w_v: torch.Tensor,
+    r: torch.Tensor, geometry: Geometry, far: torch.Tensor | None,
+) -> Operands:  # fmt: skip
+    """The operands of a forward pass, kept in ``ctx`` for the backward pass."""
+    streams = [
+        None if stream is None else _heads_first(linear(stream, weight), len(r))
+        for stream in (rows, far)
+        for weight in (w_k, w_v)
+    ]
+    operands = Operands(content, position, streams[0], streams[1], r, *streams[2:])  # type: ignore[arg-type]
+    ctx.geometry = geometry
+    ctx.save_for_backward(*operands, rows, far, w_k, w_v)
+    return operands
+
+
 class Staircase(torch.autograd.Function):
     """Projection of keys and values, and attention: one node, so that memory rows pass gradients to weights alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor, w_k: torch.Tensor,
-        w_v: torch.Tensor, r: torch.Tensor, geometry: Geometry, far: torch.Tensor | None,
-    ) -> torch.Tensor:  # fmt: skip
-        streams = [
-            None if stream is None else _heads_first(linear(stream, weight), len(r))
-            for stream in (rows, far)
-            for weight in (w_k, w_v)
-        ]
-        operands = Operands(content, position, streams[0], streams[1], r, *streams[2:])  # type: ignore[arg-type]
-        ctx.geometry = geometry
-        ctx.save_for_backward(*operands, rows, far, w_k, w_v)
-        return staircase(operands, geometry)
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        return staircase(project(ctx, *arguments), ctx.geometry)
 
     @staticmethod
     @once_differentiable

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 BLOCK = 128  # queries a block: small enough to skip most of the causal half, large enough for full GEMM speed
+PANEL = 64  # of the native kernel: distances packed together
 SLAB = 1 << 20  # scores a product: two such products of float32 stay in a last-level cache
 
 

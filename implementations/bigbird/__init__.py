@@ -1,7 +1,8 @@
 """BigBird: blocks of queries against two global blocks, their neighbours, and a few random blocks."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
+from ctxbench.implementations._shared.native_table import native_impl
+from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS, TILES
 from ctxbench.implementations.bigbird.params import BigBirdParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -33,6 +34,14 @@ METHOD = Method(
             run=f"{__name__}.blocked:attend",
             note="gathered blocks in slabs of 256 queries, without a mask; probabilities are recomputed in backward",
         ),
+        native_impl(
+            f"{__name__}.native:attend",
+            note="blocks read where they lie, in C++, their scores in the caches; gradients as in blocked",
+            modes=("forward", "train"),
+            positions=("none", *ROPE),
+            support=f"{__name__}.params:native_support",
+            counts_as="",
+        ),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",
@@ -49,7 +58,7 @@ METHOD = Method(
             positions=("none", *ROPE, "t5", "alibi"),
         ),
     ),
-    picks=(BLOCKED, *KERNELS),
+    picks=(TILES, BLOCKED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

@@ -33,11 +33,11 @@ def attend(
 ) -> torch.Tensor:
     """``q, k, v: [B, H, T, D]``, result of that shape."""
     if not isinstance(position, Bias):
-        return scaled_dot_product_attention(q, k, v) if plan.num_blocks <= 2 else _Blocks.apply(q, k, v, plan, None)
+        return scaled_dot_product_attention(q, k, v) if plan.num_blocks <= 2 else Blocks.apply(q, k, v, plan, None)
     if plan.num_blocks <= 2:
         return attend_slabs(q, k, v, causal=False, position=position)
     T = q.shape[2]
-    return _Blocks.apply(q, k, v, plan, position.bias(torch.arange(1 - T, T, device=q.device), q.dtype))
+    return Blocks.apply(q, k, v, plan, position.bias(torch.arange(1 - T, T, device=q.device), q.dtype))
 
 
 class Slab(NamedTuple):
@@ -214,7 +214,7 @@ def probabilities(query: torch.Tensor, slab: Operands, skipped: int = 0) -> torc
     return torch.softmax(scores, dim=2, out=scores)
 
 
-class _Blocks(torch.autograd.Function):
+class Blocks(torch.autograd.Function):
     """All rows, where there are any between the first and the last."""
 
     @staticmethod

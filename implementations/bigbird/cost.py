@@ -17,9 +17,10 @@ from ctxbench.implementations._shared.forms import (
     stack_peak,
     trained,
 )
+from ctxbench.implementations._shared.native_table import PAD
 from ctxbench.implementations._shared.products_forms import items
 from ctxbench.implementations.bigbird.etc_cost import etc_cost
-from ctxbench.implementations.bigbird.params import BigBirdParams
+from ctxbench.implementations.bigbird.params import PANEL, BigBirdParams
 from ctxbench.method import ROPE
 
 # Of the blocked impl: queries whose scores are alive together, in slabs and of global rows, and scores of these.
@@ -95,8 +96,15 @@ def _forward_peak(impl: str, position: str) -> Expr:
         alone = 5 * row + 4 * B * h * T + (2 if position == "t5" else 1) * bias
         finding = 4 * row + (52 * T5_DISTANCES if position == "t5" else 0)  # the bucket of every distance
         return stack_peak(T, Max(finding, Piecewise((alone, few), (6 * row + lists + bias, True))))
-    slab = 5 * row + 2 * padded + _buffers(2, 1, 1) + piece
+    slab = 5 * row + (_panels() if impl == "native" else 2 * padded + _buffers(2, 1, 1) + piece)
     return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (slab, True)))
+
+
+def _panels() -> Expr:
+    """Keys and values as the native kernel packs them."""
+    width = d / h
+    keys, values = width * Min(PANEL, PAD * ceiling(b / PAD)), Min(PANEL, b) * PAD * ceiling(width / PAD)
+    return tensor(B, h, blocks * ceiling(b / PANEL), keys + values)
 
 
 def _biases(position: str) -> tuple[Expr, Expr]:

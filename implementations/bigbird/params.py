@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ctxbench.implementations._shared import flash_table, flex_table
+from ctxbench.implementations._shared import flash_table, flex_table, native_table
 from ctxbench.implementations._shared.window import Pattern as Window
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 MASK = (1 << 64) - 1
+PANEL = 64  # tokens of a block that the native kernel keeps in one piece
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,13 @@ def support(dims: Dims, params: BigBirdParams, mode: str) -> Support:
 def triton_support(dims: Dims, params: BigBirdParams, device: str, dtype: str) -> Support:
     """What the flash kernels hold in registers."""
     return flash_table.support(dims, dtype)
+
+
+def native_support(dims: Dims, params: BigBirdParams, device: str, dtype: str) -> Support:
+    """Lists of blocks, in the dtypes that the kernel multiplies in."""
+    if params.form == "etc":
+        return no("the native kernel reads lists of blocks; the external construction is a window and a prefix")
+    return native_table.wide_support(dims, params, device, dtype)
 
 
 def flex_support(dims: Dims, params: BigBirdParams, device: str, dtype: str) -> Support:

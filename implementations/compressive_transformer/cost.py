@@ -18,8 +18,12 @@ from ctxbench.implementations.compressive_transformer.sizes import LAST, ONE, RA
 BACKWARD = {  # of the attention products, per forward
     "reference": 2,
     "blocked": Rational(8, 3),
+    "native": Integer(0),  # by kernels of its own
     "triton": Rational(relative_table.BACKWARD, relative_table.FORWARD),
 }
+
+
+FUSED = ("triton", "native")  # multiply visible pairs alone, and one token like all others
 
 
 class Work(NamedTuple):
@@ -40,6 +44,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: CompressiveT
     if mode == "train":
         algorithmic = _trained(algorithmic, needed, Integer(2), params)
         flops = _trained(flops, executed, BACKWARD[impl], params)
+        if impl == "native":  # whose backward pass is that of blocked
+            flops["attention"] += L * BACKWARD["blocked"] * _work("blocked", mode, params).attention
     rows = sizes.state_rows()
     carried = tensor(B, rows + sizes.state_entries(), d)
     if params.compression == "most_used" and params.compressed_len:
@@ -102,10 +108,10 @@ def _work(impl: str, mode: str, params: CompressiveTransformerParams) -> Work:
     gone = sizes.evicted(LAST)
     if impl == "reference":
         return _segment_by_segment(parts)._replace(compression=_compress(gone, params))
-    pairs = sum(part.visible if impl == "triton" else part.blocks for part in parts)
+    pairs = sum(part.visible if impl in FUSED else part.blocks for part in parts)
     entries = linear(B * gone / RATE, d, 2 * d) if params.compressed_len else Integer(0)
     whole = Work(projections(T), entries, linear(sizes.longest(), d, d), 6 * B * d * pairs, _compress(gone, params))
-    if mode == "train" or impl == "triton":
+    if mode == "train" or impl in FUSED:
         return whole
     return _either(T, _single(Segments(ONE, ONE, Integer(0))), whole)
 
@@ -122,9 +128,9 @@ def _calls(parts: tuple[Segments, ...], impl: str) -> Work:
     """The one-shot form a segment a call: each projects what its state brings."""
     found = []
     for part in parts:
-        pairs = part.visible if impl == "triton" else part.blocks
+        pairs = part.visible if impl in FUSED else part.blocks
         work = _segment_by_segment((part,))._replace(attention=6 * B * d * pairs)
-        found.append(work if impl == "triton" else _either(part.rows, _single(part), work))
+        found.append(work if impl in FUSED else _either(part.rows, _single(part), work))
     return Work(*(sum(terms) for terms in zip(*found, strict=True)))
 
 

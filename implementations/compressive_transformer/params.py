@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.implementations._shared import relative_table
+from ctxbench.implementations._shared import native_table, relative_table
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 TRAINED = ("conv", "dilated_conv")  # compressions that have weights
@@ -77,6 +77,12 @@ def blocked_support(dims: Dims, params: CompressiveTransformerParams, device: st
     if params.compression == "most_used" and params.compressed_len:
         return no("most_used keeps what earlier segments attended to, so segments can only follow one another")
     return YES
+
+
+def native_support(dims: Dims, params: CompressiveTransformerParams, device: str, dtype: str) -> Support:
+    """What all segments at once allow, where there is a compiler."""
+    at_once = blocked_support(dims, params, device, dtype)
+    return native_table.wide_support(dims, params, device, dtype) if at_once else at_once
 
 
 def triton_support(dims: Dims, params: CompressiveTransformerParams, device: str, dtype: str) -> Support:

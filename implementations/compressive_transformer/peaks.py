@@ -8,7 +8,7 @@ from sympy import Expr, Integer, Min, Piecewise, ceiling, floor
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h
 from ctxbench.cost.terms import largest, tensor
-from ctxbench.implementations._shared.staircase import BLOCK, SLAB
+from ctxbench.implementations._shared.staircase import BLOCK, PANEL, SLAB
 from ctxbench.implementations.compressive_transformer import sizes
 from ctxbench.implementations.compressive_transformer.params import CompressiveTransformerParams
 from ctxbench.implementations.compressive_transformer.sizes import LAST, ONE, RATE, M, S
@@ -76,6 +76,8 @@ def _mixing(impl: str, call: Call) -> Expr:
         return _loop(call)
     if impl == "triton":
         return _fused(call)
+    if impl == "native":
+        return _native(call)
     return Piecewise((_token(call), call.tokens <= 1), (_one_shot(call), True))
 
 
@@ -110,6 +112,14 @@ def _fused(call: Call) -> Expr:
     return streams + _joined(call) + far + tensor(call.before + call.rows, d) + 4 * B * h * call.tokens
 
 
+def _native(call: Call) -> Expr:
+    """Both queries, keys, values, output, entries with their keys and values, distances, and those packed."""
+    streams = 3 * tensor(B, call.tokens, d) + 2 * tensor(B, call.past + call.tokens, d)
+    far = 2 * tensor(B, call.known + call.made, d) + tensor(B, call.made, d)
+    distances = call.before + call.rows
+    return streams + _joined(call) + far + tensor(distances + PANEL * ceiling(distances / PANEL), d)
+
+
 def _joined(call: Call) -> Expr:
     """Past and present rows in one tensor, where there is a past."""
     return Piecewise((tensor(B, call.past + call.tokens, d), call.past > 0), (Integer(0), True))
@@ -140,7 +150,7 @@ def _token(call: Call) -> Expr:
 def _train(impl: str, call: Call, params: CompressiveTransformerParams, weights: Expr) -> Expr:
     """Gradients at the two widest places of the last layer's backward pass: feed-forward network and attention."""
     row, hidden = tensor(B, call.tokens, d), tensor(B, call.tokens, f)
-    saved, extra = {"reference": _loop_saved, "blocked": _one_shot_saved, "triton": _fused_saved}[impl](call)
+    saved, extra = {"reference": _loop_saved, "triton": _fused_saved}.get(impl, _one_shot_saved)(call)
     normed = row + STATISTICS * call.tokens  # the sum a norm was taken of, with its statistics
     mixed = saved + row + normed  # attention, the heads' output, the first norm
     whole = mixed + Piecewise((row + hidden + normed, f > 0), (Integer(0), True))

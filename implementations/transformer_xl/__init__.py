@@ -1,7 +1,8 @@
 """Transformer-XL: segments that attend to the previous layer's earlier inputs, with relative positions."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
-from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS
+from ctxbench.implementations._shared.native_table import native_impl
+from ctxbench.implementations._shared.picks_table import BLOCKED, KERNELS, TILES
 from ctxbench.implementations.transformer_xl.params import TransformerXLParams
 from ctxbench.method import POSITIONS, Claim, Impl, Method, Paper
 
@@ -30,6 +31,13 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="the published loop over segments"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="all segments at once, shift without a copy"),
+        native_impl(
+            f"{__name__}.native:attend",
+            note="the forward pass in C++, all segments in one call; one token is faster by blocked's projections",
+            modes=("forward", "train", "stream"),
+            support="ctxbench.implementations._shared.native_table:wide_support",
+            counts_as="",
+        ),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",
@@ -58,7 +66,7 @@ METHOD = Method(
             note="the source document's sketch, quadratic and not causal",
         ),
     ),
-    picks=(BLOCKED, *KERNELS),
+    picks=(TILES, BLOCKED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

@@ -25,6 +25,7 @@ REST = T - WHOLE * S
 BACKWARD = {  # of the attention products, per forward
     "reference": 2,
     "blocked": Rational(8, 3),
+    "native": Integer(0),  # by kernels of its own
     "triton": Rational(relative_table.BACKWARD, relative_table.FORWARD),
     "as_written": 2,
     "flex": FUSED_BACKWARD,
@@ -74,6 +75,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: TransformerX
         algorithmic = {term: forward * (2 if term in once else 3) for term, forward in algorithmic.items()}
         backward = {"positions": 1, "attention": BACKWARD[impl]}
         flops = {term: forward * (1 + backward.get(term, 2)) for term, forward in flops.items()}
+        if impl == "native":  # whose backward pass is that of blocked
+            flops["attention"] += BACKWARD["blocked"] * _flops("blocked", mode, params)["attention"]
         if impl == "flex":  # the product is not computed again, and zeros want no gradient
             flops["attention"] -= L * (FUSED_BACKWARD - 2) * _flex_core(params)[1]
             flops["projections"] -= L * 2 * linear(B * _zeros(params), d, d)
@@ -123,7 +126,7 @@ def _flops(impl: str, mode: str, params: TransformerXLParams) -> dict[str, Expr]
         return _terms(_projected(tokens, keys), linear(keys, d, d), 6 * B * d * pairs, tokens)
     if impl == "flex":
         return _terms(_projected(T, T + _zeros(params)), linear(_longest(params), d, d), sum(_flex_core(params)), T)
-    if impl == "triton":
+    if impl in ("triton", "native"):
         keys, distances = sum(part.keys for part in parts), _longest(params)
         if mode != "stream":
             keys = T + (M if params.start == "zeros" else 0)

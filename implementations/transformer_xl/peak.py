@@ -8,7 +8,7 @@ from sympy import Expr, Integer, Min, Piecewise, ceiling, floor
 
 from ctxbench.cost.symbols import B, L, d, f, h
 from ctxbench.cost.terms import largest, tensor
-from ctxbench.implementations._shared.staircase import BLOCK, SLAB
+from ctxbench.implementations._shared.staircase import BLOCK, PANEL, SLAB
 
 STATISTICS = 8 * B  # bytes a token of a layer norm's mean and inverse deviation, kept in float32
 
@@ -37,7 +37,9 @@ class Shape(NamedTuple):
 def forward(impl: str, shape: Shape) -> Expr:
     """Above input and incoming state; the layers before hold one row each time, the input of the layer."""
     row = tensor(B, shape.tokens, d)
-    mixing = {"reference": _loop, "blocked": _one_shot, "triton": _fused, "as_written": _sketch}[impl](shape)
+    mixing = {"reference": _loop, "blocked": _one_shot, "native": _native, "triton": _fused, "as_written": _sketch}[
+        impl
+    ](shape)
     return largest(mixing, 3 * row, _feed(shape.tokens)) + Min(L - 1, 1) * row
 
 
@@ -58,7 +60,13 @@ def decode(impl: str, shape: Shape) -> Expr:
 def _continued(impl: str, shape: Shape, after: Expr) -> Expr:
     """A call that continues: new states of the layers before, and the widest place of the last layer."""
     state = tensor(B, after, d)
-    mixing = {"reference": _loop, "blocked": _one_shot, "triton": _fused, "as_written": _sketch_joined}[impl](shape)
+    mixing = {
+        "reference": _loop,
+        "blocked": _one_shot,
+        "native": _native,
+        "triton": _fused,
+        "as_written": _sketch_joined,
+    }[impl](shape)
     if impl == "blocked":
         mixing = Piecewise((_token(shape), shape.tokens <= 1), (mixing, True))
     carried = Min(L - 1, 1) * tensor(B, shape.tokens, d)
@@ -71,6 +79,7 @@ def train(impl: str, shape: Shape) -> Expr:
     saved, extra = {
         "reference": _loop_train,
         "blocked": _one_shot_train,
+        "native": _one_shot_train,
         "triton": _fused_train,
         "as_written": _sketch_train,
     }[impl](shape)
@@ -100,6 +109,13 @@ def _fused(shape: Shape) -> Expr:
     """Queries, keys, values, output and distances; a log-sum-exp a row and head in float32."""
     streams = 2 * tensor(B, shape.tokens, d) + 2 * tensor(B, shape.past + shape.tokens, d)
     return streams + _joined(shape) + tensor(shape.memory + shape.rows, d) + 4 * B * h * shape.tokens
+
+
+def _native(shape: Shape) -> Expr:
+    """Both queries, keys, values, output, distances, and those packed."""
+    streams = 3 * tensor(B, shape.tokens, d) + 2 * tensor(B, shape.past + shape.tokens, d)
+    distances = shape.memory + shape.rows
+    return streams + _joined(shape) + tensor(distances + PANEL * ceiling(distances / PANEL), d)
 
 
 def _joined(shape: Shape) -> Expr:
@@ -183,3 +199,6 @@ def _sketch_train(shape: Shape) -> tuple[Expr, Expr]:
     """Saved: q, k, v and probabilities. Extra: the gradients of values (for the saved ones), probabilities, scores."""
     scores = tensor(B, h, shape.rectangles)
     return 3 * tensor(B, shape.tokens, d) + scores, 2 * scores
+
+
+MIXING = {"reference": _loop, "blocked": _one_shot, "native": _native, "triton": _fused}

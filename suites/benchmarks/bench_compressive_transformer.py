@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -67,21 +68,25 @@ def layer(impl: str, d_ff: int = 4 * WIDTH) -> Any:
 
 
 def comparisons() -> list[Comparison]:
-    """``blocked`` against the package where it is installed, and against ``reference``; with and without network."""
-    name, loop, found = "compressive_transformer/blocked", "compressive_transformer/reference", []
+    """The fast impls against the package where it is installed, and against ``reference``; with and without network."""
+    loop, found = "compressive_transformer/reference", []
     for what, d_ff, theirs in (("layer", 4 * WIDTH, package), ("attention", 0, package_attention)):
         title = f"compressive transformer, one {what}, {LENGTH} tokens, segments of {PARAMS.segment_len}, fp32"
-        candidates = {loop: layer("reference", d_ff), name: layer("blocked", d_ff)}
+        candidates = {
+            f"compressive_transformer/{impl}": layer(impl, d_ff) for impl in ("reference", "blocked", "native")
+        }
         if importlib.util.find_spec(PACKAGE) is None:
             found.append(Comparison(f"{title}; {PACKAGE} is not installed and left out", loop, candidates))
             continue
-        candidates = {PACKAGE: theirs(), **candidates}
+        candidates, name = {PACKAGE: theirs(), **candidates}, "compressive_transformer/native"
         found.append(Comparison(title, PACKAGE, candidates, floor={name: 1.5}, aim={name: 2.5}))
     return found
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
-@pytest.mark.parametrize("mode", ["forward", "train", "decode"])
+@pytest.mark.parametrize(
+    ("impl", "mode"),
+    [*itertools.product(("reference", "blocked"), ("forward", "train", "decode")), ("native", "forward")],
+)
 def test_layer(benchmark: Any, impl: str, mode: str) -> None:
     params = CompressiveTransformerParams(segment_len=64, mem_len=64, compressed_len=64)
     dims = Dims(seq_len=512, d_model=64, d_ff=128, position="transformer_xl")

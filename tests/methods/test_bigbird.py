@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from ctxbench.cost import big_o, evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
-from ctxbench.implementations.bigbird import METHOD, blocked, reference
+from ctxbench.implementations.bigbird import METHOD, blocked, native, reference
 from ctxbench.implementations.bigbird.cost import visible_pairs
 from ctxbench.implementations.bigbird.layer import Plan
 from ctxbench.implementations.bigbird.params import BigBirdParams, random_numbers
@@ -28,7 +28,7 @@ from ctxbench.testing.gradients import gradcheck
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bigbird.npz"
 CASES = ("most_blocks_unseen", "one_random", "blocks_of_one")
-OPERATORS = {"reference": reference.attend, "blocked": blocked.attend}
+OPERATORS = {"reference": reference.attend, "blocked": blocked.attend, "native": native.attend}
 SPARSE = {  # sizes at which most blocks are not seen; the kit's own have too few blocks
     "whole blocks": (BigBirdParams(block_size=4, num_random=1), 48),
     "short last block": (BigBirdParams(block_size=4, num_random=2), 53),
@@ -203,8 +203,36 @@ def test_blocks_longer_than_a_slab_are_cut(blocks: tuple[int, int]) -> None:
         y = module(x).y
         y.square().sum().backward()
         results.append((y, x.grad, *(parameter.grad for parameter in module.parameters())))
-    for expected, seen in zip(*results, strict=True):
-        torch.testing.assert_close(seen, expected, rtol=1e-11, atol=1e-11)
+    for expected, *others in zip(*results, strict=True):
+        for seen in others:
+            torch.testing.assert_close(seen, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("size", "width", "batch"), [(1, 3, 1), (7, 20, 2), (64, 64, 1), (70, 33, 1), (130, 16, 2)])
+def test_panels_hold_any_block_and_head(size: int, width: int, batch: int) -> None:
+    """Blocks of several panels, heads and panels that no vector divides, rows that are not in one piece."""
+    generator = torch.Generator().manual_seed(size)
+    blocks, heads = 7, 2
+    plan = given_plan(size, blocks, torch.tensor([[3, 4, 1, 1, 1], [5, 5, 5, 2, 3]])[:, :, None])
+    length = size * blocks - size // 2
+    q, k, v = torch.randn(3, batch, heads, width, length, generator=generator, dtype=torch.float64).transpose(3, 4)
+    q = q * 20  # maxima that later panels raise
+    expected = reference.attend(q, k, v, plan)
+    assert (native.attend(q, k, v, plan) - expected).abs().max() < 1e-12
+    seen = native.attend(*(x.float() for x in (q, k, v)), plan)
+    assert (seen - expected).abs().max() < 3e-5
+    assert seen.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("params", "dtype", "reason"),
+    [({"form": "etc"}, "fp32", "a window and a prefix"), ({}, "bf16", "multiplies in fp32 and fp64")],
+)
+def test_native_says_what_it_does_not_take(params: dict, dtype: str, reason: str) -> None:
+    dims = Dims(seq_len=640, causal=False)
+    answer = METHOD.impl_support(METHOD.impl("native"), "forward", dims, BigBirdParams(**params), "cpu", dtype)
+    assert not answer
+    assert reason in answer.reason
 
 
 @pytest.mark.parametrize("position", ["none", "t5"])

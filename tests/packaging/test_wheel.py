@@ -60,7 +60,7 @@ def test_every_module_of_the_house_is_inside(names: set[str]) -> None:
 
 
 def test_every_method_folder_with_its_derivation_is_inside(names: set[str]) -> None:
-    for pattern in ("*/README.md", "*/*.cpp"):
+    for pattern in ("*/README.md", "*/*.cpp", "*/*.hpp"):
         for source in (ROOT / "implementations").glob(pattern):
             assert f"ctxbench/implementations/{source.parent.name}/{source.name}" in names
 

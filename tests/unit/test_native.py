@@ -76,6 +76,30 @@ def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     native._library.cache_clear()
 
 
+PRODUCT = """
+#include "tiles.hpp"
+#define PRODUCT(NAME, T)                                                                                   \\
+    extern "C" void NAME(const T *a, const T *b, T *c, int64_t rows, int64_t columns, int64_t depth) {     \\
+        tiles::product(a, depth, b, columns, c, columns, rows, columns, depth, true);                      \\
+    }
+PRODUCT(product_float32, float)
+PRODUCT(product_float64, double)
+"""
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-4)])
+def test_a_source_includes_the_products_of_tiles(tmp_path: Path, dtype: torch.dtype, limit: float) -> None:
+    source = tmp_path / "product.cpp"
+    source.write_text(PRODUCT)
+    types = [native.ctypes.c_void_p] * 3 + [native.ctypes.c_int64] * 3
+    multiply = native.function(source, "product", dtype, *types)
+    for rows, columns, depth in ((1, 16, 1), (5, 48, 7), (6, 64, 64), (23, 112, 65)):
+        a, b, c = (torch.randn(shape, dtype=dtype) for shape in ((rows, depth), (depth, columns), (rows, columns)))
+        expected = c + a @ b
+        multiply(a.data_ptr(), b.data_ptr(), c.data_ptr(), rows, columns, depth)
+        assert (c - expected).abs().max() < limit
+
+
 def test_what_the_compiler_says_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "wrong.cpp"
