@@ -1,5 +1,6 @@
 """Memorizing Transformer: a sliding window, and one layer that also looks up its own past keys and values."""
 
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, TRITON
 from ctxbench.implementations.memorizing.params import MemorizingParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
@@ -27,6 +28,11 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:OPERATORS", note="keeps all scores, windows one after the other"),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="slabs of queries, gathers what was retrieved"),
+        native_impl(
+            f"{__name__}.native:OPERATORS",
+            modes=(),
+            note="blocked with its selection in C++: a row's best keys are found while its scores are in the caches",
+        ),
         Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",

@@ -35,52 +35,75 @@ class _TopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int) -> torch.Tensor:
         X, n, _ = q.shape
-        m, width = k.shape[1], padded(k.shape[1], top_k)
         out = torch.empty_like(q)
         chosen = torch.empty(X, n, top_k, dtype=torch.int32, device=q.device)
         weights = q.new_empty(X, n, top_k)
-        count, step = _slab(X, n, width)
-        buffer = q.new_full((count, step, width), float("-inf"))
-        for heads in _ranges(X, count):
-            keys = [k[head].contiguous() for head in heads]  # each slab of queries reads them again
-            for rows in (slice(part.start, part.stop) for part in _ranges(n, step)):
-                queries = q[heads.start : heads.stop, rows]
-                scores = buffer[: len(queries), : queries.shape[1]]
-                for one, key, place in zip(queries, keys, scores, strict=True):
-                    torch.mm(one, key.T, out=place[:, :m])
-                values, index = best(scores.flatten(0, 1), top_k)
-                chosen[heads.start : heads.stop, rows] = index.view(*scores.shape[:2], top_k)
-                weights[heads.start : heads.stop, rows] = values.softmax(dim=1).view(*scores.shape[:2], top_k)
-            for head in heads:
-                out[head] = _weighted(weights[head], v[head], chosen[head])
+        for scores, heads, rows in scored(q, k, padded(k.shape[1], top_k), SLAB):
+            values, index = best(scores.flatten(0, 1), top_k)
+            chosen[heads, rows] = index.view(*scores.shape[:2], top_k)
+            weights[heads, rows] = values.softmax(dim=1).view(*scores.shape[:2], top_k)
+        for head, place in enumerate(out):
+            place.copy_(_weighted(weights[head], v[head], chosen[head]))
         ctx.save_for_backward(k, v, chosen, weights)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        k, v, chosen, weights = ctx.saved_tensors
-        dq = torch.empty_like(grad)
-        for head, (index, p, above) in enumerate(zip(chosen, weights, grad, strict=True)):
-            by_weight = torch.empty_like(p)
-            for part in _ranges(len(above), ROWS):
-                rows = slice(part.start, part.stop)
-                values = v[head].index_select(0, index[rows].flatten()).unflatten(0, index[rows].shape)  # [rows, K, D]
-                by_weight[rows] = (values @ above[rows].unsqueeze(2)).squeeze(2)
-            ds = torch._softmax_backward_data(by_weight, p, 1, p.dtype)
-            dq[head] = _weighted(ds, k[head], index)
-        return dq, None, None, None
+        return gradient(grad, *ctx.saved_tensors), None, None, None
 
 
-def _slab(X: int, n: int, width: int) -> tuple[int, int]:
+def scored(
+    q: torch.Tensor, k: torch.Tensor, width: int, most: int
+) -> Iterator[tuple[torch.Tensor, slice, slice]]:  # fmt: skip
+    """Scores of some heads and some queries at a time, ``[heads, rows, width]``, and which those are.
+
+    All are made in one buffer of ``most`` scores, or of ROWS queries; columns from m on are minus infinity.
+    """
+    X, n, _ = q.shape
+    m = k.shape[1]
+    count, step = _slab(X, n, width, most)
+    buffer = q.new_full((count, step, width), float("-inf")) if width > m else q.new_empty(count, step, width)
+    for heads in _ranges(X, count):
+        keys = [key.contiguous() for key in k[heads]]  # each slab of queries reads them again
+        for rows in _ranges(n, step):
+            queries = q[heads, rows]
+            scores = buffer[: len(queries), : queries.shape[1]]
+            _multiply(queries, keys, scores[:, :, :m])
+            yield scores, heads, rows
+        keys.clear()  # before others are copied
+
+
+def _multiply(q: torch.Tensor, keys: list[torch.Tensor], out: torch.Tensor) -> None:
+    """Scores of ``q: [heads, rows, D]``, head by head."""
+    for queries, key, place in zip(q, keys, out, strict=True):
+        torch.mm(queries, key.T, out=place)
+
+
+def gradient(
+    grad: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Of the queries, ``[X, n, D]``, from that of the result, and the pairs that were chosen and their weights."""
+    dq = torch.empty_like(grad)
+    for head, (index, p, above) in enumerate(zip(chosen, weights, grad, strict=True)):
+        by_weight = torch.empty_like(p)
+        for rows in _ranges(len(above), ROWS):
+            values = v[head].index_select(0, index[rows].flatten()).unflatten(0, index[rows].shape)  # [rows, K, D]
+            by_weight[rows] = (values @ above[rows].unsqueeze(2)).squeeze(2)
+        ds = torch._softmax_backward_data(by_weight, p, 1, p.dtype)
+        dq[head] = _weighted(ds, k[head], index)
+    return dq
+
+
+def _slab(X: int, n: int, width: int, most: int) -> tuple[int, int]:
     """How many of X and how many queries have so wide scores together."""
-    rows = min(n, max(ROWS, SLAB // width))
-    return min(X, max(1, SLAB // (rows * width))), rows
+    rows = min(n, max(ROWS, most // width))
+    return min(X, max(1, most // (rows * width))), rows
 
 
-def _ranges(count: int, step: int) -> Iterator[range]:
-    """Parts of ``range(count)``, ``step`` long but for the last one."""
-    return (range(first, min(first + step, count)) for first in range(0, count, step))
+def _ranges(count: int, step: int) -> Iterator[slice]:
+    """Parts of so many, ``step`` long but for the last one."""
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
 def _weighted(weights: torch.Tensor, stream: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

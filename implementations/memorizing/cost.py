@@ -52,9 +52,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemorizingPa
         read_back = 2 * terms["read"]  # gradients of weights and queries; what is in memory gets none
         algorithmic = {term: (1 if term in ("search", "read") else 3) * value for term, value in terms.items()}
         algorithmic["read"] += read_back
-        core = core_backward(impl, position)
+        core = core_backward("blocked" if impl == "native" else impl, position)
         backward = {"window": core, "search": 1, "read": 1}
-        if impl == "blocked":
+        if impl in ("blocked", "native"):
             backward.update(search=0, read=0)
             fused = _fused_pairs(params)
             flops["memory_backward"] = FUSED_BACKWARD * attention(fused) + 2 * linear(B * (read - fused), d, 1)
@@ -84,7 +84,7 @@ def _segment_sum(most: Expr) -> Expr:
 
 
 def _fused_pairs(params: MemorizingParams) -> Expr:
-    """Pairs of segments whose whole memory is read, by the fused kernel of ``blocked``."""
+    """Pairs of segments whose whole memory is read, by the fused kernel of ``blocked`` and ``native``."""
     if params.lookup == "dense" or params.top_k >= params.memory_len:
         return _segment_sum(M)
     short = Min(WHOLE, floor(K / S) + 1)  # segments with at most K pairs

@@ -6,6 +6,8 @@ two.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sympy import Expr, Integer, Max, Min, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
@@ -14,7 +16,7 @@ from ctxbench.implementations._shared.biased_window_forms import BLOCK, block_pa
 from ctxbench.implementations._shared.forms import stack_peak
 from ctxbench.implementations._shared.tournament import GROUP, padded
 from ctxbench.implementations.memorizing.params import FROM_TOP, MemorizingParams
-from ctxbench.implementations.memorizing.sizes import ROWS, SLAB
+from ctxbench.implementations.memorizing.sizes import NATIVE_SLAB, ROWS, SLAB
 
 M, S, W, K = (param(name) for name in ("memory_len", "segment_len", "window", "top_k"))
 WHOLE = floor(T / S)
@@ -28,8 +30,9 @@ def peak(impl: str, mode: str, params: MemorizingParams) -> Expr | None:
     selects = params.lookup == "topk" and params.top_k < params.memory_len
     if mode == "decode":
         return _decode() if impl == "reference" else None
-    if impl == "blocked":
-        return _blocked_forward(params) if selects and mode == "forward" else None
+    if impl in ("blocked", "native"):
+        lookup = _slabs if impl == "blocked" else _visits
+        return _blocked_forward(params, lookup) if selects and mode == "forward" else None
     if mode == "forward":
         return _forward(selects)
     if mode == "stream":
@@ -83,7 +86,7 @@ def _kernels_forward(params: MemorizingParams) -> Expr:
     return largest(with_memory, stack_peak(T, largest(6 * row(T) + tensor(B, h, T), Min(L - 1, 1) * window)))
 
 
-def _blocked_forward(params: MemorizingParams) -> Expr:
+def _blocked_forward(params: MemorizingParams, lookup: Callable[[Expr, int, int], Expr]) -> Expr:
     """Rows, the local part's band, or the lookup of the worst segment, whose slab matters for short sequences alone."""
     band, with_memory = _band(), Min(Max(L - FROM_TOP, 0), 1) * row(T)
     memory: list[Expr] = []
@@ -94,13 +97,13 @@ def _blocked_forward(params: MemorizingParams) -> Expr:
             continue
         known = 5 * row(T) + tensor(h)
         last = largest(filled, WHOLE - 1) if filled == full else Integer(filled)
-        memory.append(Min(Max(WHOLE - filled, 0), 1) * (known + row(last * S) + _slabs(S, m, params.top_k)))
+        memory.append(Min(Max(WHOLE - filled, 0), 1) * (known + row(last * S) + lookup(S, m, params.top_k)))
         ragged = Min(REST, 1) * Min(Max(WHOLE - filled + 1, 0), 1)
         ragged *= 1 if filled == full else Min(Max(filled + 1 - WHOLE, 0), 1)
-        memory.append(ragged * (known + row(WHOLE * S) + _slabs(largest(REST, 1), m, params.top_k)))
+        memory.append(ragged * (known + row(WHOLE * S) + lookup(largest(REST, 1), m, params.top_k)))
     memory.append(band + 2 * tensor(h))  # beside the gate and what it leaves
     above = Min(L - 1, 1) * (band + row(T))
-    return largest(stack_peak(T, 8 * row(T)), above, with_memory + largest(*memory))
+    return largest(stack_peak(T, 7 * row(T) + tensor(h)), above, with_memory + largest(*memory))
 
 
 def _band() -> Expr:
@@ -136,6 +139,19 @@ def _slabs(n: Expr, m: int, top_k: int) -> Expr:
     copies = batched * (row(n) + 2 * row(m)) + (1 - batched) * heads * m * d / h * e
     slab = tensor(heads, rows, width) + copies
     return found + slab + heads * rows * (inside + several * (8 + e) * K) + (8 * GROUP if rounds else 0)
+
+
+def _visits(n: Expr, m: int, top_k: int) -> Expr:
+    """The same for ``native``: what is found, a slab of scores and its keys; or numbers and weights as rows are read.
+
+    Those are copied token by token, numbers once more as rows of a table, and then the result is there beside them.
+    """
+    rows = Min(n, max(ROWS, NATIVE_SLAB // m))
+    heads = Min(B * h, largest(1, floor(NATIVE_SLAB / (rows * m))))
+    found, batched = B * h * n * K, Min(B - 1, 1)
+    copies = batched * (row(n) + row(m)) + (1 - batched) * heads * m * d / h * e
+    read = largest((12 + 2 * e) * found, (8 + 2 * e) * found + row(n)) + 8 * B * h
+    return largest((4 + e) * found + copies + tensor(heads, rows, m), read)
 
 
 def _stream(selects: bool) -> Expr:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
+from ctxbench.implementations._shared.rows import Rows, head_by_head, rows_of, token_by_token
 from ctxbench.implementations.routing import tiles
 from ctxbench.implementations.routing.clusters import attend as strict
 from ctxbench.implementations.routing.layer import Operators, Rules
 from ctxbench.implementations.routing.routing import taken_in_rounds
-from ctxbench.implementations.routing.rows import Rows, head_by_head, rows_of, token_by_token
 from ctxbench.implementations.routing.whole import gathered
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from ctxbench.implementations._shared.rows import rows_of
 from ctxbench.implementations.routing import tiles
-from ctxbench.implementations.routing.rows import rows_of
 
 ALIKE = 0.8  # of the largest cluster of a batch: smaller ones wait for the next, since padding is multiplied too
 ALIGNED = 16  # tokens that padded clusters are a multiple of: rows of scores then begin at whole vectors

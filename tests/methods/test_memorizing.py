@@ -13,7 +13,7 @@ from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import Meter, trace
 from ctxbench.implementations._shared.selection import best, padded
-from ctxbench.implementations.memorizing import METHOD, blocked, reference
+from ctxbench.implementations.memorizing import METHOD, blocked, native, reference
 from ctxbench.implementations.memorizing.params import MemorizingParams, memory_layer, reach
 from ctxbench.method import Dims
 from ctxbench.workload import map_state, num_parameters, prepare, state_bytes, tensors
@@ -29,7 +29,11 @@ FORMS = {
 LENGTH = 29
 SIZES = Dims(seq_len=LENGTH, d_model=12, num_heads=2, d_ff=16, num_layers=2, position="t5")
 forms = pytest.mark.parametrize("params", FORMS.values(), ids=FORMS)
-impls = pytest.mark.parametrize("impl", ["reference", "blocked"])
+impls = pytest.mark.parametrize("impl", ["reference", "blocked", "native"])
+fast = pytest.mark.parametrize("impl", ["blocked", "native"])
+lookups = pytest.mark.parametrize(
+    "lookup", [reference.lookup, blocked.lookup, native.lookup], ids=["reference", "blocked", "native"]
+)
 
 
 def build(impl: str, params: MemorizingParams, **dims: int | str) -> torch.nn.Module:
@@ -120,21 +124,23 @@ def test_distances_beyond_the_exact_buckets_share_them():
 
 
 @forms
+@fast
 @pytest.mark.parametrize("length", [1, 2, LENGTH])
-def test_blocked_equals_reference_with_all_gradients(params, length):
-    compare(*(run(build(impl, params), tokens(length)) for impl in ("reference", "blocked")))
+def test_fast_impls_equal_the_reference_with_all_gradients(params, impl, length):
+    compare(*(run(build(one, params), tokens(length)) for one in ("reference", impl)))
 
 
 @pytest.mark.parametrize("position", ["t5", "none", "alibi"])
-@pytest.mark.parametrize("lookup", ["topk", "dense"])
-def test_blocked_equals_reference_over_several_blocks_and_slabs(lookup, position, monkeypatch):
+@pytest.mark.parametrize(("impl", "lookup"), [("blocked", "topk"), ("blocked", "dense"), ("native", "topk")])
+def test_fast_impls_equal_the_reference_over_several_blocks_and_slabs(impl, lookup, position, monkeypatch):
     monkeypatch.setattr(blocked, "SLAB", 1 << 12)
+    monkeypatch.setattr(native, "NATIVE_SLAB", 1 << 12)
     monkeypatch.setattr(blocked, "ROWS", 16)
     params = MemorizingParams(memory_len=150, segment_len=70, window=140, top_k=5, lookup=lookup)
-    compare(*(run(build(impl, params, position=position), tokens(300)) for impl in ("reference", "blocked")))
+    compare(*(run(build(one, params, position=position), tokens(300)) for one in ("reference", impl)))
 
 
-@pytest.mark.parametrize("lookup", [reference.lookup, blocked.lookup], ids=["reference", "blocked"])
+@lookups
 def test_dense_lookup_is_plain_attention_and_so_is_top_k_of_everything(lookup):
     q, k, v = torch.randn(3, 2, 2, 9, 4, dtype=torch.float64).unbind(0)
     expected = scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -157,7 +163,7 @@ def test_the_tournament_finds_what_a_sort_finds(width, count, equal):
     torch.testing.assert_close(best(longer, count), (found, columns), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("lookup", [reference.lookup, blocked.lookup], ids=["reference", "blocked"])
+@lookups
 def test_top_k_reads_exactly_the_best_keys(lookup):
     q, k, v = (torch.randn(1, 1, n, 4, dtype=torch.float64) for n in (3, 10, 10))
     scores = (q @ k.transpose(2, 3))[0, 0]
@@ -301,6 +307,7 @@ def test_forward_peak_of_the_reference_is_exact_at_every_length(length, layers):
     assert formula == trace(METHOD, dims, MemorizingParams(), "reference").peak_bytes
 
 
+@fast
 @pytest.mark.parametrize(
     ("length", "changes"),
     [
@@ -308,14 +315,14 @@ def test_forward_peak_of_the_reference_is_exact_at_every_length(length, layers):
         (600, {"num_layers": 6}), (1024, {}), (1100, {}), (2048, {}), (4096, {}), (5000, {}),
         (1024, {"batch_size": 3}), (3000, {"batch_size": 3}),
         (3000, {"num_layers": 3}), (1024, {"num_heads": 16}), (3000, {"segment_len": 256}), (1024, {"top_k": 16}),
-        (3000, {"memory_len": 2048}),
+        (3000, {"memory_len": 2048}), (3000, {"memory_len": 2048, "d_ff": 0}), (20000, {"d_ff": 0}),
     ],
 )  # fmt: skip
-def test_forward_peak_of_blocked_counts_the_band_and_the_slab_of_the_worst_segment(length, changes):
+def test_forward_peak_counts_the_band_and_the_slab_of_the_worst_segment(length, changes, impl):
     own = {name: value for name, value in changes.items() if hasattr(MemorizingParams(), name)}
     params = MemorizingParams(**own)
     others = {name: value for name, value in changes.items() if name not in own}
     dims = Dims(**{"seq_len": length, "d_model": 256, "num_heads": 4, "d_ff": 1024, "num_layers": 1, **others})
     values = bindings(dims, params, 4, params.segment_len)
-    formula = evaluate(METHOD.cost_of("blocked", "forward", True, dims.position, params).peak_bytes, values)
-    assert formula == trace(METHOD, dims, params, "blocked").peak_bytes
+    formula = evaluate(METHOD.cost_of(impl, "forward", True, dims.position, params).peak_bytes, values)
+    assert formula == trace(METHOD, dims, params, impl).peak_bytes

@@ -15,7 +15,7 @@ class Numbering(NamedTuple):
 
     def at(self, tokens: torch.Tensor) -> torch.Tensor:
         """Numbers of rows for tokens ``[B * H, ...]`` of their heads, in the same shape."""
-        return tokens * self.step + self.first.view(-1, *(1,) * (tokens.dim() - 1))
+        return tokens * self.step + self.first.to(tokens.dtype).view(-1, *(1,) * (tokens.dim() - 1))
 
 
 class Rows(NamedTuple):
