@@ -3,7 +3,7 @@
 from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, TRITON
 from ctxbench.implementations.memorizing.params import MemorizingParams
-from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper, Pick
 
 METHOD = Method(
     name="memorizing",
@@ -43,7 +43,17 @@ METHOD = Method(
             note="all segments look up in one launch, scores never leave a tile",
         ),
     ),
-    picks=(BLOCKED, TRITON),
+    picks=(
+        Pick(
+            "native",
+            devices=("cpu",),
+            dtypes=("fp32", "bf16"),
+            why="selecting with PyTorch's operators takes about as long as the products whose results they select from",
+            measured=True,
+        ),
+        BLOCKED,
+        TRITON,
+    ),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

@@ -17,7 +17,7 @@ from ctxbench.implementations._shared.largest import largest_
 from ctxbench.implementations._shared.rows import rows_of
 from ctxbench.implementations.memorizing.blocked import gradient, scored
 from ctxbench.implementations.memorizing.layer import Operators
-from ctxbench.implementations.memorizing.sizes import NATIVE_SLAB
+from ctxbench.implementations.memorizing.sizes import SLAB
 
 
 def lookup(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None) -> torch.Tensor:
@@ -51,7 +51,7 @@ def search(q: torch.Tensor, k: torch.Tensor, top_k: int) -> tuple[torch.Tensor, 
     """The best scores of ``q: [X, n, D]`` among ``k: [X, m, D]``, and the numbers of their keys: ``[X, n, K]`` both."""
     found = q.new_empty(*q.shape[:2], top_k)
     chosen = torch.empty_like(found, dtype=torch.int32)
-    for scores, heads, rows in scored(q, k, k.shape[1], NATIVE_SLAB):
+    for scores, heads, rows in scored(q, k, k.shape[1], SLAB):
         largest_(scores.view(-1, k.shape[1]), *(a[heads, rows].view(-1, top_k) for a in (found, chosen)))
     return found, chosen
 

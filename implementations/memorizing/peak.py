@@ -16,7 +16,7 @@ from ctxbench.implementations._shared.biased_window_forms import BLOCK, block_pa
 from ctxbench.implementations._shared.forms import stack_peak
 from ctxbench.implementations._shared.tournament import GROUP, padded
 from ctxbench.implementations.memorizing.params import FROM_TOP, MemorizingParams
-from ctxbench.implementations.memorizing.sizes import NATIVE_SLAB, ROWS, SLAB
+from ctxbench.implementations.memorizing.sizes import ROWS, SLAB
 
 M, S, W, K = (param(name) for name in ("memory_len", "segment_len", "window", "top_k"))
 WHOLE = floor(T / S)
@@ -146,8 +146,8 @@ def _visits(n: Expr, m: int, top_k: int) -> Expr:
 
     Those are copied token by token, numbers once more as rows of a table, and then the result is there beside them.
     """
-    rows = Min(n, max(ROWS, NATIVE_SLAB // m))
-    heads = Min(B * h, largest(1, floor(NATIVE_SLAB / (rows * m))))
+    rows = Min(n, max(ROWS, SLAB // m))
+    heads = Min(B * h, largest(1, floor(SLAB / (rows * m))))
     found, batched = B * h * n * K, Min(B - 1, 1)
     copies = batched * (row(n) + row(m)) + (1 - batched) * heads * m * d / h * e
     read = largest((12 + 2 * e) * found, (8 + 2 * e) * found + row(n)) + 8 * B * h

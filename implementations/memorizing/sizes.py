@@ -4,5 +4,4 @@ from __future__ import annotations
 
 # Scores at once, 16 MB of float32. Of 128 columns, ``topk`` shares among threads only what has more than 256 rows.
 SLAB = 1 << 22
-NATIVE_SLAB = 1 << 20  # 4 MB of float32: what a product has just written is still in a cache when it is compared
 ROWS = 128  # fewest queries of a slab, so that its product runs at full speed

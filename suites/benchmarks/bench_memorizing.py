@@ -73,10 +73,10 @@ def comparisons() -> list[Comparison]:
         package = published(length)
         if package is not None:
             modules["memorizing-transformers-pytorch"] = package
-        for impl, lookup in (("reference", "topk"), ("blocked", "topk"), ("blocked", "dense")):
+        for impl, lookup in (("reference", "topk"), ("blocked", "topk"), ("native", "topk"), ("blocked", "dense")):
             modules[f"memorizing/{impl} {lookup}"] = layer(impl, length, MemorizingParams(lookup=lookup))
         candidates = {name: _inference(module, x) for name, module in modules.items()}
-        goals = ["memorizing/blocked topk"] if package is not None else []
+        goals = ["memorizing/blocked topk", "memorizing/native topk"] if package is not None else []
         found.append(
             Comparison(
                 f"memorizing, one layer, {length} tokens, {RETRIEVED} of up to 8192 pairs, fp32",
@@ -91,7 +91,7 @@ def _inference(module: Callable[..., Any], x: torch.Tensor) -> Callable[[], Any]
     return torch.no_grad()(lambda: module(x))
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("impl", ["reference", "blocked", "native"])
 @pytest.mark.parametrize("mode", ["forward", "decode"])
 def test_layer(benchmark: Any, impl: str, mode: str) -> None:
     dims = Dims(seq_len=512, d_model=64, d_ff=0, position="t5")
