@@ -30,6 +30,7 @@ METHOD = Method(
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="slabs of queries, gathers what was retrieved"),
         native_impl(
             f"{__name__}.native:OPERATORS",
+            counts_as="",
             modes=(),
             note="blocked with its selection in C++: a row's best keys are found while its scores are in the caches",
         ),
