@@ -50,7 +50,7 @@ def comparisons() -> list[Comparison]:
     q, k, v, rows, none = operands(LENGTH)
     for causal in (False, True):
         pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal)
-        candidates = {
+        candidates: dict[str, Callable[[], Any]] = {
             "dense SDPA": functools.partial(scaled_dot_product_attention, q, k, v),
             "dense SDPA, causal": functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True),
             **ours(q, k, v, rows, none, pattern),
