@@ -16,13 +16,14 @@
 #include <immintrin.h>
 #endif
 
+#include "tiles.hpp"
+
 namespace {
 
-#ifdef __AVX512F__
-constexpr int BYTES = 64, RANKS = 8;  // of a vector; rows of a product at once: as many as registers hold
-#else
-constexpr int BYTES = 32, RANKS = 4;
-#endif
+using tiles::BYTES;
+template <typename Real>
+constexpr int LANES = tiles::Lanes<Real>::width;
+constexpr int RANKS = BYTES == 64 ? 8 : 4;  // rows of a product at once, of two vectors each: as many as registers hold
 constexpr int KEYS = 64;   // of a tile
 constexpr int PANELS = 4;  // of a task
 
@@ -44,25 +45,6 @@ struct bfloat16 {
 
 template <typename Real>
 constexpr Real LEAST = -std::numeric_limits<Real>::infinity();
-
-// 2^x, and 0 below the least normal number. The series of 2^f ends below half a unit of the last place.
-inline float power(float x) {
-    float whole = std::nearbyint(x);
-    float f = x - whole;
-    float p = 1.5252734e-5f;
-    p = p * f + 1.5403530e-4f;
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    int32_t exponent = (int32_t(whole) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &exponent, 4);
-    return x < -126.0f ? 0.0f : p * scale;
-}
-inline double power(double x) { return std::exp2(x); }
 
 // floor((row + shift) / step) * stride + base, or no bound
 struct Line {
@@ -93,15 +75,15 @@ struct Rows {
 // C (+)= A B for ranks R of C, all rows of a panel's width: C[r][:] over A(r, i) B[i][:], i below depth.
 template <int R, bool ADD, typename Real>
 inline void multiply(const Real *a, int64_t rank, int64_t step, const Real *b, Real *c, int64_t depth) {
-    constexpr int LANES = BYTES / sizeof(Real), WIDTH = 2 * LANES;
-    typedef Real vec __attribute__((vector_size(BYTES), aligned(sizeof(Real)), may_alias));
+    constexpr int HALF = LANES<Real>, WIDTH = 2 * HALF;
+    typedef tiles::Vector<Real> vec;
     vec sum[R][2];
     for (int r = 0; r < R; r++)
         for (int half = 0; half < 2; half++)
-            sum[r][half] = ADD ? *reinterpret_cast<vec *>(c + r * WIDTH + half * LANES) : vec{};
+            sum[r][half] = ADD ? *reinterpret_cast<vec *>(c + r * WIDTH + half * HALF) : vec{};
     for (int64_t i = 0; i < depth; i++) {
         vec low = *reinterpret_cast<const vec *>(b + i * WIDTH);
-        vec high = *reinterpret_cast<const vec *>(b + i * WIDTH + LANES);
+        vec high = *reinterpret_cast<const vec *>(b + i * WIDTH + HALF);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             Real x = a[r * rank + i * step];
@@ -110,12 +92,12 @@ inline void multiply(const Real *a, int64_t rank, int64_t step, const Real *b, R
         }
     }
     for (int r = 0; r < R; r++)
-        for (int half = 0; half < 2; half++) *reinterpret_cast<vec *>(c + r * WIDTH + half * LANES) = sum[r][half];
+        for (int half = 0; half < 2; half++) *reinterpret_cast<vec *>(c + r * WIDTH + half * HALF) = sum[r][half];
 }
 
 template <bool ADD, typename Real>
 inline void multiply(const Real *a, int64_t rank, int64_t step, const Real *b, Real *c, int64_t ranks, int64_t depth) {
-    constexpr int WIDTH = 2 * BYTES / sizeof(Real);
+    constexpr int WIDTH = 2 * LANES<Real>;
     int64_t r = 0;
     for (; r + RANKS <= ranks; r += RANKS) multiply<RANKS, ADD>(a + r * rank, rank, step, b, c + r * WIDTH, depth);
     for (; r < ranks; r++) multiply<1, ADD>(a + r * rank, rank, step, b, c + r * WIDTH, depth);
@@ -193,7 +175,7 @@ void paired(const bfloat16 *, int64_t, int64_t, int64_t, pair *);
 
 template <typename T, typename Real>
 class Task {
-    static constexpr int WIDTH = 2 * BYTES / sizeof(Real);
+    static constexpr int WIDTH = 2 * LANES<Real>;
     static constexpr bool PAIRED = HALVES && std::is_same_v<T, bfloat16>;  // see multiply_pairs; where D is even
 
     struct Panel {
@@ -349,29 +331,31 @@ class Task {
 
     // From scores to their powers, with the maxima and sums so far.
     void advance(Panel &panel, int64_t count) {
-        alignas(BYTES) Real most[WIDTH], keep[WIDTH], sum[WIDTH];
-        std::copy_n(panel.most, WIDTH, most);
-        for (int64_t j = 0; j < count; j++)
-#pragma omp simd
-            for (int t = 0; t < WIDTH; t++) most[t] = std::max(most[t], tile[j * WIDTH + t]);
-        if (std::memcmp(most, panel.most, sizeof most)) {
-#pragma omp simd
-            for (int t = 0; t < WIDTH; t++) keep[t] = most[t] == LEAST<Real> ? Real(1) : power(panel.most[t] - most[t]);
-            for (int t = 0; t < WIDTH; t++) panel.most[t] = most[t], panel.sum[t] *= keep[t];
-            for (int64_t d = 0; d < D; d++)
-#pragma omp simd
-                for (int t = 0; t < WIDTH; t++) panel.answer[d * WIDTH + t] *= keep[t];
-        }
-        for (int t = 0; t < WIDTH; t++) most[t] = most[t] == LEAST<Real> ? Real(0) : most[t];  // nothing seen so far
-        std::copy_n(panel.sum, WIDTH, sum);
-        for (int64_t j = 0; j < count; j++)
-#pragma omp simd
-            for (int t = 0; t < WIDTH; t++) {
-                Real p = power(tile[j * WIDTH + t] - most[t]);
-                tile[j * WIDTH + t] = p;
-                sum[t] += p;
+        typedef tiles::Vector<Real> vec;
+        for (int first = 0; first < WIDTH; first += LANES<Real>) {
+            vec &before = *reinterpret_cast<vec *>(panel.most + first);
+            vec &sum = *reinterpret_cast<vec *>(panel.sum + first);
+            vec most = before;
+            for (int64_t j = 0; j < count; j++) {
+                vec score = *reinterpret_cast<vec *>(tile + j * WIDTH + first);
+                most = score > most ? score : most;
             }
-        std::copy_n(sum, WIDTH, panel.sum);
+            bool moved = false;
+            for (int lane = 0; lane < LANES<Real>; lane++) moved |= most[lane] != before[lane];
+            vec none = vec{} + LEAST<Real>, shift = most == none ? vec{} : most;  // nothing seen so far: no inf - inf
+            if (moved) {
+                vec keep = tiles::powers(vec(before - shift));
+                for (int64_t d = 0; d < D; d++) *reinterpret_cast<vec *>(panel.answer + d * WIDTH + first) *= keep;
+                sum *= keep, before = most;
+            }
+            vec added{};
+            for (int64_t j = 0; j < count; j++) {
+                vec &score = *reinterpret_cast<vec *>(tile + j * WIDTH + first);
+                score = tiles::powers(vec(score - shift));
+                added += score;
+            }
+            sum += added;
+        }
     }
 
     void store(const Panel &panel, T *out, int64_t o_row, Real *lse) const {

@@ -1,8 +1,7 @@
-"""Kernels in C++: what they compute, and what is said where they cannot be made."""
+"""Kernels in C++: compiled once, and what is said where they cannot be made."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,51 +11,7 @@ import pytest
 import torch
 
 from ctxbench.implementations._shared import native, native_table
-from ctxbench.implementations._shared.softmax import band_softmax_
 from ctxbench.method import Dims, Params
-
-BANDS = [  # columns, front, low, high
-    (577, 1, -3, 500),
-    (64, 0, -64, 64),
-    (64, 0, -64, 0),
-    (7, 7, 1, 0),
-    (40, 3, 5, 9),
-    (1, 0, 0, 0),
-]
-
-
-def expected(scores: torch.Tensor, front: int, low: int, high: int) -> torch.Tensor:
-    rows, columns = (torch.arange(count) for count in scores.shape[1:])
-    behind = columns - front
-    seen = (columns < front) | (behind >= (rows + low)[:, None]) & (behind <= (rows + high)[:, None]) & (behind >= 0)
-    hidden = scores.double().masked_fill(~seen, -math.inf)
-    return torch.where(seen.any(dim=1, keepdim=True), hidden.softmax(dim=2), 0.0)
-
-
-@pytest.mark.parametrize(("columns", "front", "low", "high"), BANDS)
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_band_softmax(columns: int, front: int, low: int, high: int, dtype: torch.dtype, limit: float) -> None:
-    generator = torch.Generator().manual_seed(columns)
-    scores = (torch.randn(3, 33, columns, generator=generator, dtype=torch.float64) * 20).to(dtype)
-    wanted = expected(scores, front, low, high)
-    found = band_softmax_(scores, front, low, high)
-    assert found is scores
-    assert (found.double() - wanted).abs().max() <= limit
-
-
-def test_infinities_and_nan_keep_their_meaning() -> None:
-    scores = torch.zeros(1, 4, 40)
-    scores[0, 0, :39] = -math.inf
-    scores[0, 1] = -math.inf
-    scores[0, 2, 5] = math.nan
-    scores[0, 3] = torch.linspace(-1e4, 0, 40)  # far below the maximum: 0, not a wrapped exponent
-    wanted = scores.softmax(dim=2)
-    torch.testing.assert_close(band_softmax_(scores, 40, 0, 0), wanted, equal_nan=True)
-
-
-def test_scores_lie_in_one_piece() -> None:
-    with pytest.raises(ValueError, match="contiguous scores, received strides"):
-        band_softmax_(torch.zeros(2, 3, 4).transpose(1, 2), 4, 0, 0)
 
 
 def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
