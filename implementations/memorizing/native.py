@@ -43,7 +43,7 @@ class _TopK(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         k, v, chosen, weights = ctx.saved_tensors
-        dq = gradient(*(a.flatten(0, 1) for a in (grad, k, v)), chosen, weights)
+        dq = gradient(grad.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), chosen, weights)
         return dq.unflatten(0, grad.shape[:2]), None, None, None
 
 
