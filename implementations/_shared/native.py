@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def function(source: Path, name: str, dtype: torch.dtype, *arguments: Any) -> An
     found = getattr(_library(source), f"{name}_{str(dtype).removeprefix('torch.')}")
     found.argtypes, found.restype = arguments, None
     return found
+
+
+def integers(numbers: Sequence[int]) -> Any:
+    """An array of 64-bit integers, as C functions take sizes and strides."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ctxbench.implementations._shared.lines import Placed
-from ctxbench.implementations._shared.native import function
+from ctxbench.implementations._shared.native import function, integers
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -36,7 +36,7 @@ def attend(
     B, H, T, D = q.shape
     _function(q.dtype)(
         q.data_ptr(), out.data_ptr(), lse.data_ptr(), None if bias is None else bias.data_ptr(),
-        _integers([*q.stride()[:3], *out.stride()[:3]]), B, H, T, D, _integers(numbers), len(ranges), farthest, scale,
+        integers([*q.stride()[:3], *out.stride()[:3]]), B, H, T, D, integers(numbers), len(ranges), farthest, scale,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -48,10 +48,6 @@ def _numbers(
     """A range as the struct of that name lays it out."""
     places = k.data_ptr(), v.data_ptr(), *k.stride()[:3], *v.stride()[:3]
     return *places, group, k.shape[2], *low, *high, bias, every, ahead, 0 if since is None else since.data_ptr()
-
-
-def _integers(numbers: Sequence[int]) -> Any:
-    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 
 from ctxbench.cost.formulas import formula
 from ctxbench.implementations._shared import relative
-from ctxbench.implementations._shared.native import function
+from ctxbench.implementations._shared.native import function, integers
 from ctxbench.implementations._shared.relative import Geometry, Operands
 from ctxbench.implementations._shared.relative_table import Stair, visible_pairs
 from ctxbench.implementations._shared.staircase import PANEL
@@ -86,13 +86,9 @@ def _(
     )  # fmt: skip
     scale = math.log2(math.e) / math.sqrt(width)  # probabilities are powers of two
     _function(content.dtype)(
-        *(stream.data_ptr() for stream in (*streams, out)), packed.data_ptr(), _integers(strides), _integers(sizes),
+        *(stream.data_ptr() for stream in (*streams, out)), packed.data_ptr(), integers(strides), integers(sizes),
         scale, torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _integers(values: Sequence[int]) -> Any:
-    return (ctypes.c_int64 * len(values))(*values)
 
 
 @torch.library.register_fake("ctxbench::relative_native")

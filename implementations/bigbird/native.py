@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations._shared.native import function
+from ctxbench.implementations._shared.native import function, integers
 from ctxbench.implementations._shared.native_table import padded
 from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.bigbird.blocked import Blocks
@@ -78,16 +78,12 @@ def _(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     B, H, T, D = q.shape
     scale = math.log2(math.e) / math.sqrt(D)  # probabilities are powers of two
-    strides = [_integers(x.stride()[:3]) for x in (q, k, v)]
-    tables = [(table.data_ptr(), _integers(table.shape[1:])) for table in (edges, inner)]
+    strides = [integers(x.stride()[:3]) for x in (q, k, v)]
+    tables = [(table.data_ptr(), integers(table.shape[1:])) for table in (edges, inner)]
     _function(q.dtype)(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *strides, *tables[0], *tables[1], keys.data_ptr(), values.data_ptr(),
-        out.data_ptr(), _integers(out.stride()[:3]), _integers((B, H, T, D, size)), scale, torch.get_num_threads(),
+        out.data_ptr(), integers(out.stride()[:3]), integers((B, H, T, D, size)), scale, torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _integers(values: Any) -> Any:
-    return (ctypes.c_int64 * len(values))(*values)
 
 
 @torch.library.register_fake("ctxbench::attend_blocks")
