@@ -60,6 +60,7 @@ struct Range {
     int64_t k, v, k_batch, k_head, k_row, v_batch, v_head, v_row, group, keys;
     Line low, high;
     int64_t bias, every, ahead, since;
+    int64_t begins, ends;  // of each row of each head in place of the lines, rising from row to row; or 0
 };
 
 struct Query {
@@ -206,9 +207,9 @@ class Task {
         keys_here = tile_pairs + KEYS * WIDTH, values_here = keys_here + copied;
     }
 
-    // Rows first .. last of one head.
+    // Rows first .. last of one head, whose bounds begin at ``table`` where they are listed.
     void run(const T *q, int64_t q_row, T *out, int64_t o_row, Real *lse, int64_t first, int64_t last,
-             const Range *ranges, int64_t count, int64_t batch, int64_t head, const Real *bias) {
+             const Range *ranges, int64_t count, int64_t batch, int64_t head, int64_t table, const Real *bias) {
         int64_t used = (last - first) / WIDTH + 1;
         for (int64_t i = 0; i < used; i++) load(panels[i], q, q_row, first + i * WIDTH, last);
         for (int64_t i = 0; i < count; i++) {
@@ -216,10 +217,13 @@ class Task {
             int64_t own = head / one.group, most = one.keys;
             const T *k = reinterpret_cast<const T *>(one.k) + batch * one.k_batch + own * one.k_head;
             const T *v = reinterpret_cast<const T *>(one.v) + batch * one.v_batch + own * one.v_head;
+            const int32_t *begins = reinterpret_cast<const int32_t *>(one.begins);
+            const int32_t *ends = reinterpret_cast<const int32_t *>(one.ends);
             for (int64_t p = 0; p < used; p++)
                 for (int64_t t = 0; t < WIDTH; t++) {
                     int64_t row = std::min(panels[p].top + t, panels[p].bottom);
-                    panels[p].begin[t] = one.low.at(row, most, 0), panels[p].end[t] = one.high.at(row, most, most);
+                    panels[p].begin[t] = begins ? begins[table + row] : one.low.at(row, most, 0);
+                    panels[p].end[t] = ends ? ends[table + row] : one.high.at(row, most, most);
                 }
             int64_t end = panels[used - 1].end[WIDTH - 1];
             for (int64_t key = panels[0].begin[0]; key < end; key += KEYS) {
@@ -381,7 +385,7 @@ void attend(const T *q, T *out, Real *lse, const Real *bias, const Query *stride
             int64_t first = (tasks - 1 - i % tasks) * task.ROWS, last = std::min(rows, first + task.ROWS) - 1;
             task.run(q + b * strides[0].batch + h * strides[0].head, strides[0].row,
                      out + b * strides[1].batch + h * strides[1].head, strides[1].row, lse + item * rows, first, last,
-                     ranges, count, b, h, bias);
+                     ranges, count, b, h, item * rows, bias);
         }
     }
 }

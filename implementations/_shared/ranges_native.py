@@ -28,7 +28,8 @@ def attend(
         lse: receives the log-sum-exps.
         bias: as ``ranges.attend`` takes it, in the dtype of q, float32 for bfloat16.
         ranges: of each range keys, values, how many heads share one of theirs, the two lines over rows, kind of bias,
-            tokens from key to key, tokens from row 0 to key 0, and from which row on each key is seen, int32, or None.
+            tokens from key to key, tokens from row 0 to key 0, and from which row on each key is seen, int32, or None;
+            then, where they are not lines, the bounds of every row ``[B, H, T]``, int32, which rise from row to row.
         farthest: half of the width of a table of biases.
         scale: of the scores.
     """
@@ -43,11 +44,12 @@ def attend(
 
 def _numbers(
     k: torch.Tensor, v: torch.Tensor, group: int, low: Placed, high: Placed, bias: int, every: int, ahead: int,
-    since: torch.Tensor | None,
+    since: torch.Tensor | None, begins: torch.Tensor | None = None, ends: torch.Tensor | None = None,
 ) -> tuple[int, ...]:  # fmt: skip
     """A range as the struct of that name lays it out."""
     places = k.data_ptr(), v.data_ptr(), *k.stride()[:3], *v.stride()[:3]
-    return *places, group, k.shape[2], *low, *high, bias, every, ahead, 0 if since is None else since.data_ptr()
+    tables = (0 if table is None else table.data_ptr() for table in (since, begins, ends))
+    return *places, group, k.shape[2], *low, *high, bias, every, ahead, *tables
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Routing Transformer: local heads beside heads whose tokens attend inside clusters found by online k-means."""
 
-from ctxbench.implementations._shared.picks_table import BLOCKED, TRITON
+from ctxbench.implementations._shared.native_table import native_impl
+from ctxbench.implementations._shared.picks_table import NATIVE, TRITON
 from ctxbench.implementations.routing.params import RoutingParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -36,6 +37,12 @@ METHOD = Method(
             note="cluster by cluster, probabilities recomputed in backward; FLOPs of strict heads are those of equally "
             "full clusters, the least that any contents need: the real load is data",
         ),
+        native_impl(
+            f"{__name__}.native:OPERATORS",
+            modes=("forward",),
+            counts_as="native",
+            note="clusters as ranges of sorted tokens, in C++; FLOPs of strict heads are those of blocked",
+        ),
         Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",
@@ -46,7 +53,7 @@ METHOD = Method(
             note="gathers the rows of a cluster inside the kernel; FLOPs of strict heads are those of blocked",
         ),
     ),
-    picks=(BLOCKED, TRITON),
+    picks=(NATIVE, TRITON),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sympy import Expr, Integer, Max, Min, Rational, ceiling, floor
 
 from ctxbench.cost import Cost
@@ -17,6 +19,8 @@ c, K = param("local_block"), param("num_clusters")
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: RoutingParams) -> Cost:
     """One impl in one mode; strict ``blocked`` heads at equally full clusters, see README.md."""
+    if impl == "native":  # the same pairs as by the kernels in Triton
+        return replace(cost("triton", mode, causal, position, params), peak_bytes=None)
     form = Form(params, causal)
     tokens: Expr = Integer(1) if mode == "decode" else T
     local, routed = form.local_visible(), form.routed_visible()

@@ -10,17 +10,11 @@ from typing import Any
 
 import torch
 
-from ctxbench.implementations._shared.ranges import Line, Range, attend
 from ctxbench.implementations.routing.choosing import add_up, best_tokens, chosen, clustered, nearest, runs
 from ctxbench.implementations.routing.gathered import Lists, gathered, gathered_backward
 from ctxbench.implementations.routing.layer import Operators, Rules
+from ctxbench.implementations.routing.native import local
 from ctxbench.implementations.routing.routing import balanced_pairs
-
-
-def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, earlier: bool) -> torch.Tensor:
-    """The keys from the block before the query's: a range that moves in steps of a block."""
-    before, end = Line(block, block, base=-block), Line(base=1) if earlier else Line(block, block, base=2 * block)
-    return attend(q, [Range(k, v, before, end)], offset=k.shape[2] - q.shape[2])[0]
 
 
 def taken(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:

@@ -1,0 +1,99 @@
+"""Clusters as ranges of sorted tokens, in C++: what is gathered is attended to where it lies, without a tile of scores.
+
+``strict``: tokens stand in the order of their clusters, and a query sees its own cluster, up to itself where earlier
+tokens alone are to be seen. ``topw``: all clusters are equally large, so each is a sequence of a batch.
+
+B batch, H heads, T tokens, D head width, K clusters of w tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding_bag
+
+from ctxbench.cost.formulas import formula
+from ctxbench.implementations._shared import ranges_native
+from ctxbench.implementations._shared.lines import PLAIN, SLOPE, Placed
+from ctxbench.implementations._shared.ranges import Line, Range, attend
+from ctxbench.implementations._shared.rows import head_by_head, rows_of, token_by_token
+from ctxbench.implementations.routing.clusters import nominal_flops
+from ctxbench.implementations.routing.layer import Operators, Rules
+from ctxbench.implementations.routing.routing import taken_in_rounds
+from ctxbench.implementations.routing.whole import inverse
+
+
+def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, earlier: bool) -> torch.Tensor:
+    """The keys from the block before the query's: a range that moves in steps of a block."""
+    before, end = Line(block, block, base=-block), Line(base=1) if earlier else Line(block, block, base=2 * block)
+    return attend(q, [Range(k, v, before, end)], offset=k.shape[2] - q.shape[2])[0]
+
+
+def strict(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules
+) -> torch.Tensor:
+    """Whole sequences: queries and keys are the same tokens."""
+    mixed: torch.Tensor = _sorted(q, k, v, query_ids, key_ids, *rules)
+    return mixed
+
+
+@torch.library.custom_op("ctxbench::sorted_attention", mutates_args=())
+def _sorted(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor,
+    num_clusters: int, earlier: bool, exclude_self: bool,
+) -> torch.Tensor:  # fmt: skip
+    """``q, k, v: [B, H, T, D]``, ids ``[B, H, T]``; result ``[B, H, T, D]``, stored token by token."""
+    B, H, T, D = q.shape
+    order = key_ids.argsort(dim=2, stable=True)
+    ids = key_ids.gather(2, order)
+    query, key, value = (_gathered(x, order.flatten(0, 1)).view(B, H, T, D) for x in (q, k, v))
+    begins = torch.searchsorted(ids, ids, out_int32=True)
+    ends = None if earlier else torch.searchsorted(ids, ids, right=True, out_int32=True)
+    out, lse = torch.empty_like(query), query.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    seen = Placed(SLOPE, 1 - exclude_self, 1, 1)
+    ranges_native.attend(
+        query, out, lse, None, [(key, value, 1, Placed(), seen, PLAIN, 1, 0, None, begins, ends)], 0, D**-0.5
+    )
+    if exclude_self:  # the first of a cluster has nobody else
+        alone = begins == torch.arange(T, device=q.device)
+        out[alone] = value[alone]
+    back = inverse(head_by_head(q).at(order.flatten(0, 1)).flatten()).view(B, H, T).transpose(1, 2)
+    return out.flatten(0, 2).index_select(0, back.flatten()).view(B, T, H, D).transpose(1, 2)
+
+
+@_sorted.register_fake
+def _(q: torch.Tensor, *_: Any) -> torch.Tensor:
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D).transpose(1, 2)
+
+
+formula(torch.ops.ctxbench.sorted_attention)(nominal_flops)
+
+
+def _gathered(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x: [B, H, T, D]`` at ``tokens: [B * H, ...]`` of their heads, ``[rows, D]``."""
+    rows = rows_of(x)
+    return rows.table.index_select(0, rows.number.at(tokens).flatten())
+
+
+def topw(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules
+) -> torch.Tensor:
+    """Ids ascend, so causality inside a cluster is a triangle; a token gets the mean over its clusters."""
+    B, H, T, D = q.shape
+    members, w = query_ids.flatten(0, 1), query_ids.shape[3]
+    query = _gathered(q, members).view(-1, 1, w, D)
+    key, value = (_gathered(x, key_ids.flatten(0, 1)).view(-1, 1, w, D) for x in (k, v))
+    seen = Line(base=1 - rules.exclude_self) if rules.earlier else None
+    mixed = attend(query, [Range(key, value, high=seen)])[0]
+    if rules.exclude_self:
+        mixed[:, :, 0] = value[:, :, 0]
+    there = token_by_token(B, H, T, q.device).at(members).flatten()
+    times = there.new_zeros(B * H * T).scatter_add_(0, there, torch.ones_like(there))
+    order = there.argsort(stable=True)
+    mean = embedding_bag(order, mixed.view(-1, D), times.cumsum(0) - times, mode="mean")  # 0 where it has none
+    return mean.view(B, T, H, D).transpose(1, 2)
+
+
+OPERATORS = Operators(local, strict, topw, taken=taken_in_rounds)
