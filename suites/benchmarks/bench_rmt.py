@@ -45,10 +45,11 @@ def package(fused: bool) -> Any:
 
 
 def comparisons() -> list[Comparison]:
-    """``blocked`` against the package where it is installed, and against ``reference``."""
+    """The fast impls against the package where it is installed, and against ``reference``."""
     dims = Dims(seq_len=LENGTH, d_model=WIDTH, num_heads=HEADS, d_ff=4 * WIDTH)
     ours = {
-        f"rmt/{impl}": prepare(METHOD, dims, PARAMS, impl, "forward", "fp32").call for impl in ("reference", "blocked")
+        f"rmt/{impl}": prepare(METHOD, dims, PARAMS, impl, "forward", "fp32").call
+        for impl in ("reference", "blocked", "native")
     }
     sizes = f"{LENGTH} tokens, segments of {PARAMS.segment_len} and 2 x {PARAMS.num_memory}, one layer, fp32"
     title = f"recurrent memory transformer, {sizes}"
@@ -56,9 +57,9 @@ def comparisons() -> list[Comparison]:
     if importlib.util.find_spec(PACKAGE) is None:
         found[0].title += "; recurrent-memory-transformer-pytorch left out: not installed"
         return found
-    candidates = {"package": package(False), "package, fused": package(True), "rmt/blocked": ours["rmt/blocked"]}
+    candidates = {"package": package(False), "package, fused": package(True), **ours}
     title = f"against recurrent-memory-transformer-pytorch, {sizes}"
-    found.append(Comparison(title, "package", candidates, floor={"rmt/blocked": 1.5}, aim={"rmt/blocked": 2.5}))
+    found.append(Comparison(title, "package", candidates, floor={"rmt/native": 1.5}, aim={"rmt/native": 2.5}))
     return found
 
 
