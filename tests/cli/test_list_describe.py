@@ -96,7 +96,7 @@ def test_a_formula_that_nobody_would_read_is_told_by_its_value_and_its_terms(ctx
     assert "characters in full: --json)" in peak
     assert "projections: 8*B*L*T*d^2" in of_blocked
     assert described.count("  num_parameters") == 1  # the same for every implementation
-    assert ctxbench("describe", "memorizing", "--latex").out.count("peak_bytes") == 2
+    assert ctxbench("describe", "memorizing", "--latex").out.count("peak_bytes") == 3
 
 
 def test_support_is_that_of_the_device_dtype_and_mode_asked_for(ctxbench):

@@ -63,14 +63,14 @@ def test_equals_the_encoder_layer_of_pytorch(impl: str, causal: bool) -> None:
     x = torch.randn(2, 13, 16, dtype=torch.float64, requires_grad=True)
     grad = torch.randn_like(x)
     y = as_output(module(x)).y
-    (mine,) = torch.autograd.grad(y, x, grad)
     mask = nn.Transformer.generate_square_subsequent_mask(13, dtype=torch.float64) if causal else None
     expected = x
     for layer in module.layers:
         expected = torch_layer(layer, dims)(expected, src_mask=mask, is_causal=causal)
-    (theirs,) = torch.autograd.grad(expected, x, grad)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
+    if METHOD.impl_support(METHOD.impl(impl), "train", dims, METHOD.params(), "cpu", "fp64"):
+        (mine,), (theirs,) = (torch.autograd.grad(out, x, grad) for out in (y, expected))
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
 
 
 @OPERATORS

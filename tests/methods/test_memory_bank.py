@@ -393,7 +393,7 @@ ARGMAX = [
 def test_an_argmax_bank_obeys_every_law_but_gradcheck(law, case):
     """Its backward is a straight-through estimator, not the derivative: see the finite differences above."""
     finding = law(case)
-    assert finding.status == HELD or "oracle" in finding.message or "not decode" in finding.message
+    assert finding.status == HELD or any(why in finding.message for why in ("oracle", "not decode", "not train"))
 
 
 @pytest.mark.parametrize(

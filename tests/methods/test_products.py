@@ -203,15 +203,17 @@ def test_formulas_of_slabs_hold_in_bf16_with_several_layers_and_an_unfinished_se
 
 
 @pytest.mark.parametrize("name", [*BY_SLABS, "dense"])
-def test_auto_takes_slabs_in_bf16_on_cpu_alone(name):
+def test_auto_takes_slabs_in_bf16_on_cpu_alone_and_where_native_does_not_train(name):
     method = METHODS[name]
     dims = Dims(seq_len=1024, position=method.positions[0])
 
-    def picked(device: str, dtype: str, mode: str = "forward") -> str:
-        return method.pick(mode, dims, method.params(), device, dtype).impl
+    def picked(device: str, dtype: str, mode: str = "forward", without: tuple[str, ...] = ()) -> str:
+        return method.pick(mode, dims, method.params(), device, dtype, without=without).impl
 
-    assert picked("cpu", "bf16") == picked("cpu", "bf16", "train") == "slabs"
-    assert picked("cpu", "fp32") == picked("cpu", "fp64") == "blocked"
+    assert picked("cpu", "bf16") == picked("cpu", "fp32") == "native"
+    assert picked("cpu", "bf16", "train") == "slabs"
+    assert picked("cpu", "fp32", "train") == picked("cpu", "fp64") == "blocked"
+    assert picked("cpu", "fp32", without=("native",)) == "blocked"
     assert picked("cuda", "bf16") != "slabs"
     if name != "dense":
         assert picked("cpu", "bf16", "decode") == "blocked"
