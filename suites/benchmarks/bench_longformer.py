@@ -50,28 +50,27 @@ def comparisons() -> list[Comparison]:
     q, k, v, rows, none = operands(LENGTH)
     for causal in (False, True):
         pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal)
+        fast = ours(q, k, v, rows, none, pattern)
         candidates: dict[str, Callable[[], Any]] = {
             "dense SDPA": functools.partial(scaled_dot_product_attention, q, k, v),
             "dense SDPA, causal": functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True),
-            **ours(q, k, v, rows, none, pattern),
+            **fast,
         }
         direction = "causal window" if causal else "window on both sides"
         found.append(
             Comparison(
                 f"longformer, {LENGTH} tokens, {WINDOW} keys a query, {direction}, fp32", "dense SDPA", candidates,
-                floor={"longformer/native": 6}, aim={"longformer/native": 9},
+                floor=dict.fromkeys(fast, 6.0), aim=dict.fromkeys(fast, 9.0),
             )
         )  # fmt: skip
     found += [_against_flex(dtype) for dtype in FLEX]
     found.append(_against_a_mask())
     if importlib.util.find_spec("transformers") is not None:
         pattern = LongformerParams(window=WINDOW, num_global=0).pattern(causal=False)
-        ours_and_theirs: dict[str, Callable[[], Any]] = {
-            "transformers": _transformers(q, k, v),
-            **ours(q, k, v, rows, none, pattern),
-        }
+        fast = ours(q, k, v, rows, none, pattern)
+        ours_and_theirs: dict[str, Callable[[], Any]] = {"transformers": _transformers(q, k, v), **fast}
         title = f"longformer, {LENGTH} tokens, {WINDOW} + 1 keys a query, fp32, without projections"
-        floor, aim = {"longformer/native": 2.0}, {"longformer/native": 4.0}
+        floor, aim = dict.fromkeys(fast, 2.0), dict.fromkeys(fast, 4.0)
         found.append(Comparison(title, "transformers", ours_and_theirs, floor=floor, aim=aim))
     return found
 
