@@ -142,6 +142,10 @@ def test_what_auto_picks_depends_on_the_dtype_and_is_told_with_its_reason(ctxben
         "asked": "auto", "why": "the portable fast path", "measured": False, "passed": ["native: left out by name"],
     }  # fmt: skip
     told = ctxbench(*arguments[:-1], "--impls", "auto").out
-    assert "   4 auto: native: kernels of our own whose scores never leave the innermost cache [longformer, rmt]" in told
+    assert (
+        "   4 auto: native: kernels of our own whose scores never leave the innermost cache [longformer, rmt]" in told
+    )
     told = ctxbench(*arguments[:-1], "--impls", "auto,-native").out
-    assert "   1 auto: slabs: plain products use bf16 units that the fused kernel leaves idle; passed over native" in told
+    assert (
+        "   1 auto: slabs: plain products use bf16 units that the fused kernel leaves idle; passed over native" in told
+    )
