@@ -105,6 +105,19 @@ class Pace:
         fits = needed(2) + self.total(kept, 1) <= SHORT_SHARE * left_s
         return min(wanted, 2) if fits else 1
 
+    def leaders(self, group: list[Planned], remaining: list[Planned], left_s: float) -> set[str]:
+        """Keys of those of ``group`` that get a second process where there is no time for one of every cell.
+
+        They bring each method to REACH: how much its fastest impl varies is worth more than the first number of a slow
+        one. As long as all of them, in ``remaining``, can have two.
+        """
+        first = _fastest(self.cells or remaining)
+        own = [planned for planned in group if _is_first(planned, first)]
+        keys = {planned.cell.key for planned in own}
+        others = (planned for planned in remaining if _is_first(planned, first) and planned.cell.key not in keys)
+        needed = self.replicates((planned.forecast.latency_s for planned in own), 2) + self.total(others, 2)
+        return keys if needed <= SHORT_SHARE * left_s else set()
+
 
 def is_short(planned: Planned) -> bool:
     """Whether a cell is worth a second process when time is short."""

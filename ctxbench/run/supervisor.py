@@ -217,11 +217,15 @@ class Supervisor:
                 live.append(work)
         waiting = [planned for planned in remaining if planned.cell.key in self.open]
         calls_s = [work.call_s for work in live]
-        processes = self.pace.affordable([work.planned for work in live], waiting, self.left_s(), calls_s)
-        for round_number in range(2, processes + 1):
+        begun = [work.planned for work in live]
+        processes = self.pace.affordable(begun, waiting, self.left_s(), calls_s)
+        scarce = processes == 1 < self.config.protocol.processes
+        twice = self.pace.leaders(begun, waiting, self.left_s()) if scarce else set()
+        for round_number in range(2, max(processes, 2 if twice else 1) + 1):
             self.random.shuffle(live)
             for work in live:
-                if len(work.timed) < min(round_number, processes_for(work.call_s, processes)):
+                wanted = 2 if work.planned.cell.key in twice else processes
+                if len(work.timed) < min(round_number, processes_for(work.call_s, wanted)):
                     self._show(work, f"process {round_number}", remaining, processes)
                     self._replicate(work)
         self._retry_contended(live, remaining, processes)

@@ -218,6 +218,14 @@ def test_every_method_gets_to_16k_before_any_gets_further(lab: Any) -> None:
     enough = (pace.total(needed, 1) + extra) / 0.85
     assert pace.affordable(short, waiting, enough + 0.1) == 2
     assert pace.affordable(short, waiting, enough - 0.1) == 1
+    # Where time is shorter than that, those that bring each method there keep two processes, and others have one.
+    leading = [p for p in waiting if p.cell.label() != "square / reference" and p.cell.seq_len <= 16384]
+    own = [p for p in leading if p in short]
+    rest = pace.total(leading, 2) - pace.total(own, 2)
+    enough = (pace.replicates([p.forecast.latency_s for p in own], 2) + rest) / 0.85
+    assert own
+    assert pace.leaders(short, waiting, enough + 0.1) == {p.cell.key for p in own}
+    assert pace.leaders(short, waiting, enough - 0.1) == set()
 
 
 def test_the_budget_takes_the_cheapest_cells(lab: Any) -> None:

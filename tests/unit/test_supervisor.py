@@ -309,6 +309,19 @@ def test_how_many_processes_a_budget_allows_is_learnt_from_the_first_ones(
     assert machine.time - 1000 <= config.budget_s
 
 
+def test_where_time_is_scarce_the_fastest_impls_have_two_processes(lab: Any) -> None:
+    machine = lab.machine(lambda cell: 1e-4)
+    machine.start_s = machine.gate_s = machine.meters_s = 1.0
+    axes = {"methods": "square", "impls": "all", "seq_len": "1k..8k"}
+    config = lab.config(protocol={"sample_budget": 0.01}, limits={"budget": "30s"}, **axes)
+    rows = [row for row in lab.run(machine, config).rows if row.latency_s is not None]
+    found: dict[str, set[int]] = {"reference": set(), "fast": set()}
+    for row in rows:
+        found[row.impl].add(row.latency_s.n_processes)
+    assert found == {"reference": {1, 2}, "fast": {1}}  # both cost the same, so the first is taken for the fastest
+    assert machine.time - 1000 <= config.budget_s
+
+
 def test_a_cell_without_any_forecast_runs_and_teaches_the_next_length(lab: Any) -> None:
     machine = lab.machine()
     summary = lab.run(machine, lab.config(methods="plain", seq_len="1k..4k"))
