@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,13 +22,16 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from ctxbench.implementations.block_recurrent import METHOD, blocked, reference
+from ctxbench.implementations._shared.biased_window import Compact
+from ctxbench.implementations.block_recurrent import METHOD, blocked, reference, triton
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
 from ctxbench.method import Dims
 from ctxbench.suites.benchmarks.ratios import Comparison
 
 D_MODEL, HEADS, WINDOW, STATES = 512, 8, 512, 512
 PACKAGES = ("block_recurrent_transformer_pytorch", "einops", "beartype", "packaging")
+# native runs the operators of triton: on CPUs their kernels are C++
+IMPLS = {"reference": reference.OPERATORS, "blocked": blocked.OPERATORS, "native": triton.OPERATORS}
 
 
 def layer(impl: str, length: int) -> torch.nn.Module:
@@ -77,10 +81,11 @@ def ours(operands: dict[str, torch.Tensor], impl: tuple[Any, Any]) -> torch.Tens
     """All four attentions over the sequence, ``[1, H, rows, D]`` joined by rows."""
     local, attend = impl
     rows = {name: a[None] for name, a in operands.items()}
-    bias, scale = torch.zeros(HEADS, WINDOW), (D_MODEL // HEADS) ** 0.5
+    scale, bias = (D_MODEL // HEADS) ** 0.5, torch.zeros(HEADS, WINDOW)
     unit = {name: a if name in ("v", "state_v") else normalize(a, dim=3) for name, a in rows.items()}
     unit |= {name: unit[name] * scale for name in ("q", "read_q", "state_q", "write_q")}
-    outputs = [local(unit["q"], unit["k"], unit["v"], bias)]
+    compact = Compact(WINDOW, torch.zeros(HEADS, 2 * WINDOW + 1))  # both directions
+    outputs = [local(unit["q"], unit["k"], unit["v"], compact if getattr(local, "compact", False) else bias)]
     for first in range(0, outputs[0].shape[2], WINDOW):
         keys = slice(max(first - WINDOW, 0), first + WINDOW)
         outputs.append(attend(unit["read_q"][:, :, first : first + WINDOW], unit["state_k"], unit["state_v"]))
@@ -128,10 +133,10 @@ def comparisons() -> list[Comparison]:
         if package is not None and attention is not None:
             operators["package's Attention"] = torch.no_grad()(functools.partial(theirs, rows, attention))
             modules["package's AttentionBlock"] = _inference(package, x)
-        for name, impl in (("reference", reference.OPERATORS), ("blocked", blocked.OPERATORS)):
+        for name, impl in IMPLS.items():
             operators[f"block_recurrent/{name}"] = torch.no_grad()(functools.partial(ours, rows, impl))
             modules[f"block_recurrent/{name}"] = _inference(layer(name, length), x)
-        goals = [] if package is None else ["block_recurrent/blocked"]
+        goals = [] if package is None else ["block_recurrent/blocked", "block_recurrent/native"]
         sizes = f"{length} tokens, windows of {WINDOW}, {STATES} states, fp32"
         found.append(
             Comparison(
@@ -150,14 +155,16 @@ def _inference(module: Callable[..., Any], x: torch.Tensor) -> Callable[[], Any]
 def test_operators_compute_the_same(benchmark: Any) -> None:
     rows = operands(2 * WINDOW)
     expected = benchmark.pedantic(ours, (rows, reference.OPERATORS), rounds=1)
-    torch.testing.assert_close(ours(rows, blocked.OPERATORS), expected, rtol=1e-4, atol=1e-4)
+    for operators in (blocked.OPERATORS, triton.OPERATORS):
+        torch.testing.assert_close(ours(rows, operators), expected, rtol=1e-4, atol=1e-4)
     attention = published_attention()
     if attention is not None:
         torch.testing.assert_close(theirs(rows, attention), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
-@pytest.mark.parametrize("mode", ["forward", "decode"])
+@pytest.mark.parametrize(
+    ("impl", "mode"), [*itertools.product(("reference", "blocked"), ("forward", "decode")), ("native", "forward")]
+)
 def test_layer(benchmark: Any, impl: str, mode: str) -> None:
     dims, params = Dims(seq_len=500, d_model=64, d_ff=0, position="t5"), BlockRecurrentParams(window=128, num_states=64)
     module = METHOD.make(dims, params, impl, "cpu", torch.float32).eval()
