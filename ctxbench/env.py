@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ctxbench import compiler
+
 PACKAGES = (
     "ctxbench", "torch", "numpy", "msgspec", "sympy", "scipy", "pandas", "plotly", "matplotlib", "triton",
     "flash-attn", "flash-linear-attention", "xformers", "transformers", "nvidia-ml-py", "pynvml",
@@ -25,7 +27,7 @@ VARIABLES = (
     "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "KMP_BLOCKTIME", "LD_PRELOAD", "GLIBC_TUNABLES",
     "MALLOC_ARENA_MAX", "CUDA_VISIBLE_DEVICES",
     "PYTORCH_CUDA_ALLOC_CONF", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TRITON_INTERPRET",
-    "THP_MEM_ALLOC_ENABLE",
+    "THP_MEM_ALLOC_ENABLE", "CXX",
 )  # fmt: skip
 
 
@@ -40,6 +42,7 @@ def fingerprint(root: Path = Path("/")) -> dict[str, Any]:
         "gpu": _gpus(),
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
         "packages": packages(PACKAGES),
+        "compiler": _compiler(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "git": git_state(Path(__file__).parent),
     }
@@ -115,6 +118,12 @@ def _limits(root: Path) -> dict[str, Any]:
             "cpu": _line(base / unified / "cpu.max"),
         }
     )
+
+
+def _compiler() -> dict[str, str]:
+    """What native kernels are made with; the flags are the same for all, those of this version."""
+    words = compiler.command()
+    return {"command": " ".join(words), "version": compiler.version(words)} if words else {}
 
 
 def _system(root: Path) -> dict[str, Any]:

@@ -48,5 +48,9 @@ def ctxbench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep tests away from the user's calibration cache, and from one another's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    """Keep tests away from the user's calibration cache, and from one another's; compiled kernels are shared."""
+    cache, kernels = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp().parent / "kernels"
+    kernels.mkdir(exist_ok=True)  # files of many names, each made once
+    (cache / "ctxbench").mkdir()
+    (cache / "ctxbench" / "native").symlink_to(kernels)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))

@@ -12,6 +12,7 @@ import click
 
 from ctxbench.cli.common import Common, common_options, table
 from ctxbench.cli.listing import devices
+from ctxbench.compiler import looked_for
 from ctxbench.config import parse_devices
 from ctxbench.errors import CtxbenchError, Exit
 
@@ -59,6 +60,7 @@ def _machine(fingerprint: dict[str, Any]) -> list[Finding]:
     found = [
         Finding("processor", "ok", f"{cpu.get('model', 'unknown')}, {cpu.get('cores_usable')} usable cores"),
         Finding("memory", "ok", f"{gib:.1f} GiB available"),
+        _compiler(fingerprint.get("compiler")),
         *(Finding("device", "ok", f"{device['name']}: {device['title']}") for device in devices()),
     ]
     if cpu.get("hypervisor"):
@@ -84,6 +86,13 @@ def _machine(fingerprint: dict[str, Any]) -> list[Finding]:
         )
         found.append(Finding("cpu pressure", "warning" if share > 20 else "ok", f"{share:.0f} % (10 s)", advice))
     return found
+
+
+def _compiler(found: dict[str, str] | None) -> Finding:
+    if found is None:
+        advice = f"impls native need one: install g++ or let CXX name one; looked for {looked_for()}"
+        return Finding("c++ compiler", "note", "none", advice)
+    return Finding("c++ compiler", "ok", f"{found['command']}: {found['version'] or 'says no version'}")
 
 
 def _packages() -> list[Finding]:

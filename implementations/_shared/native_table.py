@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 
+from ctxbench.implementations._shared import native_build
 from ctxbench.method import YES, Dims, Impl, Params, Support, no
 
 NOTE = "kernels of our own in C++, compiled on this machine; scores never leave the innermost cache"
 PAD = 16  # numbers that a row of ``tiles.hpp`` is a multiple of
-COMPILERS = ("c++", "g++", "clang++")  # looked for in this order, unless CXX names one
 
 
 def padded(count: int) -> int:
@@ -18,20 +17,14 @@ def padded(count: int) -> int:
     return -(-count // PAD) * PAD
 
 
-def compiler() -> str | None:
-    """The C++ compiler of this machine."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    return next(filter(None, map(shutil.which, names)), None)
-
-
 def support(dims: Dims, params: Params, device: str, dtype: str) -> Support:
-    """A compiler, and a system that loads what it makes beside PyTorch's own threads."""
+    """A compiler that makes them, and a system that loads what it makes beside PyTorch's own threads."""
     if not sys.platform.startswith("linux"):
         return no(f"native kernels share the threads of PyTorch's build for Linux, received {sys.platform}")
-    if compiler() is None:
-        looked = os.environ.get("CXX") or ", ".join(COMPILERS)
-        return no(f"native kernels need a C++ compiler, found none ({looked}): install g++ or let CXX name one")
-    return YES
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return no("Triton's interpreter takes the tensors of native kernels: unset TRITON_INTERPRET")
+    refusal = native_build.refusal()
+    return no(refusal) if refusal else YES
 
 
 def wide_support(dims: Dims, params: Params, device: str, dtype: str) -> Support:

@@ -72,6 +72,13 @@ def test_this_machine_is_described_in_plain_values():
     assert seen["packages"]["ctxbench"]
     assert seen["packages"]["torch"]
     assert seen["cpu"]["model"]
+    assert seen["compiler"]["command"]
+    assert any(character.isdigit() for character in seen["compiler"]["version"])
+
+
+def test_a_machine_without_a_compiler_names_none(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "compiler" not in env.fingerprint()
 
 
 def test_packages_that_are_absent_are_left_out():

@@ -20,7 +20,7 @@ TASKS = "ctxbench.run.tasks"  # plain data that a child and the supervisor excha
 HEAVY = ("torch", "pandas", "plotly", "matplotlib", "scipy")
 # For every module of the harness, those it must not import: the arrows of docs/architecture.md, from the bottom up.
 LAYERS = [
-    {"errors", "units", "text"},
+    {"errors", "units", "text", "compiler"},
     {"method", "picks", "axes"},
     {"cell", "rows", "registry", "suite", "config", "cost", "workload", "env"},
     {"plan", "pace", "shard"},
