@@ -36,6 +36,7 @@ def run_task(task: Task) -> Outcome:
     """Do one task; whatever is raised becomes an outcome. Never raises."""
     started = time.monotonic()
     try:
+        _be_on(task.cell)
         outcome = KINDS[task.kind](task)
     except BaseException as error:  # a plug-in may raise anything, SystemExit included
         outcome = of_exception(error)
@@ -191,6 +192,12 @@ def _subject(task: Task) -> tuple[Cell, Method]:
         raise MeasurementError(f"a task of kind {task.kind!r} needs a cell")
     _set_threads(task.cell)
     return task.cell, registry.reload(task.origin)
+
+
+def _be_on(cell: Cell | None) -> None:
+    """Make the cell's device the current one: events, synchronisation and recordings are of that, whatever tensors."""
+    if cell is not None and cell.device.startswith("cuda:") and torch.cuda.is_available():
+        torch.cuda.set_device(cell.device)
 
 
 def _set_threads(cell: Cell | None) -> int:

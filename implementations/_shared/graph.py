@@ -40,7 +40,8 @@ def record(action: Action, device: torch.device) -> Action:
             action()
     current.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Not on the stream that PyTorch takes by itself: that one is of whichever device recorded first.
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=aside):
         action()
     return graph.replay  # type: ignore[no-any-return]
 

@@ -120,9 +120,14 @@ def _entries(
 def _sizes(
     q: torch.Tensor, k: torch.Tensor, r: torch.Tensor, far_k: torch.Tensor, stair: Stair
 ) -> tuple[list[int], list[int]]:
-    """What all kernels take between strides and scale: of the rows, and of the entries."""
-    rows = [q.shape[1], q.shape[2], k.shape[2], r.shape[1], stair.nearest, stair.past, stair.phase, stair.segment]
-    return [*rows, stair.memory], [far_k.shape[2], stair.known, stair.capacity, stair.rate]
+    """What all kernels take between strides and scale: of the rows, and of the entries.
+
+    A memory of more rows than there are shows all of them, and so do more entries; an entry a rate beyond the rows
+    never comes. So 32 bits hold what kernels make of these numbers, however large a parameter is.
+    """
+    P, F = k.shape[2], far_k.shape[2]
+    rows = [q.shape[1], q.shape[2], P, r.shape[1], stair.nearest, stair.past, stair.phase, stair.segment]
+    return [*rows, min(stair.memory, P)], [F, stair.known, min(stair.capacity, F), min(stair.rate, P + 1)]
 
 
 @torch.library.custom_op("ctxbench::relative", mutates_args=())

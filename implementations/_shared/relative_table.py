@@ -57,7 +57,8 @@ PLAIN = (Tile(32, 4, 2), Tile(32, 4, 2), Tile(32, 4, 2), Tile(32, 4, 2))
 WIDE = (Tile(64, 4, 2), *PLAIN[1:])
 SMALL = (Tile(32, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2))
 SMALL_ENTRIES = (*SMALL[:2], Tile(16, 4, 1), Tile(16, 4, 1))
-NARROW_ENTRIES = (*SMALL[:2], Tile(16, 8, 2), Tile(16, 4, 1))  # sixteen channels leave four warps too few registers
+NARROW = (*SMALL[:3], Tile(16, 4, 1))  # sixteen channels leave four warps too few registers
+NARROW_ENTRIES = (*SMALL[:2], Tile(16, 8, 2), Tile(16, 4, 1))
 LAST_SMALL = (*PLAIN[:3], Tile(16, 4, 2))
 # Heads of 128 channels: wide tiles where two sums fit, sixteen rows elsewhere.
 WIDEST_PLAIN = (Tile(32, 8, 1), Tile(16, 4, 2), Tile(32, 8, 1), Tile(16, 4, 2))
@@ -70,7 +71,7 @@ CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
         (2, 32): (WIDE, PLAIN),
         (2, 64): (WIDE, LAST_SMALL),
         (2, 128): (WIDEST_PLAIN, (Tile(16, 8, 1), *WIDEST_ENTRIES[1:])),
-        (4, 16): (SMALL, NARROW_ENTRIES),
+        (4, 16): (NARROW, NARROW_ENTRIES),
         (4, 32): (SMALL, SMALL_ENTRIES),
         (4, 64): (WIDE_FLOAT, WIDE_FLOAT),
         (4, 128): (WIDE_FLOAT, WIDE_FLOAT),

@@ -149,6 +149,7 @@ def search(
     q, k, v = _rows(q), _rows(k), _rows(v)
     out, picked, weights = _results(q, top_k if keep else 0)
     B, H, T, D = q.shape
+    length = min(length, T)  # a segment that never ends has no more tiles than queries
     rows = queries(top_k, D, q.element_size())
     grid = triton.cdiv(T, length) * triton.cdiv(length, rows), B * H
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'

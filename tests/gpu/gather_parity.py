@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from flash_parity import TILES, relative
-from interpreted import INTERPRETED, Counted, check_integers, spare
+from interpreted import INTERPRETED, Counted, check_integers, mine, spare
 
 from ctxbench.implementations._shared import ranges
 from ctxbench.implementations.compressive_memory import METHOD as COMPRESSIVE_MEMORY
@@ -137,11 +137,11 @@ def best(queries: int, keys: int, top_k: int, width: int = 16) -> Check:
 
 
 def equals(dtype: torch.dtype) -> Errors:
-    """Scores of which most are equal: the oldest of equal ones are picked, and no other."""
+    """Scores of which most are equal: the oldest of equal ones are picked, and no other. The segment never ends."""
     q, k = torch.randint(-1, 2, (1, 1, 20, 16)).to(dtype), torch.randint(-1, 2, (1, 1, 50, 2)).to(dtype)
     k = torch.cat((k, torch.zeros(1, 1, 50, 14, dtype=dtype)), dim=3)
     v = torch.randn(1, 1, 50, 16).to(dtype)
-    _, picked, _ = search.search(q, k, v, 7, 50, 20, 50, True)
+    _, picked, _ = search.search(q, k, v, 7, 50, 2**31 - 1, 50, True)
     expected = (q @ k.transpose(2, 3)).sort(dim=3, descending=True, stable=True).indices[0, :, :, :7]
     return {"picked": differing(picked.sort(dim=2).values, expected.sort(dim=2).values)}
 
@@ -284,7 +284,7 @@ def main() -> None:
     else:
         torch.set_default_device("cuda")
     for name, dtype in runs():
-        if sys.argv[1:] and name not in sys.argv[1:]:
+        if (sys.argv[1:] and name not in sys.argv[1:]) or not mine():
             continue
         torch.manual_seed(0)
         check_integers(dtype == "fp16")

@@ -5,6 +5,7 @@ Where TRITON_INTERPRET is 1, which must be set before kernels are imported; else
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from fractions import Fraction
@@ -20,6 +21,13 @@ from ctxbench.implementations.memory_bank import gate_tiles
 from ctxbench.implementations.routing import gathered_tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_RUNS = itertools.count()
+
+
+def mine() -> bool:
+    """Whether this process does the next run: where several share a program's, each has a number, ``SHARE=2/16``."""
+    own, of = map(int, os.environ.get("SHARE", "0/1").split("/"))
+    return next(_RUNS) % of == own
 
 
 def spare() -> None:

@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
-from interpreted import INTERPRETED, spare
+from interpreted import INTERPRETED, mine, spare
 
 from ctxbench.implementations._shared import decode, decode_table, ranges, relative_fused, relative_table
 from ctxbench.implementations._shared.flash_table import Config
@@ -106,7 +106,7 @@ def main(wanted: list[str]) -> None:
         ranges.config = lambda kernel, *_: TILES[kernel]
         relative_fused.tile = lambda *_: relative_table.Tile(16, 4, 1)
         decode.config = lambda *_: decode_table.Config(16, 16, 4, 1)
-    for form in wanted or FORMS:
+    for form in filter(lambda _: mine(), wanted or FORMS):
         name, position, layers, values, lengths = FORMS[form]
         impl = IMPLS.get(form, "triton")
         method = here(discover()[name], impl)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +59,26 @@ def test_finished_parts_are_not_done_again_and_failed_ones_are(
     assert [name for name, _ in calls] == ["ratios", "run"]
 
 
-def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_output(tmp_path: Path) -> None:
-    program = "import time\nprint('so far', flush=True)\ntime.sleep(60)"
+def test_a_part_that_takes_too_long_is_stopped_with_all_it_started_and_keeps_its_output(tmp_path: Path) -> None:
+    program = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nprint(child.pid, flush=True)\nchild.wait()"
     assert suite._within([sys.executable, "-c", program], 3.0, tmp_path / "log") == 1
-    text = (tmp_path / "log").read_text()
-    assert "so far" in text
-    assert "stopped after 3 s" in text
+    child, *_, last = (tmp_path / "log").read_text().splitlines()
+    assert last == "stopped after 3 s"
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_tests_that_passed_are_not_run_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "unknown_part"]
+    passed = tmp_path / "passed.txt"
+    codes = [
+        subprocess.run(command, capture_output=True, env=os.environ | {"CTXBENCH_PASSED": str(passed)}).returncode
+        for _ in range(2)
+    ]
+    assert codes == [0, suite.NO_TESTS]
+    assert [line.rpartition("::")[2] for line in passed.read_text().splitlines()] == [
+        "test_an_unknown_part_is_a_usage_error"
+    ]
 
 
 def test_an_unknown_part_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

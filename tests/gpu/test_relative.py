@@ -26,7 +26,7 @@ BINDING = [
 
 def test_all_gradients_agree_with_float64_in_the_interpreter(program, wrong) -> None:
     rows = program("relative_parity.py", interpret=True)
-    assert len(rows) == 21
+    assert len(rows) == 22
     assert not wrong(rows)
 
 

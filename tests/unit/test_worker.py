@@ -10,7 +10,7 @@ import torch
 from ctxbench.cell import Cell
 from ctxbench.measure import drift, energy, latency, machine
 from ctxbench.run.tasks import Outcome, Protocol, Task
-from ctxbench.run.worker import run_task
+from ctxbench.run.worker import KINDS, run_task
 
 PLUGIN = """
 import torch
@@ -188,6 +188,18 @@ def test_the_machine_s_ceilings_are_measured(monkeypatch):
     assert set(outcome.calibration.matmul_flops_per_s) == {"fp32", "bf16", "fp64"}
     assert all(rate > 0 for rate in outcome.calibration.matmul_flops_per_s.values())
     assert outcome.calibration.copy_bytes_per_s > 0
+
+
+def test_the_device_of_a_cell_is_the_current_one(monkeypatch):
+    """Events and recordings are of the current device; of another one a stopwatch would see nothing."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setitem(KINDS, "time", lambda task: Outcome(status="ok"))
+    for device in ("cpu", "cuda:1"):
+        cell = Cell(method="dense", impl="reference", mode="forward", dtype="fp32", device=device, seq_len=64)
+        assert run_task(Task(kind="time", cell=cell, origin=ORIGIN)).status == "ok"
+    assert seen == ["cuda:1"]
 
 
 def test_torch_describes_itself():
