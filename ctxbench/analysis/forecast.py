@@ -32,7 +32,6 @@ from ctxbench.cost.figures import Evaluator, Figures
 from ctxbench.cost.model import big_o
 from ctxbench.cost.roofline import Ceilings, Point
 from ctxbench.method import Method
-from ctxbench.pace import ONE_MEMORY_CALL_S
 from ctxbench.plan import Planned, resident_bytes
 from ctxbench.registry import Registry
 from ctxbench.rows import Row, cell_of
@@ -48,6 +47,7 @@ TOLD = 0.02  # a measured time that the machine's speed moves by more is shown a
 PEAK_SHARE, PEAK_SLACK = 1.03, 2 << 20  # a peak within these of its formula counts as equal to it
 SCRATCH_SHARE = 1.15  # what to reserve besides where fewer than SCRATCH_LENGTHS lengths have shown what libraries take
 SCRATCH_LENGTHS = 2
+LONG_RECORD_S = 2.0  # a resident peak of a longer call may hold the record that another meter made of it meanwhile
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -332,8 +332,8 @@ def needed(row: Row) -> int | None:
 
 
 def shared(row: Row) -> bool:
-    """Whether both meters watched one call, so that the resident one counts what the allocator's took to record it.
+    """Whether both meters watched one long call: the resident one counts what the allocator's took to record it.
 
     The run decided by what it knew of the call before all processes had ended.
     """
-    return row.latency_s is not None and row.latency_s.median > 0.9 * ONE_MEMORY_CALL_S
+    return row.latency_s is not None and row.latency_s.median > 0.9 * LONG_RECORD_S

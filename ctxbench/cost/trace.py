@@ -36,6 +36,8 @@ class Way(NamedTuple):
 
 
 WAYS = Way(values=False), Way(redirect=True), Way()
+# What to trace a series with, by the names under which processes tell each other.
+ENGINES = {"fake": None, "meta": WAYS[0], "meta, redirected": WAYS[1], "meta, with values": WAYS[2]}
 
 
 def trace(
@@ -59,18 +61,34 @@ def trace(
 _AGREED: dict[tuple[Any, ...], tuple[Method, Way | None]] = {}  # the method is kept, so that its id is not used again
 
 
+def engine(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> str:
+    """One of ENGINES once both were compared for a cell of this series in this process; empty before."""
+    subject = (method, params, impl, mode, dtype)
+    key = _series(dims, *subject)
+    return next(name for name, way in ENGINES.items() if way == _AGREED[key][1]) if key in _AGREED else ""
+
+
+def trust(engine: str, dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> None:
+    """Take over what another process found when it compared both engines for a cell of this series."""
+    _AGREED[_series(dims, method, params, impl, mode, dtype)] = method, ENGINES[engine]
+
+
+def _series(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> tuple[Any, ...]:
+    return id(method), dims.replace(seq_len=_probe_len(method, params, mode)), params, impl, mode, dtype
+
+
 def _agreement(dims: Dims, method: Method, params: Params, impl: str, mode: str, dtype: str) -> Way | None:
     """How the fast engine follows a cell; None where it may not be used.
 
     Both engines trace a probe, which is worth its time for lengths well beyond it. The answer holds for every length.
     """
-    probe_len = _probe_len(method, params, mode)
-    short = dims.replace(seq_len=probe_len)
-    key = (id(method), short, params, impl, mode, dtype)
+    subject = (method, params, impl, mode, dtype)
+    key = _series(dims, *subject)
     if key not in _AGREED:
-        if dims.seq_len <= 2 * probe_len:
+        short: Dims = key[1]
+        if dims.seq_len <= 2 * short.seq_len:
             return None
-        _AGREED[key] = method, _compare(short, method, params, impl, mode, dtype)
+        _AGREED[key] = method, _compare(short, *subject)
     return _AGREED[key][1]
 
 

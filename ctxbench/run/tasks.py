@@ -35,6 +35,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     protocol: Protocol = Protocol()
     gate: bool = False
     passed: list[Gate] = []  # gates that passed in this run, of cells that differ from this one in their length alone
+    engine: str = ""  # the tracer's, where a memory process of this run has compared both for the same series
     process: int = 0  # index of the replicate; varies the inputs' seed
     expected_s: float | None = None  # forecast of one call
 
@@ -58,7 +59,10 @@ class Samples(msgspec.Struct, kw_only=True):
 
 
 class Memory(msgspec.Struct, kw_only=True):
-    """What a ``memory`` child returns; bytes above what was live before the call."""
+    """What a ``memory`` child returns; bytes above what was live before the call.
+
+    ``engine`` is the tracer's for all lengths of the cell's series; empty where both were not compared.
+    """
 
     allocated: int | None = None
     resident: int | None = None
@@ -70,6 +74,7 @@ class Memory(msgspec.Struct, kw_only=True):
     coverage: float | None = None
     uncounted: dict[str, int] = {}
     bytes_moved: int | None = None
+    engine: str = ""
     warnings: list[str] = []
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ctxbench import registry, workload
 from ctxbench.cell import Cell
+from ctxbench.cost import trace as tracer
 from ctxbench.errors import MeasurementError
 from ctxbench.measure import contention, drift, energy, flops, latency, machine, memory, telemetry
 from ctxbench.measure.gate import run_gate
@@ -25,7 +26,7 @@ from ctxbench.text import Warn
 from ctxbench.workload import Workload
 
 SHORT_CALL_S = 1e-4
-RECHECK_S = 0.2  # longer calls are not repeated for the check on overwritten inputs; the gate made it at a small size
+RECHECK_S = 0.2  # longer calls are not made again with an overwritten input; the gate did that at a small size
 SPREAD = 0.10
 COUNT_S = 5.0  # longer calls are not repeated to count what the tracer could not
 WARM_UP_TOKENS = 1024  # and at most a quarter of the sequence
@@ -54,12 +55,12 @@ def time_cell(task: Task) -> Outcome:
     started = time.perf_counter()
     work = _prepare(method, cell, task)
     built = time.perf_counter() - started
-    sums = _Checksums(work)
+    outputs = _Outputs(work, repeat=task.gate)
     reference, beat = drift.reference_pair(cell.device), drift.beat(cell.device)
     sensors = contention.read()
     stopwatch = latency.stopwatch_for(cell.device)
     with telemetry.clock_watch(cell.device) as slow:
-        timing = latency.measure(work.call, task.protocol, stopwatch, sums.add, slow, beat)
+        timing = latency.measure(work.call, task.protocol, stopwatch, outputs.add, slow, beat)
     seen, contended = contention.between(sensors, contention.read())
     seen |= telemetry.snapshot(cell.device)
     if timing.discarded:
@@ -68,9 +69,8 @@ def time_cell(task: Task) -> Outcome:
     if timing.beats:
         seen["reference_beside_s"] = [[taken, float(f"{seconds:.5g}")] for taken, seconds in timing.beats]
     median = sorted(timing.samples)[len(timing.samples) // 2]
-    complaint = sums.complaint() or (
-        _recompute(work, "state" not in method.impl(cell.impl).defects) if task.gate and median <= RECHECK_S else ""
-    )
+    repeatable = "state" not in method.impl(cell.impl).defects
+    complaint = outputs.complaint() or _recompute(work, outputs, repeatable, short=median <= RECHECK_S)
     if complaint:
         return Outcome(status="gate_failed", reason=complaint, gate=_refused(gate, complaint))
     counter, reason = energy.counter_for(cell.device)
@@ -87,7 +87,7 @@ def time_cell(task: Task) -> Outcome:
         sensors=seen,
         energy_j=joules,
         energy_reason=reason,
-        checksum=sums.first,
+        checksum=outputs.first,
         warnings=_timing_warnings(timing, task, seen["drift"]),
     )
     if isinstance(stopwatch, latency.CudaStopwatch):
@@ -100,7 +100,7 @@ def measure_memory(task: Task) -> Outcome:
     cell, method = _subject(task)
     params = cell.params_for(method)
     found = Memory()
-    trace = _trace_into(found, method, cell)
+    trace = _trace_into(found, method, task)
     _warm_small(method, cell)
     work = _prepare(method, cell, task)
     peak = memory.measure(work.call, cell.device, work.forget_gradients, task.expected_s)
@@ -123,9 +123,9 @@ def measure_memory(task: Task) -> Outcome:
 
 def trace_cell(task: Task) -> Outcome:
     """What the fake-tensor tracer alone can tell, without memory or arithmetic."""
-    cell, method = _subject(task)
+    _, method = _subject(task)
     found = Memory(meter="tracer")
-    _trace_into(found, method, cell)
+    _trace_into(found, method, task)
     return Outcome(status="ok", memory=found)
 
 
@@ -158,16 +158,29 @@ KINDS: dict[str, Callable[[Task], Outcome]] = {
 }
 
 
-class _Checksums:
-    """A few values of every output, summed: equal for equal inputs, different for different ones."""
+class _Outputs:
+    """What the calls returned: a few values of each, summed; and where ``repeat`` asks, whether the first came again.
 
-    def __init__(self, work: Workload):
-        self.rotate = len(work.inputs)
-        self.values: list[float] = []
+    For that the whole first output is kept, and compared with what the same input gives while samples are taken.
+    """
+
+    def __init__(self, work: Workload, repeat: bool = False):
+        self.work, self.repeat = work, repeat
+        self.values: list[float] = []  # equal for equal inputs, different for different ones
+        self.kept: torch.Tensor | None = None
+        self.repeated: bool | None = None  # None until the first input was met again
 
     def add(self, y: torch.Tensor) -> None:
-        flat = y.detach().reshape(-1)
+        y = y.detach()
+        flat = y.reshape(-1)
         self.values.append(float(flat[:: max(1, flat.numel() // CHECKED_VALUES)].double().sum()))
+        if not self.repeat or self.repeated is not None or (self.work.count - 1) % len(self.work.inputs):
+            return
+        if self.kept is None:
+            self.kept = y.clone()
+        else:
+            tolerance = 100 * torch.finfo(y.dtype).eps * float(self.kept.abs().max())
+            self.repeated = float((y - self.kept).abs().max()) <= tolerance
 
     @property
     def first(self) -> float | None:
@@ -178,7 +191,7 @@ class _Checksums:
         """What is wrong with the outputs of the timed calls, or nothing."""
         if not all(map(math.isfinite, self.values)):
             return "a timed call returned NaN or infinite values\n  accepted: finite values"
-        different = self.values[: self.rotate]
+        different = self.values[: len(self.work.inputs)]
         if len(different) > 1 and len(set(different)) < len(different):
             return (
                 "timed calls on different inputs returned the same output\n  accepted: an output computed from the "
@@ -218,30 +231,26 @@ def _prepare(method: Method, cell: Cell, task: Task) -> Workload:
     return work
 
 
-def _recompute(work: Workload, repeatable: bool) -> str:
+def _recompute(work: Workload, outputs: _Outputs, repeatable: bool, short: bool) -> str:
     """Give the module new contents in a tensor it has seen: an output kept by address or shape shows here.
 
-    ``repeatable`` is False for a sketch that declares its state a defect: the same input may give another result.
+    ``repeatable`` is False for a sketch that declares its state a defect: the same input may give another result. Calls
+    that are not ``short`` are not made again; what the samples met of the first input is judged all the same.
     """
-    work.count = 0
-    first = work.call().detach().clone()
-    with torch.no_grad():
-        work.inputs[0].neg_()
-    work.count = 0
-    second = work.call().detach()
-    if torch.equal(first, second):
-        return (
-            "a timed output did not change when its input was overwritten\n  accepted: an output computed from the "
-            "input of the call\n  look for results that are kept between calls"
-        )
-    if not repeatable:
-        return ""
-    with torch.no_grad():
-        work.inputs[0].neg_()
-    work.count = 0
-    again = work.call().detach()
-    scale = float(first.abs().max())
-    if float((again - first).abs().max()) > 100 * torch.finfo(first.dtype).eps * scale:
+    first = outputs.kept
+    if short and first is not None:
+        if outputs.repeated is None:  # too few samples to come back to the first input
+            work.count = 0
+            outputs.add(work.call())
+        with torch.no_grad():
+            work.inputs[0].neg_()
+        work.count = 0
+        if torch.equal(first, work.call().detach()):
+            return (
+                "a timed output did not change when its input was overwritten\n  accepted: an output computed from the "
+                "input of the call\n  look for results that are kept between calls"
+            )
+    if repeatable and outputs.repeated is False:
         return (
             "a timed output could not be computed again: the same input gave another result\n  accepted: equal outputs "
             "for equal inputs\n  look for tensors kept on the module, randomness, uninitialised memory"
@@ -278,11 +287,17 @@ def _timing_warnings(timing: latency.Timing, task: Task, drifted: dict[str, floa
     return warnings
 
 
-def _trace_into(found: Memory, method: Method, cell: Cell) -> Any:
+def _trace_into(found: Memory, method: Method, task: Task) -> Any:
     """Fill in the tracer's figures; an impl it cannot follow leaves them empty and says so."""
+    cell = task.cell
+    assert cell is not None
+    subject = (cell.dims, method, cell.params_for(method), cell.impl, cell.mode, cell.dtype)
+    if task.engine:
+        tracer.trust(task.engine, *subject)
     trace = flops.count(
         method, cell.dims, cell.params_for(method), cell.impl, cell.mode, cell.dtype, cell.device
     )  # fmt: skip
+    found.engine = tracer.engine(*subject)
     if trace.untraceable:
         found.warnings.append(Warn.UNTRACEABLE(trace.untraceable))
         return trace

@@ -178,6 +178,18 @@ def test_a_long_call_is_made_again_where_the_mark_cannot_be_reset(monkeypatch):
     assert (found.allocated, found.resident, found.reason) == (5 * MIB, None, "no mark")
 
 
+@pytest.mark.parametrize(
+    ("expected_s", "marks", "resident"),
+    [(0.05, [5], 5), (0.5, [6], 6), (0.5, [9, 5], 5), (0.5, [9, 9], 9), (0.5, [1], 1), (10.0, [9], 9)],
+)
+def test_a_mark_that_may_hold_the_record_of_another_meter_is_taken_again(monkeypatch, expected_s, marks, resident):
+    taken = iter(marks)
+    monkeypatch.setattr(memory, "high_water", lambda call: (call() and None) or (next(taken) * MIB, ""))
+    found = memory.measure(takes_five_mebibytes, expected_s=expected_s)
+    assert (found.allocated, found.resident) == (5 * MIB, resident * MIB)
+    assert next(taken, None) is None
+
+
 def test_an_impl_that_fails_on_fake_tensors_is_untraceable_and_not_an_error():
     class Stubborn(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -283,6 +283,31 @@ def test_both_engines_are_compared_once_for_all_lengths_of_a_cell(monkeypatch):
     assert lengths == [600, probe_len, probe_len]
 
 
+def test_what_one_process_found_of_the_engines_spares_another_the_comparison(monkeypatch):
+    method = discover()["dense"]
+    subject = (method, method.params(), "blocked", "forward", "fp32")
+    dims = Dims(seq_len=4096, d_model=32, num_heads=2)
+    monkeypatch.setattr(tracing, "_AGREED", {})
+    assert tracing.engine(dims, *subject) == ""
+    before = tracing.trace(dims=dims, method=method, params=method.params(), impl="blocked")
+    told = tracing.engine(dims, *subject)
+    assert told in tracing.ENGINES
+    assert told != "fake"
+
+    def refuse(*_):
+        raise AssertionError("compared again")
+
+    monkeypatch.setattr(tracing, "_AGREED", {})
+    monkeypatch.setattr(tracing, "_compare", refuse)
+    tracing.trust(told, dims, *subject)
+    assert tracing.engine(dims.replace(seq_len=8192), *subject) == told  # for every length of the series
+    assert tracing.engine(dims.replace(batch_size=2), *subject) == ""
+    assert tracing._same(tracing.trace(method, dims, method.params(), "blocked"), before)
+    tracing.trust("fake", dims, *subject)
+    monkeypatch.setattr(tracing, "_trace_shadow", refuse)
+    assert tracing._same(tracing.trace(method, dims, method.params(), "blocked"), before)
+
+
 @pytest.mark.parametrize(
     ("name", "mode", "memory", "expected"),
     [
