@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,14 @@ from ctxbench.rows import Gate
 # Seconds of a process beside its calls, by its kind, before any has ended: start, import of the method, build; then
 # the gate, or the tracer.
 FIXED_S = {"cpu": {"time": 0.3, "gate": 0.5, "memory": 0.6}, "cuda": {"time": 4.0, "gate": 4.5, "memory": 4.5}}
-MEMORY_CALLS, ONE_MEMORY_CALL_S = 2, 2.0  # one call a meter; above this many seconds both meters share one
+MEMORY_CALLS, ONE_MEMORY_CALL_S = 2, 0.1  # one call a meter; above this many seconds both meters share one
 LEARNING_RATE = 0.1  # weight of the newest process once ten have ended; the first ones weigh the same
 LONG_CALL_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # cells are taken class by class, by the length of a call
 LEAD = 3  # classes by which a method's fastest sound impl goes ahead of its other ones
 REACH = 16_384  # tokens up to which it goes ahead of everything, so that all methods can be compared there
 REPLICATE_S = (2.0, 5.0)  # a call above the first is worth two processes, above the second one
-SHORT = 1  # the last class of cells that may get a second process when time is short
-SHORT_SHARE = 0.85  # of the time left that short cells may plan with; forecasts are sometimes low
+SHORT = 1  # the last class of cells that are measured apart from longer ones of their length
+SHARE = 0.85  # of the time left that is planned with where it is scarce; forecasts are sometimes low
 
 
 @dataclass
@@ -80,48 +80,70 @@ class Pace:
         self.seen[kind] += 1
         self.fixed_s[kind] += max(LEARNING_RATE, 1 / self.seen[kind]) * (fixed - self.fixed_s[kind])
 
-    def affordable(
-        self, group: list[Planned], remaining: list[Planned], left_s: float, calls_s: list[float | None] | None = None
-    ) -> int:
-        """Timing processes a cell of ``group`` gets, so that all of ``remaining`` fits into the seconds left.
+    def everywhere(self, waiting: Iterable[Planned], left_s: float, calls_s: Collection[float | None] = ()) -> int:
+        """Timing processes that every waiting cell can have in the seconds left; 0 where one each hardly fits.
 
-        Where even one process each does not fit, the long cells at the end will not run. A group of short cells still
-        gets a second process as long as all other short cells, and those that bring each method to REACH, keep time
-        for one. ``calls_s`` are the lengths of the group's calls once the first process of each has ended.
+        As many has each cell that has begun, whose calls take ``calls_s``.
         """
-        wanted, own = self.config.protocol.processes, {planned.cell.key for planned in group}
-        others = [planned for planned in remaining if planned.cell.key not in own]
-
-        def needed(count: int) -> float:
-            return self.total(group, count) if calls_s is None else self.replicates(calls_s, count)
-
-        for count in range(wanted, 1, -1):
-            if needed(count) + self.total(others, count) <= left_s:
+        waiting = list(waiting)
+        for count in range(self.config.protocol.processes, 0, -1):
+            needed = self.replicates(calls_s, count) + self.total(waiting, count)
+            if needed <= (left_s if count > 1 else SHARE * left_s):
                 return count
-        if any(effort(planned) > SHORT for planned in group):
-            return 1
-        first = _fastest(self.cells or remaining)
-        kept = (planned for planned in others if is_short(planned) or _is_first(planned, first))
-        fits = needed(2) + self.total(kept, 1) <= SHORT_SHARE * left_s
-        return min(wanted, 2) if fits else 1
+        return 0
 
-    def leaders(self, group: list[Planned], remaining: list[Planned], left_s: float) -> set[str]:
-        """Keys of those of ``group`` that get a second process where there is no time for one of every cell.
+    def fastest(self, calls_s: Mapping[str, float | None] | None = None) -> set[str]:
+        """Keys of the cells of each method's fastest impl: by forecast, or by the calls of cells that have begun."""
+        return _fastest(self.cells, calls_s)
 
-        They bring each method to REACH: how much its fastest impl varies is worth more than the first number of a slow
-        one. As long as all of them, in ``remaining``, can have two.
+    def worth_beginning(
+        self, planned: Planned, waiting: Iterable[Planned], left_s: float, calls_s: Collection[float | None],
+        fastest: set[str],
+    ) -> bool:  # fmt: skip
+        """Whether a cell should begin where time is too short for one process of every cell that waits.
+
+        A number from one process says little. So a method's fastest impl always may, but a slower one only if it can
+        have two processes, as can all cells that have begun, with calls of ``calls_s``, and the ones that bring each
+        method to REACH.
         """
-        first = _fastest(self.cells or remaining)
-        own = [planned for planned in group if _is_first(planned, first)]
-        keys = {planned.cell.key for planned in own}
-        others = (planned for planned in remaining if _is_first(planned, first) and planned.cell.key not in keys)
-        needed = self.replicates((planned.forecast.latency_s for planned in own), 2) + self.total(others, 2)
-        return keys if needed <= SHORT_SHARE * left_s else set()
+        if planned.cell.key in fastest:
+            return True
+        two = min(2, self.config.protocol.processes)
+        kept = self.total(self._on_the_way(waiting, left_s, fastest), two)
+        return self.cell(planned, two) + self.replicates(calls_s, two) + kept <= SHARE * left_s
 
+    def _on_the_way(self, waiting: Iterable[Planned], left_s: float, fastest: set[str]) -> list[Planned]:
+        """Those that bring each method to REACH, but for the ones that could not have even a process in that time."""
+        return [
+            planned
+            for planned in waiting
+            if _is_first(planned, fastest) and self.cell(planned, 1) <= SHARE * left_s
+        ]  # fmt: skip
 
-def is_short(planned: Planned) -> bool:
-    """Whether a cell is worth a second process when time is short."""
-    return effort(planned) <= SHORT
+    def shares(
+        self, begun: Mapping[str, float | None], waiting: Iterable[Planned], left_s: float, fastest: set[str]
+    ) -> dict[str, int]:
+        """Timing processes of each cell whose first one has ended, by key; ``begun`` are the seconds of their calls.
+
+        As many as everything that waits can have. Where that is one or none, there are second ones, each method's
+        fastest impl first, in the time that is left when everything, or else what brings each method to REACH, has
+        one; and then third ones for the latter cells, as long as all of them can have three.
+        """
+        waiting, wanted = list(waiting), self.config.protocol.processes
+        everywhere = self.everywhere(waiting, left_s, begun.values())
+        count = max(everywhere, 1)
+        found, spent = dict.fromkeys(begun, count), self.replicates(begun.values(), count)
+        firsts = self._on_the_way(waiting, left_s, fastest)
+        reach = {planned.cell.key for planned in self.cells if _is_first(planned, fastest)}
+        for more in range(count + 1, wanted + 1):
+            kept = self.total(waiting, count) if everywhere else self.total(firsts, more if more > 2 else 1)
+            for key in sorted(begun, key=lambda key: (key not in fastest, begun[key] or 0.0)):
+                if found[key] < more - 1 or processes_for(begun[key], more) < more or (more > 2 and key not in reach):
+                    continue
+                cost = self.time_child(begun[key])
+                if spent + cost + kept <= SHARE * left_s:
+                    found[key], spent = more, spent + cost
+        return found
 
 
 def _memory_calls(latency_s: float | None) -> float:
@@ -162,23 +184,27 @@ def groups(cells: Iterable[Planned], config: Config, rivals: Iterable[Planned] |
         setting = (
             cell.mode, cell.device, cell.dtype, cell.batch_size, cell.d_model, cell.num_heads, cell.d_ff, memory
         )  # fmt: skip
-        found[(max(0, place), cell.seq_len, not is_short(planned), setting)].append(planned)
+        found[(max(0, place), cell.seq_len, effort(planned) > SHORT, setting)].append(planned)
     for group in found.values():
         group.sort(key=_latency)
     return [group for _, group in sorted(found.items(), key=lambda item: item[0])]
 
 
-def _fastest(cells: Iterable[Planned]) -> set[str]:
-    """Keys of the cells whose impl is forecast to be the fastest of its method there; sketches with defects aside."""
-    best: dict[Any, Planned] = {}
+def _fastest(cells: Iterable[Planned], calls_s: Mapping[str, float | None] | None = None) -> set[str]:
+    """Keys of the cells whose impl is forecast to be the fastest of its method there; sketches with defects aside.
+
+    ``calls_s`` are seconds of calls, by key, where they are known better than by forecast.
+    """
+    best: dict[Any, tuple[float, str]] = {}
     for planned in cells:
         cell = planned.cell
         if planned.status != "planned" or planned.method.impl(cell.impl).defects:
             continue
         rivals = (cell.method, cell.seq_len, cell.mode, cell.device, cell.dtype, cell.batch_size, cell.memory)
-        if rivals not in best or _latency(planned) < _latency(best[rivals]):
-            best[rivals] = planned
-    return {planned.cell.key for planned in best.values()}
+        seconds = (calls_s or {}).get(cell.key) or _latency(planned)
+        if rivals not in best or seconds < best[rivals][0]:
+            best[rivals] = seconds, cell.key
+    return {key for _, key in best.values()}
 
 
 def _is_first(planned: Planned, fastest: set[str]) -> bool:

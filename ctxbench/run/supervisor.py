@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -119,6 +119,7 @@ class Supervisor:
         self.executors: dict[tuple[str, str], Executor] = {}
         self.pace = Pace(plan.config, plan.cells)
         self.forecaster = Forecaster(plan, ceilings)
+        self.engines: dict[Any, str] = {}  # the tracer's, by series, where a process has compared both
         self.random = random.Random(plan.config.protocol.seed)
         self.started = self.deadline = self.grace_s = 0.0
         self.by_key = {planned.cell.key: planned for planned in plan.cells}
@@ -190,11 +191,18 @@ class Supervisor:
         return [planned for planned in waiting if planned.status == "planned"]
 
     def _measure(self) -> None:
+        passed_over: set[str] = set()
+        looked_at = len(self.open) + 1
         while self.left_s() > LEAST_CHILD_S:
             affordable = [planned for planned in self._remaining() if not self._too_dear(planned)]
-            if not affordable:
-                return
-            self._measure_group(groups(affordable, self.config, self.plan.cells)[0], affordable)
+            waiting = self._waiting(affordable, passed_over)
+            if not waiting:
+                if not passed_over or len(self.open) == looked_at:
+                    return
+                passed_over, looked_at = set(), len(self.open)  # with what was kept for others and not needed
+                continue
+            group = groups(waiting, self.config, self.plan.cells)[0]
+            passed_over |= self._measure_group(group, waiting)
 
     def _too_dear(self, planned: Planned) -> bool:
         """Whether a first process would be cut off by the budget; a forecast that is only a roofline may be wrong."""
@@ -202,12 +210,20 @@ class Supervisor:
         trusted = expected.low if expected.basis.startswith("roofline") else expected.latency_s
         return trusted is not None and trusted > self.left_s()
 
-    def _measure_group(self, group: list[Planned], remaining: list[Planned]) -> None:
-        processes = self.pace.affordable(group, remaining, self.left_s())
+    def _measure_group(self, group: list[Planned], remaining: list[Planned]) -> set[str]:
+        """Measure what the budget allows of a group; the keys of the cells that are not worth beginning now."""
+        processes, fastest = self.pace.everywhere(remaining, self.left_s()), self.pace.fastest()
         works = [self._resumed(planned) for planned in group]
         self.random.shuffle(works)
-        live = []
+        live: list[Work] = []
+        passed_over: set[str] = set()
         for work in works:
+            if not processes and not work.timed:
+                begun = {other.planned.cell.key: other.call_s for other in live}
+                waiting = self._waiting(remaining, passed_over | begun.keys())
+                if not self.pace.worth_beginning(work.planned, waiting, self.left_s(), begun.values(), fastest):
+                    passed_over.add(work.planned.cell.key)
+                    continue
             self._show(work, "first process", remaining, processes)
             if not self._first_round(work):
                 break  # the budget is spent
@@ -215,22 +231,24 @@ class Supervisor:
                 self._finish(work)
             else:
                 live.append(work)
-        waiting = [planned for planned in remaining if planned.cell.key in self.open]
-        calls_s = [work.call_s for work in live]
-        begun = [work.planned for work in live]
-        processes = self.pace.affordable(begun, waiting, self.left_s(), calls_s)
-        scarce = processes == 1 < self.config.protocol.processes
-        twice = self.pace.leaders(begun, waiting, self.left_s()) if scarce else set()
-        for round_number in range(2, max(processes, 2 if twice else 1) + 1):
+        begun = {work.planned.cell.key: work.call_s for work in live}
+        waiting = self._waiting(remaining, passed_over | begun.keys())
+        shares = self.pace.shares(begun, waiting, self.left_s(), self.pace.fastest(begun))
+        processes = min(shares.values(), default=1)
+        for round_number in range(2, max(shares.values(), default=1) + 1):
             self.random.shuffle(live)
             for work in live:
-                wanted = 2 if work.planned.cell.key in twice else processes
-                if len(work.timed) < min(round_number, processes_for(work.call_s, wanted)):
+                if len(work.timed) < min(round_number, processes_for(work.call_s, shares[work.planned.cell.key])):
                     self._show(work, f"process {round_number}", remaining, processes)
                     self._replicate(work)
         self._retry_contended(live, remaining, processes)
         for work in live:
             self._finish(work)
+        return passed_over
+
+    def _waiting(self, cells: list[Planned], without: Collection[str] = ()) -> list[Planned]:
+        """Those of the cells that have no row yet."""
+        return [planned for planned in cells if planned.cell.key in self.open and planned.cell.key not in without]
 
     def _resumed(self, planned: Planned) -> Work:
         """The cell with the children that an earlier session has finished."""
@@ -296,7 +314,8 @@ class Supervisor:
         cell, gated = planned.cell, kind == "time" and process == 0 and self.config.protocol.gate
         task = Task(
             kind=kind, cell=cell, origin=planned.origin, protocol=protocol_of(self.config), gate=gated,
-            passed=list(self.pace.passed.get(planned.series, [])) if gated else [], process=process,
+            passed=list(self.pace.passed.get(planned.series, [])) if gated else [],
+            engine="" if kind == "time" else self.engines.get(planned.series, ""), process=process,
             expected_s=work.call_s,
         )  # fmt: skip
         executor = self.executor("timing" if kind == "time" else "memory", cell.device)
@@ -311,7 +330,9 @@ class Supervisor:
             calls = sum(outcome.samples.samples) + sum(outcome.samples.warmup)
             computed = outcome.gate is not None and not outcome.gate.stands_for
             self.pace.learn("gate" if computed else "time", outcome.elapsed_s, calls)
-        elif kind == "memory" and outcome.memory is not None:
+        elif outcome.memory is not None and outcome.memory.engine:
+            self.engines[planned.series] = outcome.memory.engine
+        if kind == "memory" and outcome.memory is not None:
             self.pace.learn("memory", outcome.elapsed_s, call_s=work.call_s)
         return outcome
 
@@ -345,7 +366,7 @@ class Supervisor:
         self.progress.finished(row)
 
     def _show(self, work: Work, what: str, remaining: list[Planned], processes: int) -> None:
-        waiting = [planned for planned in remaining if planned.cell.key in self.open]
+        waiting = self._waiting(remaining)
         left = max(self.left_s(), 0.0)
         self.progress.current(work.planned.cell, what, min(self.pace.total(waiting, processes), left))
 

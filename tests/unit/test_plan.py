@@ -207,25 +207,48 @@ def test_every_method_gets_to_16k_before_any_gets_further(lab: Any) -> None:
     place = {cell: number for number, group in enumerate(first) for cell in group}
     assert place["square / fast", 16384] < place["window / reference", 32768] < place["square / fast", 32768]
     assert place["square / fast", 16384] != place["window / reference", 16384]  # whose calls are worth replicates
-    # Nor do the replicates of short cells take the time of those.
-    pace, short = Pace(config, waiting), ordered[0]
-    needed = [
-        p
-        for p in waiting
-        if p.forecast.latency_s <= 0.5 or (p.cell.label() == "square / fast" and p.cell.seq_len <= 16384)
-    ]
-    extra = pace.total(short, 2) - pace.total(short, 1)
-    enough = (pace.total(needed, 1) + extra) / 0.85
-    assert pace.affordable(short, waiting, enough + 0.1) == 2
-    assert pace.affordable(short, waiting, enough - 0.1) == 1
-    # Where time is shorter than that, those that bring each method there keep two processes, and others have one.
-    leading = [p for p in waiting if p.cell.label() != "square / reference" and p.cell.seq_len <= 16384]
-    own = [p for p in leading if p in short]
-    rest = pace.total(leading, 2) - pace.total(own, 2)
-    enough = (pace.replicates([p.forecast.latency_s for p in own], 2) + rest) / 0.85
-    assert own
-    assert pace.leaders(short, waiting, enough + 0.1) == {p.cell.key for p in own}
-    assert pace.leaders(short, waiting, enough - 0.1) == set()
+
+
+def test_where_time_is_scarce_what_brings_each_method_to_16k_comes_first(lab: Any) -> None:
+    config = lab.config(methods="square,window", impls="reference,fast", seq_len="1k..32k")
+    cells = [planned for planned in lab.plan(config).cells if planned.status == "planned"]
+    for planned in cells:
+        planned.forecast.latency_s = {"square / fast": 0.2, "square / reference": 0.4}.get(planned.cell.label(), 0.1)
+    pace = Pace(config, cells)
+    fastest = pace.fastest()
+    assert fastest == {planned.cell.key for planned in cells if planned.cell.label() != "square / reference"}
+    group = [planned for planned in cells if planned.cell.seq_len == 1024]
+    rest = [planned for planned in cells if planned not in group]
+    first = [planned for planned in rest if planned.cell.key in fastest and planned.cell.seq_len <= 16384]
+    slow = next(planned for planned in group if planned.cell.key not in fastest)
+    leading = [planned for planned in group if planned is not slow]
+
+    # A slow impl begins where it, what has begun and all first ones can have two processes.
+    calls_s = [planned.forecast.latency_s for planned in leading]
+    enough = (pace.cell(slow, 2) + pace.replicates(calls_s, 2) + pace.total(first, 2)) / 0.85
+    assert pace.worth_beginning(slow, rest, enough + 0.1, calls_s, fastest)
+    assert not pace.worth_beginning(slow, rest, enough - 0.1, calls_s, fastest)
+    assert all(pace.worth_beginning(planned, rest, 0.1, calls_s, fastest) for planned in leading)
+
+    # Once begun, the fastest have the first of the second processes, and none where the first ones keep no time.
+    begun = {planned.cell.key: planned.forecast.latency_s for planned in group}
+    two = sum(pace.time_child(planned.forecast.latency_s) for planned in leading)
+    enough = (two + pace.total(first, 1)) / 0.85
+    found = pace.shares(begun, rest, enough + 0.01, fastest)
+    assert {key for key, count in found.items() if count == 2} == {planned.cell.key for planned in leading}
+    assert set(pace.shares(begun, rest, 0.5 * enough, fastest).values()) == {1}
+
+    # Third ones are for those up to 16k, when all of them can have three; with plenty of time everything has three.
+    late = [planned for planned in rest if planned.cell.seq_len == 32768]
+    for planned in late:
+        planned.forecast.latency_s = 50.0  # so that not everything can have a process
+    enough = (2 * two + pace.time_child(0.4) + pace.total(first, 3)) / 0.85
+    found = pace.shares(begun, rest, enough + 0.01, fastest)
+    assert found == {planned.cell.key: 2 if planned is slow else 3 for planned in group}
+    assert pace.shares(begun, rest, enough - 0.1, fastest) != found
+    assert set(pace.shares(begun, rest, 1e6, fastest).values()) == {3}
+    measured = {slow.cell.key: 0.01}  # a call that turned out to be shorter than forecast
+    assert slow.cell.key in pace.fastest(measured)
 
 
 def test_the_budget_takes_the_cheapest_cells(lab: Any) -> None:
@@ -243,9 +266,10 @@ def test_long_calls_are_worth_fewer_processes() -> None:
 def test_processes_shrink_until_the_rest_fits(lab: Any) -> None:
     config = lab.config(protocol={"processes": 4}, seq_len="1k..4k")
     cells, pace = lab.plan(config).cells, Pace(config)
-    assert pace.affordable(cells, cells, 1e6) == 4
-    assert pace.affordable(cells, cells, pace.total(cells, 2) + 0.01) == 2
-    assert pace.affordable(cells, cells, 0.0) == 1
+    assert pace.everywhere(cells, 1e6) == 4
+    assert pace.everywhere(cells, pace.total(cells, 2) + 0.01) == 2
+    assert pace.everywhere(cells, pace.total(cells, 1) / 0.85 + 0.01) == 1
+    assert pace.everywhere(cells, pace.total(cells, 1)) == 0
 
 
 def test_the_pace_learns_the_fixed_cost_of_each_kind_of_child(lab: Any) -> None:
@@ -257,8 +281,9 @@ def test_the_pace_learns_the_fixed_cost_of_each_kind_of_child(lab: Any) -> None:
     for _ in range(50):
         pace.learn("time", elapsed_s=3.0, calls_s=1.0)
         pace.learn("memory", elapsed_s=2.0, call_s=0.25)
-    assert pace.fixed_s == pytest.approx({"time": 2.0, "gate": 0.2, "memory": 1.5})
-    assert pace.memory_child(4.0) == pytest.approx(1.5 + 1.2 * 4.0)
+    assert pace.fixed_s == pytest.approx({"time": 2.0, "gate": 0.2, "memory": 1.7})
+    assert pace.memory_child(4.0) == pytest.approx(1.7 + 1.2 * 4.0)
+    assert pace.memory_child(0.05) == pytest.approx(1.7 + 2 * 0.05)
     pace.learn("time", elapsed_s=0.0, calls_s=1.0)
     assert 1.5 < pace.fixed("time") < 2.0  # one odd process among many moves little
 
@@ -266,10 +291,10 @@ def test_the_pace_learns_the_fixed_cost_of_each_kind_of_child(lab: Any) -> None:
 def test_what_has_begun_needs_only_its_replicates(lab: Any) -> None:
     config = lab.config(protocol={"processes": 3}, seq_len="1k..4k")
     cells, pace = lab.plan(config).cells, Pace(config)
-    calls_s = [0.01] * len(cells)
-    left = pace.replicates(calls_s, 3) + 0.01
-    assert pace.affordable(cells, cells, left) == 1
-    assert pace.affordable(cells, cells, left, calls_s) == 3
+    begun = {planned.cell.key: 0.01 for planned in cells}
+    left = pace.replicates(begun.values(), 3) + 0.01
+    assert pace.everywhere(cells, left) == 0
+    assert set(pace.shares(begun, [], left, set()).values()) == {3}
 
 
 def test_counts_add_up(lab: Any) -> None:
