@@ -111,7 +111,7 @@ def rank(cells: Sequence[Considered], limit: int | None, streaming: bool = False
     refused = [c for c in found if c.refusal and (c.method, c.memory) not in named]
     first = ranked[0].estimate.high if ranked else None
     return Advice(
-        ranked=[_ranked(candidate, index, ranked[0], first, limit) for index, candidate in enumerate(ranked)],
+        ranked=[_ranked(candidate, index, ranked[0], first) for index, candidate in enumerate(ranked)],
         refused=_one_each(refused),
     )
 
@@ -177,6 +177,9 @@ def _unbounded(streaming: bool, growth: str | None, estimate: Estimate) -> str:
 
 
 def _too_large(verdict: str, estimate: Estimate, beside: int, limit: int | None) -> str:
+    if verdict == "unknown" and limit is not None:
+        shown = format_bytes(limit)
+        return f"its memory is unknown: no formula and no shorter measured length says whether it stays below {shown}"
     if verdict not in ("does not fit", "unclear"):
         return ""
     likely, reserve = (format_bytes((value or 0) + beside) for value in (estimate.peak_bytes, estimate.peak_at_most))
@@ -187,14 +190,11 @@ def _too_large(verdict: str, estimate: Estimate, beside: int, limit: int | None)
 
 
 def _best(admitted: Sequence[Candidate]) -> list[Candidate]:
-    """The fastest impl of each method and memory size; a known memory verdict wins over an unknown one."""
+    """The fastest impl of each method and memory size."""
     groups: dict[Any, list[Candidate]] = defaultdict(list)
     for candidate in admitted:
         groups[candidate.method, candidate.memory].append(candidate)
-    return [
-        min(group, key=lambda c: (c.memory_verdict == "unknown", c.estimate.latency_s or math.inf))
-        for group in groups.values()
-    ]
+    return [min(group, key=lambda c: c.estimate.latency_s or math.inf) for group in groups.values()]
 
 
 def _one_each(refused: Sequence[Candidate]) -> list[Candidate]:
@@ -205,7 +205,7 @@ def _one_each(refused: Sequence[Candidate]) -> list[Candidate]:
     return [msgspec.structs.replace(g[0], impl=", ".join(dict.fromkeys(c.impl for c in g))) for g in groups.values()]
 
 
-def _ranked(candidate: Candidate, index: int, first: Candidate, high: float | None, limit: int | None) -> Candidate:
+def _ranked(candidate: Candidate, index: int, first: Candidate, high: float | None) -> Candidate:
     found = candidate.estimate
     assert found.latency_s is not None
     assert first.estimate.latency_s is not None
@@ -218,7 +218,7 @@ def _ranked(candidate: Candidate, index: int, first: Candidate, high: float | No
         reasons.append("bidirectional: every token sees later ones")
     reasons.append(f"{'forecast' if candidate.forecast else 'measured'}: {found.basis}")
     if candidate.memory_verdict == "unknown":
-        reasons.append("its memory is unknown" if limit is not None else "no memory limit is known")
+        reasons.append("no memory limit is known")
     if candidate.state_growth in BOUNDED and found.state_bytes:
         reasons.append(f"state of {format_bytes(found.state_bytes)} that stays bounded")
     elif found.state_bytes and candidate.state_growth:

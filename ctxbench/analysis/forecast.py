@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ctxbench.analysis import reserve
 from ctxbench.analysis.fit import LEAST_LENGTHS, Fit, Terms, cost_terms, fit, power_law
 from ctxbench.analysis.steady import Steady
 from ctxbench.cell import Cell
@@ -44,10 +45,6 @@ PRIOR_DOF = 4  # weight of the common scatter against that of one series
 CUDA_CONTEXT_BYTES = 2**30  # driver context, kernels and the caching allocator's rounding
 FAR = 8  # times the longest measured length, beyond which nobody has checked a fit
 TOLD = 0.02  # a measured time that the machine's speed moves by more is shown as measured, too
-PEAK_SHARE, PEAK_SLACK = 1.03, 2 << 20  # a peak within these of its formula counts as equal to it
-SCRATCH_SHARE = 1.15  # what to reserve besides where fewer than SCRATCH_LENGTHS lengths have shown what libraries take
-SCRATCH_LENGTHS = 2
-LONG_RECORD_S = 2.0  # a resident peak of a longer call may hold the record that another meter made of it meanwhile
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +119,7 @@ class Forecaster:
         self.steady = Steady(measured)
         for row in measured:
             self._rows[self._key(cell_of(row))][row.seq_len] = row
+        self._scratch = reserve.common_scratch(self._rows.values())
         self._series = {key: self._learn(list(found.values())) for key, found in self._rows.items()}
         self._errors = {key: series.errors() for key, series in self._series.items()}
         every = [abs(error) for errors in self._errors.values() for error in errors]
@@ -260,32 +258,32 @@ class Forecaster:
         )  # fmt: skip
 
     def _peak(self, cell: Cell, figures: Figures | None, rows: Mapping[int, Row]) -> tuple[int | None, int | None]:
-        """The likely peak and one to reserve; both None where neither formula nor row knows it.
-
-        Likely is the formula, raised by the share by which any finished length exceeded it. What to reserve adds the
-        meters' tolerance, and in proportion to the length what the resident meter saw above the allocator's at the
-        longest two lengths: scratch that libraries take past the allocator. Where fewer lengths have shown that, it may
-        begin at this one, and a share is added for it.
-        """
-        peaks = {length: row.peak_bytes for length, row in rows.items() if row.peak_bytes and row.peak_bytes.allocated}
-        here = peaks.get(cell.seq_len)
+        """The likely peak and one to reserve; both None where neither formula nor row knows it."""
+        known = {length: row for length, row in rows.items() if row.peak_bytes and row.peak_bytes.allocated}
+        here = known.get(cell.seq_len)
         if here is not None:
-            assert here.allocated is not None
-            return here.allocated, needed(rows[cell.seq_len])
-        if figures is None or figures.peak_bytes is None:
-            return None, None
-        shares, above = [1.0], []
-        for length, peak in sorted(peaks.items()):
-            assert peak.allocated is not None
-            expected = self.figures(msgspec.structs.replace(cell, seq_len=length))
-            if expected is not None and expected.peak_bytes:
-                shares.append(peak.allocated / expected.peak_bytes)
-                above += [peak.resident - peak.allocated] if peak.resident and not shared(rows[length]) else []
-        likely = figures.peak_bytes * max(shares)
-        scratch = max(0, *above[-SCRATCH_LENGTHS:], 0) * max(1.0, cell.seq_len / max(peaks, default=cell.seq_len))
-        if len(above) < SCRATCH_LENGTHS:
-            return int(likely), int(likely * SCRATCH_SHARE + PEAK_SLACK + scratch)
-        return int(likely), int(max(likely * PEAK_SHARE, likely + PEAK_SLACK) + scratch)
+            assert here.peak_bytes is not None
+            return here.peak_bytes.allocated, reserve.needed(here)
+        growth = self._growth_of(cell)
+        if figures is not None and figures.peak_bytes is not None:
+            expected = {length: self._peak_at(cell, length) for length in known}
+            return reserve.by_formula(cell.seq_len, figures.peak_bytes, known, expected, growth, self._scratch)
+        return reserve.by_lengths(cell.seq_len, known, growth, self._scratch) or (None, None)
+
+    def _peak_at(self, cell: Cell, seq_len: int) -> int | None:
+        found = self.figures(msgspec.structs.replace(cell, seq_len=seq_len))
+        return None if found is None else found.peak_bytes
+
+    def _growth_of(self, cell: Cell) -> reserve.Growth:
+        """How many times larger the fastest growing product of a cell's impl is at another length."""
+
+        def growth(shorter: int, longer: int) -> float | None:
+            before, after = (self._terms(msgspec.structs.replace(cell, seq_len=n)) for n in (shorter, longer))
+            if before is None or after is None:
+                return None
+            return max((after[name] / value for name, value in before.items() if value), default=None)
+
+        return growth
 
 
 def _tail(errors: Sequence[float]) -> float:
@@ -321,19 +319,3 @@ def latency(row: Row) -> float:
 def disturbed(row: Row) -> bool:
     """Whether every process of the row ran beside other work, so that its time is not the program's."""
     return bool(row.latency_s and row.latency_s.contended) and all(row.latency_s.contended)  # type: ignore[union-attr]
-
-
-def needed(row: Row) -> int | None:
-    """Bytes of the peak by the higher of both meters, where the resident one watched a call of its own."""
-    peak = row.peak_bytes
-    if peak is None or not peak.allocated:
-        return None
-    return peak.allocated if shared(row) else max(peak.allocated, peak.resident or 0)
-
-
-def shared(row: Row) -> bool:
-    """Whether both meters watched one long call: the resident one counts what the allocator's took to record it.
-
-    The run decided by what it knew of the call before all processes had ended.
-    """
-    return row.latency_s is not None and row.latency_s.median > 0.9 * LONG_RECORD_S

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ctxbench.analysis.forecast import FITTED, Forecaster, latency, needed
+from ctxbench.analysis.forecast import FITTED, Forecaster, latency
 from ctxbench.analysis.processes import processes
+from ctxbench.analysis.reserve import needed
 from ctxbench.cost.roofline import Ceilings
 from ctxbench.errors import UserError
 from ctxbench.registry import Registry

@@ -24,7 +24,8 @@ import numpy as np
 
 from ctxbench.analysis.advise import BOUNDED, FATAL, GOOD, Considered, consider, rank
 from ctxbench.analysis.curves import curves
-from ctxbench.analysis.forecast import PEAK_SHARE, PEAK_SLACK, Forecaster, disturbed, needed
+from ctxbench.analysis.forecast import Forecaster, disturbed
+from ctxbench.analysis.reserve import PEAK_SHARE, PEAK_SLACK, needed
 from ctxbench.cost.roofline import Ceilings
 from ctxbench.errors import UserError
 from ctxbench.plan import Planned
@@ -151,7 +152,11 @@ class _Group:
     def ask(
         self, cells: Sequence[str], limit: int | None, asked: str, streaming: bool = False, once: bool = False
     ) -> Question | None:
-        """Ask about these cells; None where fewer than two methods qualify, or, ``once``, it was asked before."""
+        """Ask about these cells; None where fewer than two methods qualify, or, ``once``, it was asked before.
+
+        Below a limit, a cell whose memory nobody measured is left out: there is no truth to hold an answer against.
+        """
+        cells = [key for key in cells if limit is None or self._needs[key] is not None]
         admitted = [key for key in cells if not streaming or self.known[key][0].growth in BOUNDED]
         qualified = [key for key in admitted if self._stays_below(limit, key)]
         which = (frozenset(admitted), frozenset(qualified))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import msgspec
 
 from ctxbench.analysis.advise import BOUNDED, GOOD, Advice
-from ctxbench.analysis.forecast import MEASURED, PEAK_SHARE, Estimate, Forecaster
+from ctxbench.analysis.forecast import MEASURED, Estimate, Forecaster
+from ctxbench.analysis.reserve import PEAK_SHARE
 from ctxbench.cost.figures import Evaluator
 from ctxbench.plan import Planned
 from ctxbench.units import format_bytes, format_seconds, format_tokens

@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from sympy import Integer, Min
 
@@ -247,6 +248,43 @@ def test_a_series_that_failed_in_the_run_is_refused_with_its_cell() -> None:
     assert "failed its correctness gate at 1k: causality" in reasons["memory_bank"]
     earlier = advise([planned("dense", 4096)], Forecaster(REGISTRY, CEILINGS, rows), None, rows=[full])
     assert [candidate.method for candidate in earlier.ranked] == ["dense"]
+
+
+def test_memory_that_nobody_knows_is_not_said_to_fit() -> None:
+    """Without a formula and without a measured length there is nothing to hold against a limit."""
+
+    def unstated(*structure: Any) -> Cost:
+        return msgspec.structs.replace(heavy(*structure), peak_bytes=None)
+
+    registry = make_registry()
+    registry.entries["memory_bank"] = Entry(
+        Method(name="memory_bank", build="nowhere:build", cost=unstated), "tests", "tests"
+    )
+    rows = [each for each in world(3)[0] if each.method in ("dense", "memory_bank") and each.seq_len < 8192]
+    blind = [each if each.method == "dense" else msgspec.structs.replace(each, peak_bytes=None) for each in rows]
+    cells = [planned(name, 8192) for name in ("dense", "memory_bank")]
+    cells[1] = Planned(cells[1].cell, "tests", registry["memory_bank"])
+    found = advise(cells, Forecaster(registry, CEILINGS, blind), GIB)
+    assert [candidate.method for candidate in found.ranked] == ["dense"]
+    assert [candidate.method for candidate in found.refused] == ["memory_bank"]
+    assert found.refused[0].refusal == (
+        "its memory is unknown: no formula and no shorter measured length says whether it stays below 1.00 GiB"
+    )
+    unlimited = advise(cells, Forecaster(registry, CEILINGS, blind), None)
+    assert {candidate.method for candidate in unlimited.ranked} == {"dense", "memory_bank"}
+    measured = advise(cells, Forecaster(registry, CEILINGS, rows), GIB)
+    assert {candidate.method for candidate in measured.ranked} == {"dense", "memory_bank"}
+    assert all(candidate.needs for candidate in measured.ranked)
+
+
+def test_a_cell_whose_memory_nobody_measured_is_asked_about_without_a_limit_only() -> None:
+    rows = needs(world(5)[0], dense=80 * 256, memory_bank=40 * 256)
+    fastest = min((each for each in rows if each.seq_len == LENGTHS[-1]), key=latency)
+    fastest.peak_bytes = None
+    every = [each for each in Questions(rows, REGISTRY, CEILINGS).every if each.seq_len == LENGTHS[-1]]
+    assert any(fastest in each.qualified for each in every if not each.limited)
+    assert any(each.limited for each in every)
+    assert not any(fastest in (each.advised, *each.qualified) for each in every if each.limited)
 
 
 def test_nobody_left_is_said() -> None:

@@ -11,8 +11,9 @@ from sympy import Integer
 
 from ctxbench.analysis.devices import DEVICES
 from ctxbench.analysis.fit import FLOPS, fit, power_law
-from ctxbench.analysis.forecast import FITTED, MEASURED, ROOFLINE, SCALED, UNKNOWN, Forecaster, fits, needed
+from ctxbench.analysis.forecast import FITTED, MEASURED, ROOFLINE, SCALED, UNKNOWN, Forecaster, fits
 from ctxbench.analysis.holdout import holdout
+from ctxbench.analysis.reserve import needed
 from ctxbench.cell import Cell
 from ctxbench.cost import Cost
 from ctxbench.cost.roofline import Ceilings
@@ -30,6 +31,22 @@ MIB = 2**20
 def mixed(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
     flops = {"projections": 24 * B * T * d**2, "attention": 4 * B * d * T**2}
     return Cost(flops, flops, Integer(1000), peak_bytes=20 * B * T * d)
+
+
+def level(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
+    """Products that every token needs as often, at any length."""
+    flops = {"projections": 24 * B * T * d**2}
+    return Cost(flops, flops, Integer(1000), peak_bytes=20 * B * T * d)
+
+
+def level_unstated(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
+    flops = {"projections": 24 * B * T * d**2}
+    return Cost(flops, flops, Integer(1000))
+
+
+def unstated(impl: str, mode: str, causal: bool, position: str, params: Params) -> Cost:
+    flops = {"projections": 24 * B * T * d**2, "attention": 4 * B * d * T**2}
+    return Cost(flops, flops, Integer(1000))
 
 
 def make_registry(count: int = 1) -> Registry:
@@ -194,6 +211,58 @@ def test_what_to_reserve_is_the_tolerance_and_what_the_longest_two_lengths_took_
     assert reserve(scratch(9, 0, 0, 0), 16384) == reserve(scratch(0, 0, 0, 0), 16384)  # it does not recur
     assert reserve(scratch(3), 16384) == pytest.approx(0.15 * formula + 2 + 3 * 16, abs=0.01)  # it may begin later
     assert reserve([], 16384) == pytest.approx(0.15 * formula + 2, abs=0.01)
+
+
+def test_scratch_may_begin_at_any_length_where_products_grow_and_nowhere_else() -> None:
+    """A series that took nothing past the allocator at four lengths, in a run where another one took 5 MiB."""
+    registry = make_registry(2)
+    registry.entries["level"] = Entry(Method(name="level", build="nowhere:build", cost=level), "tests", "tests")
+    other = [msgspec.structs.replace(each, method="mixed_1") for each in scratch(0, 0, 4, 5)]
+    shown = [*scratch(0, 0, 0, 0), *(msgspec.structs.replace(each, method="level") for each in scratch(0, 0, 0, 1))]
+    forecaster = Forecaster(registry, CEILINGS, [*other, *shown])
+    formula = 20 * 16384 * 256
+    reserved = {name: forecaster.estimate(cell(16384, name)).peak_at_most for name in ("mixed_0", "level")}
+    assert reserved["mixed_0"] == formula + 5 * MIB  # more than 3 %
+    assert reserved["level"] == pytest.approx(1.03 * formula + MIB, abs=2)  # its products stay as they are
+    alone = Forecaster(registry, CEILINGS, shown).estimate(cell(16384)).peak_at_most
+    assert alone == pytest.approx(1.03 * formula, abs=2)
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_a_peak_without_a_formula_is_forecast_from_measured_lengths_and_never_said_to_fit_wrongly(held: int) -> None:
+    """Sums of what lives together, the largest of which changes with the length; nobody knows their formulas."""
+    generator = random.Random(17)
+    registry, rows = make_registry(), []
+    for index in range(60):
+        name, cost = f"unstated_{index}", generator.choice([unstated, None])
+        registry.entries[name] = Entry(Method(name=name, build="nowhere:build", cost=cost), "tests", "tests")
+        a, b, c, g = (10 ** generator.uniform(low, high) for low, high in ((2, 7), (3, 4), (-2, 0), (2, 4)))
+        rows += [row(n, seconds(n), name, peak=int(max(a + b * n, c * n * n, g * n))) for n in LENGTHS]
+    for length in LENGTHS[1:]:
+        learnt = Forecaster(registry, CEILINGS, [each for each in rows if each.seq_len < length / 2 ** (held - 1)])
+        for each in (each for each in rows if each.seq_len == length):
+            found, needs = learnt.estimate(cell(length, each.method)), needed(each)
+            if found.peak_at_most is None:
+                assert length == LENGTHS[held - 1]  # nothing shorter was measured
+                continue
+            assert needs is not None
+            assert found.peak_bytes is not None
+            assert needs <= found.peak_at_most
+            assert found.peak_bytes <= 1.001 * needs or length == LENGTHS[held]  # of one length nobody knows the slope
+
+
+def test_a_proportional_peak_without_a_formula_is_bounded_by_the_growth_of_its_products() -> None:
+    registry = make_registry()
+    registry.entries["level"] = Entry(
+        Method(name="level", build="nowhere:build", cost=level_unstated), "tests", "tests"
+    )
+    rows = [msgspec.structs.replace(each, method="level") for each in scratch(0, 0, 0, 0)]
+    found = Forecaster(registry, CEILINGS, rows).estimate(cell(16384, "level"))
+    formula = 20 * 16384 * 256
+    assert found.peak_bytes == pytest.approx(formula, abs=2)
+    assert found.peak_at_most == pytest.approx(1.03 * formula, abs=2)
+    assert fits(found, 0, int(1.02 * formula)) == "unclear"
+    assert fits(found, 0, int(1.04 * formula)) == "fits"
 
 
 def test_a_call_that_both_meters_watched_shows_no_scratch() -> None:
