@@ -57,6 +57,11 @@ class Registry:
                 raise PluginError(f"method {name!r} could not be loaded\n  {broken.error}")
         raise unknown("method", name, self.entries, "see `ctxbench list methods`")
 
+    def get(self, name: str) -> Method | None:
+        """The method as it is installed here, or None."""
+        entry = self.entries.get(name)
+        return entry.method if entry else None
+
     def __iter__(self) -> Iterator[Method]:
         return (entry.method for _, entry in sorted(self.entries.items()))
 

@@ -27,6 +27,7 @@ from ctxbench.reports import library
 from ctxbench.reports.report import Report
 from ctxbench.reports.sections import (
     audit,
+    carried,
     compare,
     crossovers,
     head,
@@ -47,6 +48,7 @@ SECTIONS: dict[str, tuple[str, str, Any]] = {
     "overview": ("Overview", "Overview", overview),
     "history": ("History", "History", history),
     "model": ("Measured against the model", "Model", model),
+    "carried": ("A token after a long context", "Context", carried),
     "memory": ("Memory sizes", "Memory sizes", memory),
     "roofline": ("Roofline", "Roofline", roofline),
     "tradeoffs": ("Time against memory", "Trade-offs", tradeoffs),

@@ -130,8 +130,7 @@ class Report:
 
     def method(self, name: str) -> Method | None:
         """The method as it is installed here, or None."""
-        entry = self.registry.entries.get(name)
-        return entry.method if entry else None
+        return self.registry.get(name)
 
     def info(self, *path: str) -> Any:
         """A value of the first run's ``run.json``, or None where it has none."""

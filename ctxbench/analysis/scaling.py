@@ -116,7 +116,7 @@ def scalings(rows: Iterable[Row]) -> list[Scaling]:
 
 
 def _scaling(rows: Sequence[Row]) -> Scaling:
-    work = [_work(row) for row in rows]
+    work = [work_of(row) for row in rows]
     formula = [float(value) for value in work if value]
     curve = Curve(
         [row.seq_len for row in rows], [processes(row).medians for row in rows],
@@ -136,7 +136,7 @@ def _scaling(rows: Sequence[Row]) -> Scaling:
     )  # fmt: skip
 
 
-def _work(row: Row) -> int | None:
+def work_of(row: Row) -> int | None:
     """FLOPs of the impl by formula, else as counted."""
     if row.flops is None:
         return None

@@ -17,6 +17,7 @@ from ctxbench.text import explain
 from ctxbench.units import format_bytes, format_flops, format_seconds, format_tokens
 
 if TYPE_CHECKING:
+    from ctxbench.analysis.carried import Carried
     from ctxbench.analysis.scaling import Scaling
 
 SHOWN_SAMPLES = 20
@@ -52,14 +53,16 @@ def command(
         ctx.note(warning)
     rows, header = list(read.rows), read.info
     if cell is None:
+        from ctxbench.analysis.carried import carried
         from ctxbench.analysis.scaling import scalings
 
-        growth = scalings(rows)
+        growth, kept = scalings(rows), carried(rows, ctx.registry())
         if ctx.json:
-            ctx.emit({"run": header, "rows": rows, "scaling": growth})
+            ctx.emit({"run": header, "rows": rows, "scaling": growth, "carried": kept})
         else:
             _print_run(run, header, rows)
             _print_growth(growth, ctx)
+            _print_carried(kept)
         return
     found = find(rows, cell)
     if ctx.json:
@@ -142,6 +145,34 @@ def _print_growth(growth: list[Scaling], ctx: Common) -> None:
     click.echo("\ngrowth of time with the length, with 95 % intervals")
     headers = ["METHOD / IMPL", "MEMORY", "MODE", "DTYPE", "LENGTHS", "TIME", "FORMULA", "LAST LENGTHS"]
     click.echo(table(headers, lines))
+
+
+def _print_carried(kept: list[Carried]) -> None:
+    """What one token costs after a context, and what is kept of it: at up to four lengths, and flat or linear."""
+    from ctxbench.analysis.carried import NEAR, columns
+
+    for mode in dict.fromkeys(each.mode for each in kept):
+        series = [each for each in kept if each.mode == mode]
+        shown = columns(series)
+        what = "one token after a context" if mode == "decode" else "a token of a sequence read segment by segment"
+        click.echo(f"\n{what}: time, and bytes that stay (flat, linear: an exponent within {NEAR} of 0, 1)")
+        lines = [line for each in series for line in _carried_lines(each, shown)]
+        click.echo(table(["METHOD / IMPL", "DTYPE", "", *map(format_tokens, shown), "GROWTH"], lines))
+
+
+def _carried_lines(each: Carried, shown: list[int]) -> list[list[str]]:
+    """One line of time, of state, of the peak."""
+    at = [each.lengths.index(length) if length in each.lengths else None for length in shown]
+    names = [[f"{each.method} / {each.impl}", each.dtype], ["", ""], ["", ""]]
+    parts = (
+        ("time", [format_seconds(value) for value in each.token_s], each.time_text),
+        ("state", [format_bytes(value) for value in each.state_bytes], each.state_text),
+        ("peak", [format_bytes(value) for value in each.peak_bytes], each.peak_text),
+    )
+    return [
+        [*name, what, *("-" if index is None else texts[index] for index in at), grows or "-"]
+        for name, (what, texts, grows) in zip(names, parts, strict=True)
+    ]
 
 
 def _print_cell(row: Row, ctx: Common) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ctxbench.cell import Cell
-from ctxbench.rows import Flops, Forecast, Gate, Latency, PeakBytes, Picked, row_for
+from ctxbench.rows import Flops, Forecast, Gate, Latency, PeakBytes, Picked, StateBytes, row_for
 from ctxbench.run.store import Store
 from ctxbench.text import Warn
 
@@ -103,3 +103,21 @@ def test_growth_with_the_length_stands_below_the_cells(tmp_path: Path, ctxbench:
     (growth,) = ctxbench("show", tmp_path / "run", "--json").json["scaling"]
     assert growth["overall"]["value"] == pytest.approx(2)
     assert (growth["changes"], growth["tail"]["first"], len(growth["steps"])) == ([], 4096, 4)
+
+
+def test_a_token_after_a_context_is_told_flat_or_linear(tmp_path: Path, ctxbench: Callable[..., Any]) -> None:
+    with Store.open(tmp_path / "run") as store:
+        store.write_header({"suite": "decoding", "status": "finished", "command": "ctxbench run decoding"})
+        for length in (1024, 8192, 65536):
+            for method, seconds, kept in (("flat", 4e-4, 2**20), ("long", 1e-7 * length, 2048 * length)):
+                cell = Cell(method=method, impl="blocked", seq_len=length, mode="decode")
+                samples = [[seconds] * 3, [1.01 * seconds] * 3, [0.99 * seconds] * 3]
+                latency = Latency(median=seconds, low=seconds, high=seconds, samples=samples, n_processes=3)
+                store.append_row(row_for(cell, "ok", latency_s=latency, state_bytes=StateBytes(measured=kept)))
+    out = ctxbench("show", tmp_path / "run").out
+    _, _, part = out.partition("one token after a context")
+    assert "flat: T^" in part
+    assert "linear: T^1.0" in part
+    assert "128 MiB" in part
+    found = {each["method"]: each for each in ctxbench("show", tmp_path / "run", "--json").json["carried"]}
+    assert found["long"]["state_bytes"] == [2**21, 2**24, 2**27]
