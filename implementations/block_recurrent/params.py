@@ -34,9 +34,12 @@ def recurrent_layer(num_layers: int) -> int:
     return max(0, num_layers - FROM_TOP)
 
 
-def reach(dims: Dims, params: BlockRecurrentParams, i: int) -> range:
-    """Input positions that may influence output ``i``: windows, and everything earlier through the states."""
-    return range(i + 1)
+def reach(dims: Dims, params: BlockRecurrentParams, i: int) -> range | frozenset[int]:
+    """Input positions that may influence output ``i``: windows, and everything earlier through the states.
+
+    Beyond the window a set and not a range, which would promise gradients at its ends: a call passes values alone.
+    """
+    return range(i + 1) if i < params.window else frozenset(range(i + 1))
 
 
 def triton_support(dims: Dims, params: BlockRecurrentParams, device: str, dtype: str) -> Support:
