@@ -188,15 +188,13 @@ class Impl:
         run: ``"module:attribute"`` of what this impl puts at the method's seam; the method's own ``build`` reads it.
         needs: distributions this impl imports, checked without importing them.
         devices: device types it runs on.
-        dtypes: dtypes it runs in; empty means all that the device has.
-        modes: modes it runs in; empty means all that the method has.
-        positions: position encodings it takes; empty means all that the method takes.
+        dtypes, modes, positions: what it runs in and takes; empty means all that the device, or the method, has.
+        without: why it has not another of the method's modes, a clause without a full stop; it need not name all.
         support: ``f(dims, params, device, dtype) -> Support`` or its ``"module:attribute"``, for anything finer.
         defects: for ``as_written`` only: what the literal sketch gets wrong, as ``{probe: explanation}``. A probe is
             one of ``agreement, causality, batch_independence, receptive_field, state``. Such an impl is not compared
             with the reference; the gate demands instead that exactly these probes fail.
-        counts_as: the impl whose formulas are also those of this one; by default it has its own.
-        note: one sentence for the report.
+        counts_as: the impl whose formulas it shares; by default it has its own. note: one sentence for the report.
     """
 
     name: str
@@ -205,6 +203,7 @@ class Impl:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    without: Mapping[str, str] = field(default_factory=dict)
     positions: tuple[str, ...] = ()
     support: Callable[..., Support] | str | None = None
     defects: Mapping[str, str] = field(default_factory=dict)
@@ -240,19 +239,17 @@ class Method:
 
     Attributes:
         build: ``build(dims, params, impl, device, dtype) -> nn.Module`` or its ``"module:attribute"``.
-        params: a :class:`Params` subclass.
+        params: a :class:`Params` subclass; ``variants``: settings to be checked beside each value of a choice alone.
         memory_parameter: the parameter that ``--memory`` sweeps: the method's budget of extra token slots a layer.
         modes: the modes the method has; ``without`` says for each other mode why not.
         causal: values of ``Dims.causal`` it accepts, preferred first; empty means it makes no claim and is not probed.
-        positions: values of ``Dims.position`` it accepts, preferred first.
-        without_positions: why it does not take another; it need not name all.
+        positions: values of ``Dims.position`` it accepts, preferred first; ``without_positions``: why not another.
         support: ``f(dims, params, mode) -> Support`` for combinations that have no meaning.
         layers: ``f(params) -> int``, the fewest layers the method can have.
         segment: parameter that holds the segment length of ``stream``; without one, streams use 512 tokens.
         cost: ``"module:attribute"`` of ``f(impl, mode, causal, position, params) -> ctxbench.cost.Cost``.
         picks: the table of ``--impls auto``, first line first; ``portable`` and then the oracle follow the last one.
-        reach: ``f(dims, params, i) -> range | set`` or its ``"module:attribute"``: the input positions that may
-            influence output position ``i``. A range also promises that its ends do; a set promises nothing of the kind.
+        reach: ``f(dims, params, i) -> range | set``: what may influence output ``i``; a range promises its ends do.
         equals: declared equivalences; ``claims``: audited statements of the source documents.
     """
 
@@ -263,6 +260,7 @@ class Method:
     idea: str = ""
     paper: Paper | None = None
     params: type[Params] = Params
+    variants: tuple[Mapping[str, Any], ...] = ()
     memory_parameter: str | None = None
     modes: tuple[str, ...] = ("forward", "train")
     without: Mapping[str, str] = field(default_factory=dict)
@@ -301,7 +299,8 @@ class Method:
         for role, name in (("memory_parameter", self.memory_parameter), ("segment", self.segment)):
             if name is not None and name not in fields:
                 raise ValueError(f"method {self.name!r}: {role} {name!r} is not one of its parameters")
-
+        for variant in self.variants:
+            self.params().replace(**variant)
         for pick in self.picks:
             self._check_pick(pick)
 
@@ -404,7 +403,8 @@ class Method:
         if impl.dtypes and dtype not in impl.dtypes:
             return no(f"{impl.name} computes in {', '.join(impl.dtypes)}, not in {dtype}")
         if impl.modes and mode not in impl.modes:
-            return no(f"{impl.name} has the modes {', '.join(impl.modes)}, not {mode}")
+            why = f": {impl.without[mode]}" if mode in impl.without else ""
+            return no(f"{impl.name} has the modes {', '.join(impl.modes)}, not {mode}{why}")
         if impl.positions and dims.position not in impl.positions:
             return no(f"{impl.name} takes the positions {', '.join(impl.positions)}, not {dims.position}")
         check = load(impl.support)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from ctxbench.cli.common import Common, common_options, complete_methods
+from ctxbench.cli.common import Common, common_options, complete_methods, table
 from ctxbench.errors import Exit, unknown
 from ctxbench.method import Method
 
@@ -22,13 +22,16 @@ STYLE = {"held": "green", "violated": "bold red", "not claimed": "yellow", "not 
 @click.command()
 @click.argument("methods", metavar="METHOD|all", shell_complete=complete_methods)
 @click.option("--impl", help="Check this implementation alone.")
+@click.option("--every", is_flag=True, help="Ask all laws of every crossing of settings, directions and positions.")
+@click.option("--forms", is_flag=True, help="Check nothing: list what is tried of each form, and why not the rest.")
 @common_options
-def command(methods: str, impl: str | None, ctx: Common) -> Exit:
+def command(methods: str, impl: str | None, every: bool, forms: bool, ctx: Common) -> Exit:
     """Check that methods keep the laws every method must keep; exit code 4 where one is broken.
 
     Laws: shapes, determinism, batch independence, causality, receptive field, streaming, state, gradients, agreement
     of the implementations, and formulas against counted FLOPs, parameters and peak memory. A law that asks nothing of a
-    method is listed with the reason.
+    method is listed with the reason. They are tried on each setting of the parameters, direction, position and memory
+    size; of their crossings, agreement and streaming alone unless all are asked for.
     """
     registry = ctx.registry()
     chosen = registry.select(methods)
@@ -36,20 +39,42 @@ def command(methods: str, impl: str | None, ctx: Common) -> Exit:
         names = [each.name for each in method.impls]
         if impl is not None and impl not in names:
             raise unknown(f"impl of {method.name}", impl, names)
-    reports = [_check(method, impl, ctx) for method in chosen]
+    if forms:
+        _list_forms(chosen, impl, every, ctx)
+        return Exit.OK
+    reports = [_check(method, impl, every, ctx) for method in chosen]
     if ctx.json:
         ctx.emit([report.as_dict() for report in reports])
     return Exit.OK if all(report.ok for report in reports) else Exit.CHECK_FAILED
 
 
-def _check(method: Method, impl: str | None, ctx: Common) -> Report:
+def _check(method: Method, impl: str | None, every: bool, ctx: Common) -> Report:
     from ctxbench.testing import check_method
 
     with _progress(ctx) as show:
-        report = check_method(method, impl, on_finding=show)
+        report = check_method(method, impl, on_finding=show, every=every)
     if not ctx.json:
         _print(report, ctx)
     return report
+
+
+def _list_forms(methods: list[Method], impl: str | None, every: bool, ctx: Common) -> None:
+    """One line a form and impl: how many laws are asked in which modes, or why none."""
+    from ctxbench.testing.forms import coverage
+
+    found = [line for method in methods for line in coverage(method, impl, every)]
+    if ctx.json:
+        ctx.emit([vars(line) for line in found])
+        return
+    lines = [
+        [line.method, line.impl, line.form or "(defaults)", str(line.laws) if line.laws else "-",
+         ", ".join(line.modes), line.reason]
+        for line in found
+    ]  # fmt: skip
+    click.echo(table(["METHOD", "IMPL", "FORM", "LAWS", "MODES", "NOT"], lines))
+    tried = sum(line.laws > 0 for line in found)
+    asked = sum(line.laws for line in found)
+    click.echo(f"\n{tried} of {len(found)} forms of an impl are tried here, with {asked} laws; the others say why not")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ In a test suite::
 On the command line: ``ctxbench check NAME``. At once: ``check_method(METHOD).failures``.
 """
 
-from ctxbench.testing.case import Case, cases_for, small_params, streamed
+from ctxbench.testing.case import Case, small_params, streamed
+from ctxbench.testing.forms import cases_for
 from ctxbench.testing.kit import Report, answer, check_method, laws_for
 from ctxbench.testing.law import HELD, LAWS, NOT_APPLICABLE, NOT_CLAIMED, STATUSES, VIOLATED, Finding, Law, Violation
 

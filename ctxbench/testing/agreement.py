@@ -14,13 +14,14 @@ from ctxbench.testing.law import law, not_applicable, not_claimed, require
 from ctxbench.workload import DTYPES, as_output
 
 
-@law(every_form=True)
+@law(every_form=True, crossed=True)
 def agreement(case: Case) -> str:
     """Outputs and gradients are the oracle's: exactly in fp64, else within twice its rounding error and one more."""
     if case.impl == case.method.oracle:
         not_applicable("it is the oracle")
-    lengths = [n for n in case.lengths(most=6) if case.supports(seq_len=n, impl=case.method.oracle)]
-    dtypes = [name for name in ("fp32", "bf16") if case.supports(dtype=name)]
+    tried = case.lengths(most=3 if case.crossed else 6)
+    lengths = [n for n in tried if case.supports(seq_len=n, impl=case.method.oracle)]
+    dtypes = [name for name in ("fp32", "bf16")[case.crossed :] if case.supports(dtype=name)]
     if not dtypes or not lengths:
         not_applicable("the impl and the oracle share no dtype and length")
     exact = case.dtype == "fp64"

@@ -171,7 +171,7 @@ def purity(case: Case) -> None:
     )  # fmt: skip
 
 
-@law(every_form=True, retabled=True)
+@law(every_form=True, retabled=True, crossed=True)
 def streaming_equals_whole(case: Case) -> str:
     """Any chunking of a sequence, state carried, gives the outputs of the whole sequence."""
     need_mode(case, "stream")

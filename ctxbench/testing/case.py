@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ctxbench.method import ROPE, Dims, Equivalence, Method, Output, Params, Support, no
+from ctxbench.method import Dims, Equivalence, Method, Output, Params, Support, no
 from ctxbench.workload import DTYPES, as_output
 
 TINY = Dims(seq_len=1, batch_size=2, d_model=16, num_heads=2, num_layers=2, d_ff=32)
 LARGE = 16  # integer parameters from here on are scaled down
 WIDEST = 32  # a scaled-down parameter is at most this
-SAME_BUT_FOR_CONSTANTS = {**dict.fromkeys(ROPE[1:], "rope"), "alibi": "t5"}  # other angles; other numbers a distance
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Case:
     """One impl at tiny sizes. ``label`` names what differs from the method's preferred form, as in ``memory=0``.
 
     ``retabled`` marks a form that differs from another one in a table of constants alone, as the extensions of RoPE do.
+    ``crossed`` marks a form whose setting, direction and position have each been tried in another one.
     """
 
     method: Method
@@ -34,6 +34,7 @@ class Case:
     device: str = "cpu"
     label: str = ""
     retabled: bool = False
+    crossed: bool = False
 
     def __str__(self) -> str:
         name = f"{self.method.name}/{self.impl}"
@@ -109,41 +110,6 @@ class Case:
         return f"{text} {values}".strip()
 
 
-def cases_for(
-    method: Method, impl: str | None = None, modes: Sequence[str] | None = None, device: str = "cpu"
-) -> list[Case]:
-    """All forms of a method's impls: each direction and position it has, and other memory sizes.
-
-    Raises:
-        KeyError: when the method has no impl of that name.
-    """
-    impls = [method.impl(impl)] if impl else list(method.impls)
-    chosen = tuple(modes or method.modes)
-    return [case for one in impls for case in _forms(method, one.name, chosen, device)]
-
-
-def _forms(method: Method, impl: str, modes: tuple[str, ...], device: str) -> Iterator[Case]:
-    preferred = TINY.replace(causal=method.causal[0] if method.causal else True, position=method.positions[0])
-    params = small_params(method, preferred)
-
-    def case(params: Params, dims: Dims, label: str = "", retabled: bool = False) -> Case:
-        return Case(method, impl, params, _sized(method, dims, params), modes, device, label, retabled)
-
-    yield case(params, preferred)
-    for causal in method.causal[1:]:
-        yield case(params, preferred.replace(causal=causal), "causal" if causal else "bidirectional")
-    for position in method.positions[1:]:
-        retabled = SAME_BUT_FOR_CONSTANTS.get(position) in method.positions
-        yield case(params, preferred.replace(position=position), position, retabled)
-    if method.memory_parameter:
-        small = int(getattr(params, method.memory_parameter))
-        for size in dict.fromkeys((0, small + small // 2 + 1)):
-            try:
-                yield case(params.replace(**{method.memory_parameter: size}), preferred, f"memory={size}")
-            except ValueError:  # outside the parameter's range, or at odds with another parameter
-                continue
-
-
 def small_params(method: Method, dims: Dims = TINY) -> Params:
     """The method's defaults with every large integer scaled down, by one common factor where that is small enough."""
     defaults = method.params()
@@ -152,7 +118,7 @@ def small_params(method: Method, dims: Dims = TINY) -> Params:
             candidate = defaults.replace(**values)
         except ValueError:
             continue
-        if values and _sized(method, dims, candidate).seq_len > 1:
+        if values and sized(method, dims, candidate).seq_len > 1:
             return candidate
     return defaults
 
@@ -195,8 +161,8 @@ def streamed(module: torch.nn.Module, x: torch.Tensor, sizes: list[int]) -> Outp
     return Output(torch.cat(pieces, dim=1), state)
 
 
-def _sized(method: Method, dims: Dims, params: Params) -> Dims:
-    """Give the case a length beyond every block, and as many layers as the method needs."""
+def sized(method: Method, dims: Dims, params: Params) -> Dims:
+    """Give a case a length beyond every block, and as many layers as the method needs."""
     layers = max(dims.num_layers, method.fewest_layers(params))
     largest = max([value for value in integers(params) if value <= 8 * WIDEST], default=0)
     first = 2 * largest + 5 if largest >= 7 else 19

@@ -146,7 +146,7 @@ def peak_equals_formula(case: Case) -> str:
 def _sizes(case: Case, mode: str) -> Iterator[Dims]:
     """Lengths at the case's own sizes, then other widths, depths and batches at an odd length."""
     moved = case.dims.position != case.method.positions[0]  # no length means more to a position than to the others
-    lengths = case.lengths(mode, most=2 if moved else 5 if case.label else 7)
+    lengths = case.lengths(mode, most=2 if moved else 3 if case.label else 7)
     for length in lengths:
         yield case.dims.replace(seq_len=length)
     if mode == "stream":  # several whole calls and a shorter one

@@ -11,7 +11,8 @@ from typing import Any
 from ctxbench.method import Method
 from ctxbench.registry import time_limit
 from ctxbench.testing import agreement, behaviour, costs, gradients, literal  # noqa: F401  (they register the laws)
-from ctxbench.testing.case import Case, cases_for, one_thread
+from ctxbench.testing.case import Case, one_thread
+from ctxbench.testing.forms import cases_for
 from ctxbench.testing.law import LAWS, VIOLATED, Finding, Law, Violation
 
 TIME_LIMIT_S = 120  # one law on one case
@@ -48,13 +49,16 @@ class Report:
 
 
 def laws_for(
-    method: Method, impl: str | None = None, modes: Sequence[str] | None = None, device: str = "cpu"
-) -> list[tuple[Law, Case]]:
+    method: Method, impl: str | None = None, modes: Sequence[str] | None = None, device: str = "cpu",
+    every: bool = False,
+) -> list[tuple[Law, Case]]:  # fmt: skip
     """Pair every law with every form of a method, for ``pytest.mark.parametrize(("law", "case"), ..., ids=str)``.
 
-    A test calls ``law(case)``: it raises Violation, or returns a Finding (held, not claimed, not applicable).
+    ``every`` spares nothing: crossed forms are asked all laws of forms. A test calls ``law(case)``: it raises
+    Violation, or returns a Finding (held, not claimed, not applicable).
     """
-    return [(law, case) for case in cases_for(method, impl, modes, device) for law in LAWS.values() if law.asks(case)]
+    cases = cases_for(method, impl, modes, device, every)
+    return [(law, case) for case in cases for law in LAWS.values() if law.asks(case)]
 
 
 def check_method(
@@ -63,6 +67,7 @@ def check_method(
     modes: Sequence[str] | None = None,
     device: str = "cpu",
     on_finding: Callable[[Finding], None] | None = None,
+    every: bool = False,
 ) -> Report:
     """Try every law on a method; never raises for what the method does.
 
@@ -73,7 +78,7 @@ def check_method(
         method.impl(impl)
     report = Report(method.name)
     try:
-        pairs = laws_for(method, impl, modes, device)
+        pairs = laws_for(method, impl, modes, device, every)
     except Exception as error:  # support, layers and params are the plug-in's own code
         message = f"the description of the method raised {_summary(error)}\n  {_origin(error)}"
         report.findings.append(Finding("description", method.name, VIOLATED, message))

@@ -49,9 +49,10 @@ class Law:
 
     Attributes:
         statement: one sentence.
-        every_form: tried on every direction, position and memory size; else on the preferred form alone.
+        every_form: tried on every setting, direction, position and memory size; else on the preferred form alone.
         literal: holds of ``as_written`` impls too.
         retabled: tried even on forms that differ from another one in a table of constants alone.
+        crossed: tried even on forms whose setting, direction and position have each been tried in another one.
     """
 
     name: str
@@ -60,12 +61,15 @@ class Law:
     every_form: bool = False
     literal: bool = False
     retabled: bool = False
+    crossed: bool = False
 
     def __str__(self) -> str:
         return self.name
 
     def asks(self, case: Case) -> bool:
         """Whether this form of the method is one to try the law on."""
+        if case.crossed:
+            return self.crossed and not case.retabled
         return not case.label or (self.every_form and (self.retabled or not case.retabled))
 
     def __call__(self, case: Case) -> Finding:
@@ -85,13 +89,13 @@ LAWS: dict[str, Law] = {}
 
 
 def law(
-    *, every_form: bool = False, literal: bool = False, retabled: bool = False
+    *, every_form: bool = False, literal: bool = False, retabled: bool = False, crossed: bool = False
 ) -> Callable[[Callable[[Case], str | None]], Law]:
     """Register a function ``f(case) -> note | None`` under its name; its docstring is the statement."""
 
     def register(function: Callable[[Case], str | None]) -> Law:
         statement = (function.__doc__ or "").strip()
-        made = Law(function.__name__, statement, function, every_form, literal, retabled)
+        made = Law(function.__name__, statement, function, every_form, literal, retabled, crossed)
         LAWS[made.name] = made
         return made
 

@@ -10,6 +10,11 @@ from ctxbench.method import YES, Dims, Impl, Params, Support, no
 
 NOTE = "kernels of our own in C++, compiled on this machine; scores never leave the innermost cache"
 PAD = 16  # numbers that a row of ``tiles.hpp`` is a multiple of
+WITHOUT = {
+    "train": "its kernels have no backward pass; blocked trains",
+    "stream": "they take a whole sequence and no state; blocked streams",
+    "decode": "one query leaves no scores to keep in a cache, so they gain nothing; blocked decodes",
+}
 
 
 def padded(count: int) -> int:
@@ -40,6 +45,6 @@ def native_impl(
 ) -> Impl:  # fmt: skip
     """The impl of a method, by default of one whose Triton kernels are those of ``ranges``; fp64 is to be compared."""
     return Impl(
-        "native", run=run, devices=("cpu",), dtypes=("fp32", "bf16", "fp64"), modes=modes, positions=positions,
-        support=support, counts_as=counts_as, note=note,
+        "native", run=run, devices=("cpu",), dtypes=("fp32", "bf16", "fp64"), modes=modes, without=WITHOUT,
+        positions=positions, support=support, counts_as=counts_as, note=note,
     )  # fmt: skip

@@ -15,6 +15,7 @@ METHOD = Method(
     paper=Paper("Zaheer et al. 2020, Big Bird: Transformers for Longer Sequences", "arXiv:2007.14062", "2 and D"),
     build=f"{__name__}.layer:build",
     params=BigBirdParams,
+    variants=({"num_random": 1, "random_within": 5}, {"plan": "official", "num_random": 1}),
     memory_parameter="block_size",
     support=f"{__name__}.params:support",
     without=dict.fromkeys(

@@ -13,6 +13,7 @@ METHOD = Method(
     idea="Full causal attention inside a block, behind state vectors that a small network makes of the block before.",
     paper=Paper("Source document, Hybrid Local + State; its published relative is block_recurrent"),
     params=BlockStateParams,
+    variants=({"variant": "layer", "update": "gru", "num_states": 3}, {"variant": "layer", "pool": "last"}),
     memory_parameter="num_states",
     segment="block_len",
     build=f"{__name__}.layer:build",

@@ -14,6 +14,7 @@ METHOD = Method(
     paper=Paper("Source document, CompressiveMemory; compression as in Rae et al. 2019", "arXiv:1911.05507"),
     build=f"{__name__}.layer:build",
     params=CompressiveMemoryParams,
+    variants=({"top_k": 1, "rate": 2},),
     memory_parameter="compressed_len",
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),

@@ -12,6 +12,7 @@ METHOD = Method(
     idea="A segment sees the mem_len inputs before it, and before these compressed_len entries of rate inputs each.",
     paper=Paper("Rae et al. 2019, Compressive Transformers for Long-Range Sequence Modelling", "arXiv:1911.05507", "3"),
     params=CompressiveTransformerParams,
+    variants=({"compression": "dilated_conv", "auxiliary": "auto_encoding"},),
     memory_parameter="compressed_len",
     segment="segment_len",
     build=f"{__name__}.layer:build",

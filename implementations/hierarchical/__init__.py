@@ -19,6 +19,7 @@ METHOD = Method(
     ),
     build=f"{__name__}.layer:build",
     params=HierarchicalParams,
+    variants=({"form": "causal_linear", "disjoint": True}, {"pool": 3, "levels": 2}),
     memory_parameter="window",
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),

@@ -14,6 +14,13 @@ METHOD = Method(
     paper=Paper("Beltagy et al. 2020, Longformer: The Long-Document Transformer", "arXiv:2004.05150", "3.1"),
     build=f"{__name__}.layer:build",
     params=LongformerParams,
+    variants=(
+        {"num_global": 0},
+        {"dilation": 2},
+        {"num_global": 0, "dilation": 3, "dilated_heads": 1},
+        {"scattered": "7+11"},
+        {"scattered": "9", "separate_global": False, "dilation": 2, "dilated_heads": 1},
+    ),
     memory_parameter="window",
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),

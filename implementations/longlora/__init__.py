@@ -20,6 +20,7 @@ METHOD = Method(
     ),
     build=f"{__name__}.layer:build",
     params=LongLoRAParams,
+    variants=({"group": 6}, {"group": 8, "wrap": True}, {"group_fraction": 0.5}),
     memory_parameter="group",
     modes=("forward", "train"),
     without={"stream": DENSE, "decode": DENSE},

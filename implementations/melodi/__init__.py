@@ -14,6 +14,7 @@ METHOD = Method(
     paper=Paper("Chen et al. 2025, MELODI: Exploring Memory Compression for Long Contexts", "arXiv:2410.03156"),
     build=f"{__name__}.layer:build",
     params=MelodiParams,
+    variants=({"summary_tokens": 0}, {"short_slots": 0, "summary_tokens": 0}),
     memory_parameter="long_slots",
     segment="window",
     modes=("forward", "train", "stream", "decode"),

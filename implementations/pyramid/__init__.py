@@ -18,6 +18,7 @@ METHOD = Method(
     ),
     build=f"{__name__}.layer:build",
     params=PyramidParams,
+    variants=({"pool": 3, "levels": 2}, {"pool": 3, "levels": 2, "pooled_queries": True}),
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
     positions=("none", *ROPE, "t5", "alibi"),

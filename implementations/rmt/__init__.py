@@ -14,6 +14,7 @@ METHOD = Method(
     paper=Paper("Bulatov et al. 2022, Recurrent Memory Transformer", "arXiv:2207.06881", "3"),
     build=f"{__name__}.layer:build",
     params=RMTParams,
+    variants=({"bptt_depth": 1}, {"variant": "xl", "bptt_depth": 0}),
     memory_parameter="num_memory",
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),

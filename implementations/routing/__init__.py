@@ -15,6 +15,7 @@ METHOD = Method(
     ),
     build=f"{__name__}.layer:build",
     params=RoutingParams,
+    variants=({"selection": "topw", "num_clusters": 3, "cluster_size": 5},),  # masked: test_routing, at more heads
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
     positions=("none", *ROPE),

@@ -14,6 +14,7 @@ METHOD = Method(
     paper=Paper("Source document, RecurrentMemoryTransformer; schedule: Sivtsov et al. 2025", "arXiv:2506.05229"),
     build=f"{__name__}.layer:build",
     params=SegmentRecurrentParams,
+    variants=({"bptt_depth": 1},),
     memory_parameter="memory_len",
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),

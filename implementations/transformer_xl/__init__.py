@@ -17,6 +17,7 @@ METHOD = Method(
         "3.2 and 3.3",
     ),
     params=TransformerXLParams,
+    variants=({"clamp_len": 3}, {"same_length": True, "clamp_len": 3}, {"same_length": True, "start": "zeros"}),
     memory_parameter="mem_len",
     segment="segment_len",
     build=f"{__name__}.layer:build",

@@ -86,3 +86,21 @@ def test_a_broken_plugin_does_not_keep_others_from_being_checked(ctxbench) -> No
     )
     assert result.code == 0
     assert "plug-in 'exits'" in result.err
+
+
+def test_the_forms_of_a_method_are_listed_with_what_is_tried_and_why_not(ctxbench) -> None:
+    found = {(each["impl"], each["form"]): each for each in ctxbench("check", "hierarchical", "--forms", "--json").json}
+    seed = found["blocked", "form=seed/bidirectional"]
+    assert seed["laws"] > 10
+    assert seed["modes"] == ["forward", "train"]
+    assert "form=seed cannot be continued" in seed["reason"]
+    assert found["all", "form=seed/bidirectional/rope"]["reason"].startswith("form=seed, as the source document has it")
+    assert found["triton", ""]["laws"] == 0
+    assert 0 < found["native", "form=causal_linear/rope"]["laws"] < found["native", "form=causal_linear"]["laws"]
+    every = ctxbench("check", "hierarchical", "--impl", "native", "--forms", "--every", "--json").json
+    at = {each["form"]: each["laws"] for each in every}
+    assert at["form=causal_linear/rope"] == at["form=causal_linear"]
+    listed = ctxbench("check", "dense", "--impl", "blocked", "--forms")
+    assert listed.code == 0
+    assert "bidirectional/t5" in listed.out
+    assert "the others say why not" in listed.out

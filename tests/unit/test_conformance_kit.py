@@ -12,7 +12,7 @@ from sympy import Integer
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, T, d, e
-from ctxbench.method import Equivalence, Impl, Method, Params, param
+from ctxbench.method import YES, Equivalence, Impl, Method, Params, no, param
 from ctxbench.registry import discover, import_plugin
 from ctxbench.testing import (
     HELD,
@@ -211,8 +211,46 @@ def test_memory_sizes_and_directions_are_cases_of_their_own() -> None:
         "m", build=flawed.METHOD.build, params=Sizes, memory_parameter="slots", causal=(True, False),
         positions=("none", "rope"),
     )  # fmt: skip
-    labels = [case.label for case in cases_for(method)]
-    assert labels == ["", "bidirectional", "rope", "memory=0", "memory=7"]
+    crossed = {case.label: case.crossed for case in cases_for(method)}
+    once = ["", "memory=0", "memory=7", "bidirectional", "rope", "kind=64"]
+    twice = ["bidirectional/rope", "kind=64/bidirectional", "kind=64/rope", "kind=64/bidirectional/rope"]
+    assert crossed == {**dict.fromkeys(once, False), **dict.fromkeys(twice, True)}
+    assert not any(case.crossed for case in cases_for(method, every=True))
+
+
+@dataclass(frozen=True)
+class Kinds(Params):
+    kind: str = param("soft", "k", choices=("soft", "hard"))
+    size: int = param(1, "s", low=1)
+
+
+def only_hard_looks_ahead(dims, params, mode):
+    return YES if dims.causal or params.kind == "hard" else no("only a hard one looks ahead")
+
+
+def test_what_only_another_setting_has_is_tried_with_that_setting_and_all_laws() -> None:
+    """A direction that the default setting does not have must not go untested."""
+    method = dataclasses.replace(
+        flawed.METHOD, params=Kinds, causal=(True, False), support=only_hard_looks_ahead, variants=({"size": 2},)
+    )
+    tried = {case.label: case.crossed for case in cases_for(method)}
+    assert tried == {"": False, "kind=hard": False, "kind=hard/bidirectional": False, "size=2": False}
+    laws = {law.name for law, case in laws_for(method) if case.label == "kind=hard/bidirectional"}
+    assert {"batch_independence", "receptive_field", "flops_equal_formula"} <= laws
+
+
+def test_a_crossing_is_asked_what_tells_impls_apart() -> None:
+    method = dataclasses.replace(flawed.METHOD, params=Kinds, positions=("none", "rope", "rope_yarn"))
+    tried = {law.name for law, case in laws_for(method) if case.label == "kind=hard/rope"}
+    assert tried == {"agreement", "streaming_equals_whole"}
+    assert not [law for law, case in laws_for(method) if case.label == "kind=hard/rope_yarn"]
+    every = {law.name for law, case in laws_for(method, every=True) if case.label == "kind=hard/rope_yarn"}
+    assert every > tried
+
+
+def test_a_variant_with_an_unknown_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match="no parameter 'sise'"):
+        dataclasses.replace(flawed.METHOD, params=Kinds, variants=({"sise": 2},))
 
 
 def test_another_table_of_constants_is_tried_where_it_could_matter_alone() -> None:
