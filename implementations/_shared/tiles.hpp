@@ -5,6 +5,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace tiles {
 
@@ -28,43 +31,102 @@ struct Lanes {
 template <typename T>
 using Vector = typename Lanes<T>::type;
 
-// c = a b, or c += a b, for R rows and C vectors.
-template <typename T, int R, int C>
-void tile(const T *a, int64_t lda, const T *b, int64_t ldb, T *c, int64_t ldc, int64_t depth, bool add) {
-    constexpr int64_t W = Lanes<T>::width;
-    Vector<T> sum[R][C];
+// The upper half of a float.
+struct bfloat16 {
+    uint16_t bits;
+    operator float() const {
+        uint32_t wide = uint32_t(bits) << 16;
+        float x;
+        std::memcpy(&x, &wide, 4);
+        return x;
+    }
+    bfloat16 &operator=(float x) {  // to the nearest, ties to even; NaN stays one
+        uint32_t wide;
+        std::memcpy(&wide, &x, 4);
+        bits = x == x ? uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16) : 0x7fc0;
+        return *this;
+    }
+};
+
+// What a product multiplies: one number of a row on the left, and a vector of them on the right.
+template <typename T>
+struct Numbers {
+    typedef T left, right, sum;
+    typedef Vector<T> vector;
+    static T one(const T *at) { return *at; }
+    static Vector<T> add(Vector<T> sum, T one, vector row) { return sum + one * row; }
+};
+
+// Two neighbours in bfloat16 as one number: where units are made for it, both are multiplied and added to one sum.
+typedef uint32_t pair;
+
+#ifdef __AVX512BF16__
+constexpr bool PAIRED = true;
+struct Pairs {
+    typedef bfloat16 left;
+    typedef pair right;
+    typedef float sum;
+    typedef pair vector __attribute__((vector_size(BYTES), aligned(4), may_alias));
+    static __m512i one(const bfloat16 *at) {
+        int32_t both;
+        std::memcpy(&both, at, 4);
+        return _mm512_set1_epi32(both);
+    }
+    static Vector<float> add(Vector<float> sum, __m512i one, vector row) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)one, (__m512bh)row);
+    }
+};
+#else
+constexpr bool PAIRED = false;
+typedef Numbers<float> Pairs;
+#endif
+
+// c = a b, or c += a b, for R rows and C vectors; a row's numbers lie ``step`` apart.
+template <typename E, int R, int C>
+inline void tile(const typename E::left *a, int64_t lda, int64_t step, const typename E::right *b, int64_t ldb,
+                 typename E::sum *c, int64_t ldc, int64_t depth, bool add) {
+    typedef Vector<typename E::sum> Sum;
+    constexpr int64_t W = Lanes<typename E::sum>::width;
+    Sum sum[R][C];
     for (int i = 0; i < R; i++)
-        for (int j = 0; j < C; j++)
-            sum[i][j] = add ? *reinterpret_cast<const Vector<T> *>(c + i * ldc + j * W) : Vector<T>{};
+        for (int j = 0; j < C; j++) sum[i][j] = add ? *reinterpret_cast<const Sum *>(c + i * ldc + j * W) : Sum{};
     for (int64_t d = 0; d < depth; d++) {
-        Vector<T> row[C];
-        for (int j = 0; j < C; j++) row[j] = *reinterpret_cast<const Vector<T> *>(b + d * ldb + j * W);
+        typename E::vector row[C];
+        for (int j = 0; j < C; j++) row[j] = *reinterpret_cast<const typename E::vector *>(b + d * ldb + j * W);
+#pragma GCC unroll 8
         for (int i = 0; i < R; i++) {
-            T one = a[i * lda + d];
-            for (int j = 0; j < C; j++) sum[i][j] += one * row[j];
+            auto one = E::one(a + i * lda + d * step);
+            for (int j = 0; j < C; j++) sum[i][j] = E::add(sum[i][j], one, row[j]);
         }
     }
     for (int i = 0; i < R; i++)
-        for (int j = 0; j < C; j++) *reinterpret_cast<Vector<T> *>(c + i * ldc + j * W) = sum[i][j];
+        for (int j = 0; j < C; j++) *reinterpret_cast<Sum *>(c + i * ldc + j * W) = sum[i][j];
 }
 
-template <typename T, int C>
-void strip(const T *a, int64_t lda, const T *b, int64_t ldb, T *c, int64_t ldc, int64_t rows, int64_t depth, bool add) {
+template <typename E, int R, int C>
+inline void strip(const typename E::left *a, int64_t lda, int64_t step, const typename E::right *b, int64_t ldb,
+                  typename E::sum *c, int64_t ldc, int64_t rows, int64_t depth, bool add) {
     int64_t i = 0;
-    for (; i + ROWS <= rows; i += ROWS) tile<T, ROWS, C>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, add);
-    for (; i + 4 <= rows; i += 4) tile<T, 4, C>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, add);
-    for (; i < rows; i++) tile<T, 1, C>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, add);
+    for (; i + R <= rows; i += R) tile<E, R, C>(a + i * lda, lda, step, b, ldb, c + i * ldc, ldc, depth, add);
+    for (; i + 4 <= rows; i += 4) tile<E, 4, C>(a + i * lda, lda, step, b, ldb, c + i * ldc, ldc, depth, add);
+    for (; i < rows; i++) tile<E, 1, C>(a + i * lda, lda, step, b, ldb, c + i * ldc, ldc, depth, add);
 }
 
 // c[rows, columns] = a[rows, depth] b[depth, columns], added where asked; columns are a multiple of PAD.
+template <typename E>
+void product_of(const typename E::left *a, int64_t lda, int64_t step, const typename E::right *b, int64_t ldb,
+                typename E::sum *c, int64_t ldc, int64_t rows, int64_t columns, int64_t depth, bool add) {
+    constexpr int64_t W = Lanes<typename E::sum>::width;
+    int64_t j = 0;
+    for (; j + VECTORS * W <= columns; j += VECTORS * W)
+        strip<E, ROWS, VECTORS>(a, lda, step, b + j, ldb, c + j, ldc, rows, depth, add);
+    for (; j < columns; j += W) strip<E, ROWS, 1>(a, lda, step, b + j, ldb, c + j, ldc, rows, depth, add);
+}
+
 template <typename T>
 void product(const T *a, int64_t lda, const T *b, int64_t ldb, T *c, int64_t ldc, int64_t rows, int64_t columns,
              int64_t depth, bool add) {
-    constexpr int64_t W = Lanes<T>::width;
-    int64_t j = 0;
-    for (; j + VECTORS * W <= columns; j += VECTORS * W)
-        strip<T, VECTORS>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
-    for (; j < columns; j += W) strip<T, 1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+    product_of<Numbers<T>>(a, lda, 1, b, ldb, c, ldc, rows, columns, depth, add);
 }
 
 // to[d, j] = from[j, d] for ``size`` rows of ``width`` numbers; ``ldt`` columns, of which 0 fills those beyond.

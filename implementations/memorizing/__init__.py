@@ -32,7 +32,7 @@ METHOD = Method(
             f"{__name__}.native:OPERATORS",
             counts_as="",
             modes=(),
-            note="blocked with its selection in C++: a row's best keys are found while its scores are in the caches",
+            note="one C++ kernel searches, selects and reads while a row's scores are in the caches",
         ),
         Impl(
             "triton",
@@ -49,7 +49,7 @@ METHOD = Method(
             "native",
             devices=("cpu",),
             dtypes=("fp32", "bf16"),
-            why="selecting with PyTorch's operators takes about as long as the products whose results they select from",
+            why="with PyTorch's operators scores travel through memory, and selecting takes as long as making them",
             measured=True,
         ),
         BLOCKED,

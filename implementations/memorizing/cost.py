@@ -73,7 +73,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemorizingPa
         flops=flops,
         num_parameters=block_parameters(window_parameters()) + h + position_parameters(position),
         state_bytes=2 * tensor(B, _state_rows(params), d),
-        peak_bytes=None if impl == "triton" and position != "none" else peak(impl, mode, params),
+        peak_bytes=None if impl == "triton" and position != "none" else peak(impl, mode, params, position),
         depth=L,
     )
 
@@ -92,7 +92,7 @@ def _fused_pairs(params: MemorizingParams) -> Expr:
 
 
 def _window_pairs(impl: str, mode: str, params: MemorizingParams) -> Expr:
-    if impl == "triton":
+    if impl == "triton" or (impl == "native" and mode != "train"):
         return seen_pairs(W)
     block = params.window if impl == "reference" else BLOCK
     if mode == "stream":

@@ -1,70 +1,178 @@
-"""The lookup of ``blocked`` with its selection in C++, which visits a slab's scores while the caches hold them.
+"""Lookups and the window in C++: no scores leave the caches, and nothing that is picked is gathered.
 
-What was retrieved is read for all heads at once, from the stream where projections left it. X = B H, n queries,
-m pairs in memory, K retrieved, D head width.
+``native.cpp`` visits all keys that a query may pick and reads the values of those it picks. The window is the shared
+kernel over ranges of keys. That has no backward pass: where gradients are asked for, the window is that of
+``blocked``, and the lookup keeps what was picked. X = B H, n queries, m pairs in memory, K retrieved, D head width.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from ctxbench.cost.formulas import formula
 from ctxbench.implementations._shared.biased_window import attend_blocks
-from ctxbench.implementations._shared.largest import largest_
-from ctxbench.implementations._shared.rows import rows_of
-from ctxbench.implementations.memorizing.blocked import gradient, scored
+from ctxbench.implementations._shared.native import function, integers
+from ctxbench.implementations.memorizing import windows
+from ctxbench.implementations.memorizing.blocked import gradient
 from ctxbench.implementations.memorizing.layer import Operators
-from ctxbench.implementations.memorizing.sizes import SLAB
+from ctxbench.implementations.memorizing.sizes import PANEL, pairs
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The last W keys of every query; ``bias: [H, W]`` is 0."""
+    return (attend_blocks if torch.is_grad_enabled() else windows.window)(q, k, v, bias)
+
+
+def biased_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The same with ``bias: [H, W]`` by distance."""
+    return (attend_blocks if torch.is_grad_enabled() else windows.biased_window)(q, k, v, bias)
 
 
 def lookup(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None) -> torch.Tensor:
     """``q: [B, H, n, D]``, ``k, v: [B, H, m, D]``, result ``[B, H, n, D]``; ``top_k`` keys a query, all for None."""
-    if top_k is None or top_k >= k.shape[2]:
+    n, m = q.shape[2], k.shape[2]
+    if top_k is None or top_k >= m:
         return scaled_dot_product_attention(q, k, v, scale=1.0)
-    mixed: torch.Tensor = _TopK.apply(q, k, v, top_k)
+    mixed: torch.Tensor = _TopK.apply(q, k, v, top_k, m, n, m, torch.is_grad_enabled())
     return mixed
 
 
+def whole(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None, segment_len: int, memory_len: int
+) -> torch.Tensor:
+    """All segments of a call at once; the first few may have no more in memory than they pick."""
+    k, v = k.detach(), v.detach()
+    if top_k is None or top_k >= memory_len:
+        return _everything(q, k, v, segment_len, memory_len)
+    few = top_k // segment_len * segment_len + segment_len
+    rest = top_k, 0, segment_len, memory_len, torch.is_grad_enabled()
+    if few == segment_len:  # these have nothing
+        found: torch.Tensor = _TopK.apply(q, k, v, *rest)
+        return found
+    found = _everything(q[:, :, :few], k, v, segment_len, memory_len)
+    if q.shape[2] <= few:
+        return found
+    return torch.cat((found, _TopK.apply(q[:, :, few:], k, v, top_k, few, *rest[2:])), dim=2)
+
+
+def _everything(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment_len: int, memory_len: int) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return windows.everything(q, k, v, segment_len, memory_len)
+    first, *parts = q.split(segment_len, dim=2)
+    found = [torch.zeros_like(first)]
+    for number, part in enumerate(parts, 1):
+        seen = slice(max(0, number * segment_len - memory_len), number * segment_len)
+        found.append(scaled_dot_product_attention(part, k[:, :, seen], v[:, :, seen], scale=1.0))
+    return torch.cat(found, dim=2)
+
+
 class _TopK(torch.autograd.Function):
-    """Gradients for the queries alone: the memory is not differentiable."""
+    """Gradients for the queries alone: the memory is not differentiable. See :func:`retrieve` for the arguments."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int) -> torch.Tensor:
-        scores, chosen = search(q.flatten(0, 1), k.flatten(0, 1), top_k)
-        weights = scores.softmax(dim=2)
-        del scores
-        ctx.save_for_backward(k, v, chosen, weights)
-        return weighted(weights, v, chosen)
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int, known: int, segment: int, most: int,
+        keep: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        B, H, n, _ = q.shape
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        chosen = q.new_empty(B * H, n, top_k, dtype=torch.int32) if keep else None
+        weights = q.new_empty(B * H, n, top_k) if keep else None
+        retrieve(q, k, v, known, segment, most, top_k, out, weights, chosen)
+        if keep:
+            ctx.save_for_backward(k, v, chosen, weights)
+            ctx.empty = 0 if known else segment  # queries that have nothing to pick
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         k, v, chosen, weights = ctx.saved_tensors
-        dq = gradient(grad.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), chosen, weights)
-        return dq.unflatten(0, grad.shape[:2]), None, None, None
+        dq, rows = torch.zeros_like(grad), slice(ctx.empty, None)
+        if chosen[:, rows].numel():
+            above, *memory = (x.flatten(0, 1) for x in (grad[:, :, rows], k, v))
+            dq[:, :, rows] = gradient(above, *memory, chosen[:, rows], weights[:, rows]).unflatten(0, grad.shape[:2])
+        return dq, *(None,) * 7
 
 
-def search(q: torch.Tensor, k: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best scores of ``q: [X, n, D]`` among ``k: [X, m, D]``, and the numbers of their keys: ``[X, n, K]`` both."""
-    found = q.new_empty(*q.shape[:2], top_k)
-    chosen = torch.empty_like(found, dtype=torch.int32)
-    for scores, heads, rows in scored(q, k, k.shape[1], SLAB):
-        largest_(scores.view(-1, k.shape[1]), *(a[heads, rows].view(-1, top_k) for a in (found, chosen)))
-    return found, chosen
+def retrieve(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, known: int, segment: int, most: int, top_k: int,
+    out: torch.Tensor, weights: torch.Tensor | None = None, chosen: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill ``out`` with the attention of every query over its ``top_k`` best keys, scores unscaled.
 
+    Of equal scores the oldest keys are picked; NaN is larger than any number, as for ``topk``.
 
-def weighted(weights: torch.Tensor, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Sums of the rows of ``stream: [B, H, m, D]`` at ``chosen: [X, n, K]`` by ``weights``, as large.
-
-    Result ``[B, H, n, D]``, stored token by token: heads of one token then read rows that lie side by side.
+    Args:
+        q: ``[B, H, n, D]``, segment after segment.
+        k: ``[B, H, m, D]``.
+        v: the same shape as ``k``.
+        known: keys before the first segment's.
+        segment: queries of a segment.
+        most: the last keys before a segment that it sees: none, or more than ``top_k``.
+        top_k: keys a query picks.
+        out: like ``q``.
+        weights: ``[X, n, top_k]``, receives the shares of what was picked, where they are wanted.
+        chosen: the same shape, int32, receives the numbers of the keys, which ascend.
     """
-    rows, (B, H) = rows_of(stream), stream.shape[:2]
-    index, shares = (a.unflatten(0, (B, H)).transpose(1, 2).flatten(0, 2) for a in (rows.number.at(chosen), weights))
-    mixed = embedding_bag(index, rows.table, mode="sum", per_sample_weights=shares)  # [B * n * H, D]
-    return mixed.view(B, -1, H, mixed.shape[1]).transpose(1, 2)
+    D, keys = k.shape[3], -(-k.shape[2] // PANEL) * PANEL
+    packed = k.new_empty(keys * D, dtype=torch.promote_types(k.dtype, torch.float32))  # of a head
+    torch.ops.ctxbench.retrieve(q, k, v, known, segment, most, top_k, packed, out, weights, chosen)
 
 
-OPERATORS = Operators(attend_blocks, lookup)
+@functools.cache
+def _function(dtype: torch.dtype) -> Any:
+    sizes = ctypes.POINTER(ctypes.c_int64)
+    return function(SOURCE, "retrieve", dtype, *[ctypes.c_void_p] * 7, sizes, sizes, ctypes.c_int)
+
+
+_LIBRARY = torch.library.Library("ctxbench", "FRAGMENT")
+_LIBRARY.define(
+    "retrieve(Tensor q, Tensor k, Tensor v, int known, int segment, int most, int top_k, Tensor(a!) packed, "
+    "Tensor(b!) out, Tensor(c!)? weights, Tensor(d!)? chosen) -> ()"
+)
+
+
+@torch.library.impl(_LIBRARY, "retrieve", "CPU")
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, known: int, segment: int, most: int, top_k: int,
+    packed: torch.Tensor, out: torch.Tensor, weights: torch.Tensor | None, chosen: torch.Tensor | None,
+) -> None:  # fmt: skip
+    (B, H, n, D), m = q.shape, k.shape[2]
+    fewest = min(known, most) or min(segment, most)
+    if not 1 <= top_k <= fewest or known + (n - 1) // segment * segment > m or m >= 1 << 31:
+        raise ValueError(
+            f"expected no keys or at least top_k = {top_k} before a segment, and less than 2^31, received {known} "
+            f"before the first of {segment} queries, {most} at most, of {m}"
+        )
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    strides = [step for x in (q, k, v, out) for step in x.stride()[:3]]
+    kept = (None if x is None else x.data_ptr() for x in (weights, chosen))
+    _function(q.dtype)(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), packed.data_ptr(), out.data_ptr(), *kept, integers(strides),
+        integers((B, H, n, m, D, top_k, known, segment, most)), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("ctxbench::retrieve")
+def _(*_: Any) -> None:
+    return None
+
+
+@formula(torch.ops.ctxbench.retrieve)
+def _flops(q: Any, k: Any, v: Any, known: int, segment: int, most: int, top_k: int, *_: Any, **__: Any) -> int:
+    """Every score, and the values of what is picked."""
+    B, H, n, D = q.shape
+    return int(2 * B * H * D * sum(pairs(n, k.shape[2], known, segment, limit) for limit in (most, min(most, top_k))))
+
+
+OPERATORS = Operators(window, lookup, whole, biased_window)

@@ -6,9 +6,7 @@ two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from sympy import Expr, Integer, Max, Min, floor, sympify
+from sympy import Expr, Integer, Max, Min, ceiling, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
@@ -16,23 +14,24 @@ from ctxbench.implementations._shared.biased_window_forms import BLOCK, block_pa
 from ctxbench.implementations._shared.forms import stack_peak
 from ctxbench.implementations._shared.tournament import GROUP, padded
 from ctxbench.implementations.memorizing.params import FROM_TOP, MemorizingParams
-from ctxbench.implementations.memorizing.sizes import ROWS, SLAB
+from ctxbench.implementations.memorizing.sizes import PANEL, ROWS, SLAB
 
 M, S, W, K = (param(name) for name in ("memory_len", "segment_len", "window", "top_k"))
 WHOLE = floor(T / S)
 REST = T - WHOLE * S
 
 
-def peak(impl: str, mode: str, params: MemorizingParams) -> Expr | None:
+def peak(impl: str, mode: str, params: MemorizingParams, position: str) -> Expr | None:
     """Bytes above parameters, inputs and incoming state; None where no formula is known."""
     if impl == "triton":
         return _kernels_forward(params) if mode == "forward" else None
     selects = params.lookup == "topk" and params.top_k < params.memory_len
     if mode == "decode":
         return _decode() if impl == "reference" else None
-    if impl in ("blocked", "native"):
-        lookup = _slabs if impl == "blocked" else _visits
-        return _blocked_forward(params, lookup) if selects and mode == "forward" else None
+    if impl == "native":
+        return _native_forward(params, position) if selects and mode == "forward" else None
+    if impl == "blocked":
+        return _blocked_forward(params) if selects and mode == "forward" else None
     if mode == "forward":
         return _forward(selects)
     if mode == "stream":
@@ -76,17 +75,34 @@ def _forward(selects: bool) -> Expr:
 
 
 def _kernels_forward(params: MemorizingParams) -> Expr:
-    """Exactly: making queries and keys unit vectors, the window, or a gate's mixing of it with what was found.
-
-    Distances are twice there as integers before a bias of zeros is.
-    """
-    window = largest(5 * row(T) + tensor(h, W) + 4 * B * h * T, 4 * row(T) + 16 * W)
+    """Exactly: making queries and keys unit vectors, the window, or a gate's mixing of it with what was found."""
+    window = _window_of_kernels()
     mixing = largest(window, (7 if params.memory_len else 6) * row(T) - min(params.memory_len, 1) * tensor(h))
+    return _beside_gate(mixing, largest(6 * row(T) + tensor(B, h, T), Min(L - 1, 1) * window))
+
+
+def _native_forward(params: MemorizingParams, position: str) -> Expr:
+    """The window with its bias, or the gate's mixing, or what a search packs of a head if that is long."""
+    window = _window_of_kernels()
+    if position != "none":
+        window += tensor(h, 2 * W - 1)  # the bias as a table
+    packed = ceiling(T / PANEL) * PANEL * d / h * e
+    mixing = largest(window, 7 * row(T) - tensor(h), 6 * row(T) + packed - tensor(h))
+    return _beside_gate(mixing, largest(6 * row(T) + tensor(B, h, T), Min(L - 1, 1) * window))
+
+
+def _window_of_kernels() -> Expr:
+    """Rows, the log-sum-exps, and the bias; distances are twice there as integers before a bias of zeros is."""
+    return largest(5 * row(T) + tensor(h, W) + 4 * B * h * T, 4 * row(T) + 16 * W)
+
+
+def _beside_gate(mixing: Expr, others: Expr) -> Expr:
+    """With the gate and what it leaves; layers above keep a row."""
     with_memory = mixing + 2 * tensor(h) + Min(Max(L - FROM_TOP, 0), 1) * row(T)
-    return largest(with_memory, stack_peak(T, largest(6 * row(T) + tensor(B, h, T), Min(L - 1, 1) * window)))
+    return largest(with_memory, stack_peak(T, others))
 
 
-def _blocked_forward(params: MemorizingParams, lookup: Callable[[Expr, int, int], Expr]) -> Expr:
+def _blocked_forward(params: MemorizingParams) -> Expr:
     """Rows, the local part's band, or the lookup of the worst segment, whose slab matters for short sequences alone."""
     band, with_memory = _band(), Min(Max(L - FROM_TOP, 0), 1) * row(T)
     memory: list[Expr] = []
@@ -97,10 +113,10 @@ def _blocked_forward(params: MemorizingParams, lookup: Callable[[Expr, int, int]
             continue
         known = 5 * row(T) + tensor(h)
         last = largest(filled, WHOLE - 1) if filled == full else Integer(filled)
-        memory.append(Min(Max(WHOLE - filled, 0), 1) * (known + row(last * S) + lookup(S, m, params.top_k)))
+        memory.append(Min(Max(WHOLE - filled, 0), 1) * (known + row(last * S) + _slabs(S, m, params.top_k)))
         ragged = Min(REST, 1) * Min(Max(WHOLE - filled + 1, 0), 1)
         ragged *= 1 if filled == full else Min(Max(filled + 1 - WHOLE, 0), 1)
-        memory.append(ragged * (known + row(WHOLE * S) + lookup(largest(REST, 1), m, params.top_k)))
+        memory.append(ragged * (known + row(WHOLE * S) + _slabs(largest(REST, 1), m, params.top_k)))
     memory.append(band + 2 * tensor(h))  # beside the gate and what it leaves
     above = Min(L - 1, 1) * (band + row(T))
     return largest(stack_peak(T, 7 * row(T) + tensor(h)), above, with_memory + largest(*memory))
@@ -139,19 +155,6 @@ def _slabs(n: Expr, m: int, top_k: int) -> Expr:
     copies = batched * (row(n) + 2 * row(m)) + (1 - batched) * heads * m * d / h * e
     slab = tensor(heads, rows, width) + copies
     return found + slab + heads * rows * (inside + several * (8 + e) * K) + (8 * GROUP if rounds else 0)
-
-
-def _visits(n: Expr, m: int, top_k: int) -> Expr:
-    """The same for ``native``: what is found, a slab of scores and its keys; or numbers and weights as rows are read.
-
-    Those are copied token by token, numbers once more as rows of a table, and then the result is there beside them.
-    """
-    rows = Min(n, max(ROWS, SLAB // m))
-    heads = Min(B * h, largest(1, floor(SLAB / (rows * m))))
-    found, batched = B * h * n * K, Min(B - 1, 1)
-    copies = batched * (row(n) + row(m)) + (1 - batched) * heads * m * d / h * e
-    read = largest((12 + 2 * e) * found, (8 + 2 * e) * found + row(n)) + 8 * B * h
-    return largest((4 + e) * found + copies + tensor(heads, rows, m), read)
 
 
 def _stream(selects: bool) -> Expr:

@@ -25,6 +25,7 @@ from ctxbench.implementations._shared.flash import LOG2_E
 from ctxbench.implementations._shared.flash_rows import _dot, _load, _store
 from ctxbench.implementations._shared.flash_table import padded
 from ctxbench.implementations._shared.ranges import _rows, _strides
+from ctxbench.implementations.memorizing.sizes import pairs
 
 KEYS = {2: 64, 4: 32}  # keys of a tile of scores, by bytes of an element
 GATHERING = 32  # queries whose picked rows are gathered together in the backward pass
@@ -194,19 +195,13 @@ def _(grad: torch.Tensor, out: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(out)
 
 
-def _pairs(T: int, N: int, past: int, length: int, most: int) -> int:
-    """Pairs of a query and a key that it may pick."""
-    begins = range(0, T, length)
-    return sum(min(length, T - begin) * min(past + begin, N, most) for begin in begins)
-
-
 @formula(torch.ops.ctxbench.search)
 def _search_flops(
     q: Any, k: Any, v: Any, top_k: int, past: int, length: int, most: int, keep: bool, **_: Any
 ) -> int:  # fmt: skip
     """Every score, and the values of what is picked."""
     B, H, T, D = q.shape
-    each = (_pairs(T, k.shape[2], past, length, limit) for limit in (most, min(most, top_k)))
+    each = (pairs(T, k.shape[2], past, length, limit) for limit in (most, min(most, top_k)))
     return int(2 * B * H * D * sum(each))
 
 
@@ -216,7 +211,7 @@ def _search_backward_flops(
 ) -> int:
     """Gradients of the weights and of the queries, over what was picked."""
     B, H, T, D = out_.shape
-    return int(4 * B * H * D * _pairs(T, k.shape[2], past, length, min(most, picked.shape[2])))
+    return int(4 * B * H * D * pairs(T, k.shape[2], past, length, min(most, picked.shape[2])))
 
 
 class Search(torch.autograd.Function):

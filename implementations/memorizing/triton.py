@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ctxbench.implementations._shared.ranges import Line, Range, attend
+from ctxbench.implementations._shared.ranges import Range, attend
 from ctxbench.implementations.memorizing.layer import Operators
 from ctxbench.implementations.memorizing.search import Search
-
-
-def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The last W keys of every query; ``bias: [H, W]`` is 0."""
-    seen = Range(k, v, Line(base=1 - bias.shape[1]), Line(base=1))
-    return attend(q, [seen], offset=k.shape[2] - q.shape[2], scale=1.0)[0]
-
-
-def biased_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same with ``bias: [H, W]`` by distance, as a table that runs from the oldest key past the query itself."""
-    H, W = bias.shape
-    table = torch.cat((bias.flip(1), bias.new_zeros(H, W - 1)), dim=1)
-    seen = Range(k, v, Line(base=1 - W), Line(base=1), start=0)
-    return attend(q, [seen], offset=k.shape[2] - q.shape[2], scale=1.0, bias=table)[0]
+from ctxbench.implementations.memorizing.windows import biased_window, everything, window
 
 
 def lookup(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int | None) -> torch.Tensor:
@@ -38,8 +25,7 @@ def whole(
     """All segments in one launch: each one's memory is a range of the call's own keys that moves in steps."""
     k, v = k.detach(), v.detach()
     if top_k is None or top_k >= memory_len:
-        begin = Line(segment_len, segment_len, base=-memory_len)
-        return attend(q, [Range(k, v, begin, Line(segment_len, segment_len))], scale=1.0)[0]
+        return everything(q, k, v, segment_len, memory_len)
     found: torch.Tensor = Search.apply(q, k, v, top_k, 0, segment_len, memory_len, torch.is_grad_enabled())
     return found
 

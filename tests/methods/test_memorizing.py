@@ -131,10 +131,11 @@ def test_fast_impls_equal_the_reference_with_all_gradients(params, impl, length)
 
 
 @pytest.mark.parametrize("position", ["t5", "none", "alibi"])
-@pytest.mark.parametrize(("impl", "lookup"), [("blocked", "topk"), ("blocked", "dense"), ("native", "topk")])
+@pytest.mark.parametrize(
+    ("impl", "lookup"), [("blocked", "topk"), ("blocked", "dense"), ("native", "topk"), ("native", "dense")]
+)
 def test_fast_impls_equal_the_reference_over_several_blocks_and_slabs(impl, lookup, position, monkeypatch):
     monkeypatch.setattr(blocked, "SLAB", 1 << 12)
-    monkeypatch.setattr(native, "SLAB", 1 << 12)
     monkeypatch.setattr(blocked, "ROWS", 16)
     params = MemorizingParams(memory_len=150, segment_len=70, window=140, top_k=5, lookup=lookup)
     compare(*(run(build(one, params, position=position), tokens(300)) for one in ("reference", impl)))

@@ -1,8 +1,9 @@
-// The largest values of every row, exactly; of equal ones the first columns, in ascending order. NaN is the largest.
+// The largest of a row of numbers, exactly; of equal ones the first columns, in ascending order. NaN is the largest.
 //
-// Values are compared as integers in their order. A block of columns has a vector of maxima, one a lane; maxima of a
-// few blocks make groups, at least twice as many as values are wanted. The count-th largest group is a bound that
-// count values reach at least, and of the others few do: only they are ranked.
+// Numbers are compared as integers in their order. A block of columns has a vector of maxima, one a lane; maxima of a
+// few blocks make groups, at least twice as many as numbers are wanted. The count-th largest group is a bound that
+// count numbers reach at least, and of the others few do: only they are ranked.
+#pragma once
 
 #include <algorithm>
 #include <cstdint>
@@ -11,7 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-namespace {
+namespace largest {
 
 constexpr int BYTES = 64;  // of a vector; narrower machines take it in pieces
 constexpr int64_t BLOCK = 64;  // columns
@@ -53,7 +54,11 @@ struct Order {
         return (*this)(v)[0];
     }
 
-    Int lowest() const { return static_cast<Int>(Bits{0} - below); }  // bits of -inf
+    // The bits of what stands at this place.
+    Int back(Int key) const {
+        const Bits bits = static_cast<Bits>(key) + below, sign = Bits{1} << (8 * sizeof(Int) - 1);
+        return static_cast<Int>(bits & sign ? (Bits{0} - bits) | sign : bits);
+    }
 };
 
 template <class V>
@@ -131,37 +136,55 @@ struct Places {
                 if (bits >> i & 1) at[bits][count[bits]++] = i;
     }
 };
-const Places PLACES;
+inline const Places PLACES;
+
+// Puts a block of floats in their order where they lie, hides columns beyond begin .. end, and notes its maxima.
+template <class Int>
+void put_in_order(Order<Int> order, Int *block, int64_t begin, int64_t end, Int *top) {
+    using K = Kind<Int>;
+    typename K::Vector most = typename K::Vector{} + K::least;
+    for (int v = 0; v < K::vectors; v++) {
+        auto keys = order(K::at(block + v * K::lanes));
+        if (begin > 0 || end < BLOCK)
+            for (int lane = 0; lane < K::lanes; lane++) {
+                const int64_t column = v * K::lanes + lane;
+                if (column < begin || column >= end) keys[lane] = K::least;
+            }
+        std::memcpy(block + v * K::lanes, &keys, BYTES);
+        most = larger(most, keys);
+    }
+    std::memcpy(top, &most, BYTES);
+}
 
 template <class Int>
 class Selection {
     using K = Kind<Int>;
     using Vector = typename K::Vector;
-    const Order<Int> order;
-    const int64_t n, count, blocks;
-    std::vector<Int> last, tops, keys;
+    std::vector<Int> keys;
     std::vector<int32_t> at, hits;
 
 public:
-    Selection(Order<Int> order, int64_t n, int64_t count)
-        : order(order), n(n), count(count), blocks((n + BLOCK - 1) / BLOCK), last(BLOCK, order.lowest()),
-          tops(blocks * K::lanes), keys(n + BLOCK), at(n + BLOCK), hits(blocks + 1) {}
+    explicit Selection(int64_t most_blocks)
+        : keys(most_blocks * BLOCK), at(most_blocks * BLOCK + 8), hits(most_blocks + 1) {}
 
-    // Writes the columns of a row's largest values.
-    const int32_t *of(const Int *row) {
-        const int64_t whole = n / BLOCK * BLOCK;
-        std::copy(row + whole, row + n, last.begin());
-        const int64_t step = n / (2 * count) * K::lanes / BLOCK;  // blocks a group
-        const Int bound = step ? bounded(row, whole, step) : K::least;
+    // The columns of the count largest, among columns begin .. end, of a row of so many blocks; ``tops`` has the maxima
+    // of each block.
+    const int32_t *of(const Int *row, const Int *tops, int64_t blocks, int64_t begin, int64_t end, int64_t count) {
+        const int64_t step = blocks * K::lanes / (2 * count);  // blocks a group
+        const Int bound = step ? bounded(tops, blocks, step, count) : K::least;
         int64_t found = 0;
         int64_t reached = 0;
         for (int64_t block = 0; block < blocks; block++) {
             hits[reached] = block;
-            reached += !step | any(K::at(&tops[block * K::lanes]) >= bound);
+            reached += !step | any(K::at(tops + block * K::lanes) >= bound);
         }
-        for (int64_t hit = 0; hit < reached; hit++) found = collect(row, whole, hits[hit] * BLOCK, bound, found);
-        while (at[found - 1] >= n) found--;  // what fills the last block up
-        if (found > count) thin(row, found);
+        for (int64_t hit = 0; hit < reached; hit++) found = collect(row, hits[hit] * BLOCK, bound, found);
+        if (bound == K::least) {  // what is hidden reaches it too
+            const auto last = std::remove_if(at.begin(), at.begin() + found,
+                                             [=](int32_t column) { return column < begin || column >= end; });
+            found = last - at.begin();
+        }
+        if (found > count) thin(row, found, count);
         return at.data();
     }
 
@@ -174,22 +197,13 @@ private:
         return all;
     }
 
-    const Int *begin(const Int *row, int64_t whole, int64_t column) const {
-        return column < whole ? row + column : last.data();
-    }
-
     // What count values reach at least.
-    Int bounded(const Int *row, int64_t whole, int64_t step) {
+    Int bounded(const Int *tops, int64_t blocks, int64_t step, int64_t count) {
         int64_t groups = 0;
         for (int64_t first = 0; first < blocks; first += step) {
             Vector group = Vector{} + K::least;
-            for (int64_t block = first; block < std::min(blocks, first + step); block++) {
-                const Int *place = begin(row, whole, block * BLOCK);
-                Vector top = order(K::at(place));
-                for (int v = 1; v < K::vectors; v++) top = larger(top, order(K::at(place + v * K::lanes)));
-                std::memcpy(&tops[block * K::lanes], &top, BYTES);
-                group = larger(group, top);
-            }
+            for (int64_t block = first; block < std::min(blocks, first + step); block++)
+                group = larger(group, K::at(tops + block * K::lanes));
             std::memcpy(&keys[groups], &group, BYTES);
             groups += K::lanes;
         }
@@ -197,12 +211,10 @@ private:
     }
 
     // Appends the columns of a block that reach the bound.
-    int64_t collect(const Int *row, int64_t whole, int64_t column, Int bound, int64_t found) {
-        const Int *place = begin(row, whole, column);
+    int64_t collect(const Int *row, int64_t column, Int bound, int64_t found) {
         uint64_t flags[BLOCK / 8];
         for (int v = 0; v < K::vectors; v++) {
-            const auto reached = order(K::at(place + v * K::lanes)) >= bound;
-            const auto narrow = __builtin_convertvector(reached, typename K::Flags);
+            const auto narrow = __builtin_convertvector(K::at(row + column + v * K::lanes) >= bound, typename K::Flags);
             std::memcpy(reinterpret_cast<char*>(flags) + v * K::lanes, &narrow, K::lanes);
         }
         for (int64_t word = 0; word < BLOCK / 8; word++) {
@@ -215,9 +227,9 @@ private:
     }
 
     // Keeps the count largest of those found, and the first of equal ones.
-    void thin(const Int *row, int64_t found) {
+    void thin(const Int *row, int64_t found, int64_t count) {
         int64_t filled = found;
-        for (int64_t i = 0; i < found; i++) keys[i] = order(row[at[i]]);
+        for (int64_t i = 0; i < found; i++) keys[i] = row[at[i]];
         while (filled % K::lanes) keys[filled++] = K::least;
         const Int bound = ranked(keys.data(), filled, count);
         int64_t equal = count, kept = 0;
@@ -231,32 +243,4 @@ private:
     }
 };
 
-template <class Int>
-void all_rows(const Int *values, int64_t rows, int64_t n, int64_t stride, int64_t count, int mantissa, Int *found,
-              int32_t *columns, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        Selection<Int> selection(Order<Int>(mantissa), n, count);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++) {
-            const Int *row = values + i * stride;
-            const int32_t *chosen = selection.of(row);
-            std::copy_n(chosen, count, columns + i * count);
-            for (int64_t j = 0; j < count; j++) found[i * count + j] = row[chosen[j]];
-        }
-    }
-}
-
-}  // namespace
-
-extern "C" {
-void largest_float32(const int32_t *v, int64_t rows, int64_t n, int64_t stride, int64_t count, int32_t *found, int32_t *columns, int threads) {
-    all_rows(v, rows, n, stride, count, 23, found, columns, threads);
-}
-void largest_bfloat16(const int16_t *v, int64_t rows, int64_t n, int64_t stride, int64_t count, int16_t *found, int32_t *columns, int threads) {
-    all_rows(v, rows, n, stride, count, 7, found, columns, threads);
-}
-void largest_float64(const int64_t *v, int64_t rows, int64_t n, int64_t stride, int64_t count, int64_t *found, int32_t *columns, int threads) {
-    all_rows(v, rows, n, stride, count, 52, found, columns, threads);
-}
-}
+}  // namespace largest
