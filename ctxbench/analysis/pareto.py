@@ -9,6 +9,7 @@ import msgspec
 
 from ctxbench.analysis.curves import SHARED, Curve
 from ctxbench.analysis.forecast import Forecaster, disturbed, fits
+from ctxbench.analysis.reserve import needed
 from ctxbench.rows import Row, cell_of
 
 FRONT, DOMINATED, UNCLEAR, DISTURBED = "front", "dominated", "unclear", "disturbed"
@@ -115,9 +116,8 @@ def _frontier(curve: Curve, rows: Sequence[Row], forecaster: Forecaster, limit: 
     fitting: list[int] = []
     above: list[int] = []
     for row in curve.rows:
-        if row.peak_bytes and row.peak_bytes.allocated:
-            needed = max(row.peak_bytes.allocated, row.peak_bytes.resident or 0) + forecaster.beside(cell_of(row))
-            (fitting if needed <= limit else above).append(row.seq_len)
+        if (peak := needed(row)) is not None:
+            (fitting if peak + forecaster.beside(cell_of(row)) <= limit else above).append(row.seq_len)
     series = cell.series
     above += [row.seq_len for row in rows if row.status == "oom" and cell_of(row).series == series]
     by_formula = _largest(curve, forecaster, limit)
@@ -136,6 +136,9 @@ def _largest(curve: Curve, forecaster: Forecaster, limit: int) -> int | None:
     None without a formula, even where measured lengths fit: what is not known beyond them is not a limit.
     """
     cell = cell_of(curve.rows[0])
+    figures = forecaster.figures(cell)
+    if figures is None or figures.peak_bytes is None:
+        return None
 
     def fitting(length: int) -> bool | None:
         asked = msgspec.structs.replace(cell, seq_len=length)

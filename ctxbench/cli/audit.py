@@ -91,6 +91,8 @@ def _audit_run(folder: Path, registry: Registry, ctx: Common) -> Exit:
     found = audit_rows(run.rows, {method.name: method for method in registry})
     if not ctx.json and not ctx.quiet:
         ctx.console().print(_table(found) if ctx.verbose else _overview(found))
+        if not ctx.verbose and (silent := _silent(found)):
+            click.echo(f"\nnone of their cells ran, so nothing is claimed of them (-v lists it): {silent}")
     return _finish(str(folder), found, ctx)
 
 
@@ -131,17 +133,16 @@ def _table(found: Sequence[Verdict]) -> Table:
 
 
 def _overview(found: Sequence[Verdict]) -> Table:
-    """One line an impl and mode: how many terms hold, and the names of those that do not."""
+    """One line an impl and mode of which anything is known: how many terms hold, and the names of those that do not."""
     from rich.table import Table
     from rich.text import Text
 
     from ctxbench.analysis.audit import HOLDS, VIOLATED
 
     table = Table("method", "impl", "mode", "hold", "violated", "not claimed or applicable", box=None, pad_edge=False)
-    groups: dict[tuple[str, str, str], list[Verdict]] = {}
-    for verdict in found:
-        groups.setdefault((verdict.method, verdict.impl, verdict.mode), []).append(verdict)
-    for names, mine in groups.items():
+    for names, mine in _groups(found).items():
+        if not _decided(mine):
+            continue
         wrong = ", ".join(each.term for each in mine if each.verdict == VIOLATED)
         rest = ", ".join(each.term for each in mine if each.verdict not in (HOLDS, VIOLATED))
         held = sum(each.verdict == HOLDS for each in mine)
@@ -149,6 +150,30 @@ def _overview(found: Sequence[Verdict]) -> Table:
             *map(Text, names), Text(str(held)), Text(wrong or "-", "bold red" if wrong else ""), Text(rest, "dim")
         )
     return table
+
+
+def _silent(found: Sequence[Verdict]) -> str:
+    """Impls none of whose cells ran, by method: ``dense flash, triton; rmt graph``."""
+    silent: dict[str, list[str]] = {}
+    for (method, impl, _), mine in _groups(found).items():
+        if not _decided(mine) and impl not in silent.setdefault(method, []):
+            silent[method].append(impl)
+    return "; ".join(f"{method} {', '.join(impls)}" for method, impls in silent.items() if impls)
+
+
+def _decided(found: Sequence[Verdict]) -> bool:
+    """Whether any of these terms holds or is violated."""
+    from ctxbench.analysis.audit import HOLDS, VIOLATED
+
+    return any(each.verdict in (HOLDS, VIOLATED) for each in found)
+
+
+def _groups(found: Sequence[Verdict]) -> dict[tuple[str, str, str], list[Verdict]]:
+    """Verdicts of each impl in each mode."""
+    groups: dict[tuple[str, str, str], list[Verdict]] = {}
+    for verdict in found:
+        groups.setdefault((verdict.method, verdict.impl, verdict.mode), []).append(verdict)
+    return groups
 
 
 def _audit_table(seq: str | None, registry: Registry, ctx: Common) -> Exit:

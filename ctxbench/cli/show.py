@@ -42,6 +42,11 @@ def command(
 ) -> None:
     """Show the RUN folder, or one CELL of it: the beginning of its key, or METHOD/IMPL/LENGTH."""
     if crossover or pareto or frontier:
+        if cell is not None:
+            raise UserError(
+                f"--crossover, --pareto and --frontier are about the whole run, received the cell {cell!r} too\n"
+                "  accepted: a length of --pareto as --seq 16k; one cell without these options"
+            )
         from ctxbench.cli.tradeoffs import show
 
         show(run, crossover, pareto, frontier, length, ctx)
@@ -60,7 +65,7 @@ def command(
         if ctx.json:
             ctx.emit({"run": header, "rows": rows, "scaling": growth, "carried": kept})
         else:
-            _print_run(run, header, rows)
+            _print_run(run, header, rows, ctx)
             _print_growth(growth, ctx)
             _print_carried(kept)
         return
@@ -94,17 +99,24 @@ def _names(row: Row) -> tuple[str, ...]:
     return row.method, row.impl, row.mode, str(row.seq_len), format_tokens(row.seq_len)
 
 
-def _print_run(run: Path, header: Mapping[str, Any], rows: list[Row]) -> None:
+def _print_run(run: Path, header: Mapping[str, Any], rows: list[Row], ctx: Common) -> None:
+    """One line a cell; without -v one for all lengths at which an impl is unsupported for one reason."""
     click.echo(f"{run}  suite {header.get('suite', '?')}  {header.get('status', 'unknown')}")
     click.echo(f"{header.get('command', '')}")
-    lines = []
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
+        alone = ctx.verbose or row.status != "unsupported"
+        key = row.cell if alone else (row.method, row.impl, row.memory, row.mode, row.dtype, row.reason)
+        groups.setdefault(key, []).append(row)
+    lines = []
+    for group in groups.values():
+        row, lengths = group[0], [format_tokens(each.seq_len) for each in group]
         latency = row.latency_s
         lines.append(
             [
-                row.cell,
+                row.cell if len(group) == 1 else f"{len(group)} cells",
                 f"{row.method} / {row.impl}",
-                format_tokens(row.seq_len),
+                lengths[0] if len(group) == 1 else f"{lengths[0]} to {lengths[-1]}",
                 format_tokens(row.memory),
                 row.mode,
                 row.dtype,
@@ -117,6 +129,8 @@ def _print_run(run: Path, header: Mapping[str, Any], rows: list[Row]) -> None:
     if lines:
         headers = ["CELL", "METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "DTYPE", "STATUS", "TIME", "PEAK", "REASON"]
         click.echo(table(headers, lines))
+    if len(groups) < len(rows):
+        click.echo(f"{len(rows)} cells; unsupported ones of one impl and reason share a line (-v lists each)")
 
 
 def _print_growth(growth: list[Scaling], ctx: Common) -> None:

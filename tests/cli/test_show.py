@@ -45,6 +45,25 @@ def test_a_run_is_a_table_of_its_cells(folder: Path, ctxbench: Callable[..., Any
         assert part in result.out
 
 
+def test_lengths_at_which_an_impl_is_unsupported_share_a_line(folder: Path, ctxbench: Callable[..., Any]) -> None:
+    with Store.open(folder) as store:
+        for length in (1024, 2048, 4096):
+            store.append_row(row_for(Cell(method="dense", impl="flash", seq_len=length), "unsupported", "no GPU"))
+        other = Cell(method="dense", impl="flash", seq_len=4096, mode="train")
+        store.append_row(row_for(other, "unsupported", "no GPU at all"))
+    lines = [line.split() for line in ctxbench("show", folder).out.splitlines() if "flash" in line]
+    assert [line[:6] for line in lines] == [
+        ["3", "cells", "dense", "/", "flash", "1k"], [other.key, "dense", "/", "flash", "4k", "-"]
+    ]  # fmt: skip
+    assert "6 cells; unsupported ones" in ctxbench("show", folder).out
+    assert ctxbench("show", folder, "-v").out.count("/ flash") == 4
+
+
+def test_a_cell_beside_a_question_about_the_run_is_refused(folder: Path, ctxbench: Callable[..., Any]) -> None:
+    result = ctxbench("show", folder, "--pareto", "16k")
+    assert (result.code, "--seq 16k" in result.err) == (2, True)
+
+
 @pytest.mark.parametrize("name", ["dense/blocked/4k", "blocked", "4096"])
 def test_a_cell_shows_samples_gate_warnings_and_forecast(name: str, folder: Path, ctxbench: Callable[..., Any]) -> None:
     out = ctxbench("show", folder, name).out

@@ -132,6 +132,20 @@ def test_the_best_impl_is_the_fastest_at_the_longest_length_and_no_sketch() -> N
     assert [curve.impl for curve in best(curves(rows))] == ["fast"]
 
 
+def test_the_impl_that_reached_furthest_stands_for_a_method_unless_one_is_clearly_faster_not_much_before() -> None:
+    def stands(**times: dict[int, float]) -> str:
+        rows = [row("square", n, [t], impl=impl) for impl, known in times.items() for n, t in known.items()]
+        (chosen,) = best(curves(rows))
+        return chosen.impl
+
+    far = {1024: 1.0, 2048: 2.0, 4096: 4.0}
+    assert stands(reference=far, fast={1024: 0.8, 2048: 1.6}) == "fast"  # half as far
+    assert stands(reference=far, fast={1024: 0.8}) == "reference"
+    assert stands(reference=far, fast={1024: 0.8, 2048: 1.9}) == "reference"  # by 5 %, which one process cannot tell
+    assert stands(reference=far, fast={1024: 0.8, 2048: 1.6}, faster={1024: 0.8, 2048: 1.4}) == "faster"
+    assert stands(reference=far, fast={1024: 0.8, 4096: 3.9}) == "fast"  # as far, and faster there
+
+
 def test_the_front_holds_what_nobody_beats_in_both() -> None:
     rows = [
         row("square", 1024, [1.0, 1.01], peak=100), row("line", 1024, [2.0, 2.02], peak=50),
