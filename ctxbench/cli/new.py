@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import keyword
 import re
 from importlib.resources.abc import Traversable
@@ -57,6 +58,12 @@ def _check_name(name: str) -> None:
         raise UserError(
             f"a method {name!r} exists already, in {existing[name].package}\n  choose another name; `--from {name}` "
             "starts from a copy of it"
+        )
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.origin is not None:  # a folder without code has none
+        raise UserError(
+            f"there is a Python module {name!r} already ({spec.origin})\n  accepted: a name that is free, because "
+            f"the folder's own test says `from {name} import METHOD`"
         )
 
 

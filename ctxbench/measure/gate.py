@@ -50,9 +50,9 @@ def run_gate(method: Method, cell: Cell, seed: int = 0, passed: Sequence[Gate] =
             return msgspec.structs.replace(gate, stands_for=True)
     defects = method.impl(cell.impl).defects
     module, x = specimen.build(), specimen.inputs()
-    before = _held(module)
+    before, received = _held(module), x.clone()
     plain = specimen.observe(module, x)
-    complaint = _output(x, plain)
+    complaint = _output(x, plain) or _input(x, received)
     if complaint:
         return Gate(ok=False, length=specimen.length, probes={"output": "failed"}, message=complaint)
     results: dict[str, str] = {"output": "passed"}
@@ -128,6 +128,12 @@ def _output(x: torch.Tensor, y: Any) -> str:
     if bad:
         return f"{bad} of {y.numel()} output values are NaN or infinite\n  accepted: finite values"
     return ""
+
+
+def _input(x: torch.Tensor, received: torch.Tensor) -> str:
+    if torch.equal(x, received):
+        return ""
+    return "the module wrote to its input\n  accepted: new tensors; look for operations in place, such as add_"
 
 
 def _gather(

@@ -141,7 +141,7 @@ class Server:
         self._pending, self._child = b"", 0
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         self._process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "ctxbench.run.server", self.isolate], stdin=subprocess.PIPE,
+            [sys.executable, "-u", "-P", "-m", "ctxbench.run.server", self.isolate], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._errors, env=environment, start_new_session=True,
         )  # fmt: skip
         self._greeted = False

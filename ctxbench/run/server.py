@@ -147,7 +147,7 @@ def drain(stream: int, poll: select.poll) -> bytes:
 def spawn(request: Request, result: int, log: int) -> int:
     """Start a fresh interpreter for one task; the request comes through its standard input."""
     child = subprocess.Popen(
-        [sys.executable, "-u", "-m", "ctxbench.run.server", WORKER, str(result), str(log)], stdin=subprocess.PIPE,
+        [sys.executable, "-u", "-P", "-m", "ctxbench.run.server", WORKER, str(result), str(log)], stdin=subprocess.PIPE,
         stdout=log, stderr=log, pass_fds=(result, log),
     )  # fmt: skip
     assert child.stdin is not None
@@ -265,6 +265,8 @@ def preload() -> None:
 
 def main(arguments: list[str]) -> None:
     """Serve (``fork`` or ``spawn``), or be one spawned child (``worker RESULT LOG``)."""
+    with contextlib.suppress(OSError):  # last: a plug-in may be a module here, but a random.py shadows nothing (-P)
+        sys.path.append(str(Path.cwd()))
     if arguments[0] == WORKER:
         request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
         become_child(int(arguments[2]))

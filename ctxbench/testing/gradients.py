@@ -73,7 +73,7 @@ def two_training_steps(case: Case) -> None:
     """Two training steps in a row work, and after them the module computes what a fresh one with its weights does."""
     need_mode(case, "train")
     module = case.build().train()
-    optimiser = torch.optim.SGD(module.parameters(), lr=1e-3)
+    optimiser = torch.optim.SGD([{"params": module.parameters()}], lr=1e-3)  # a group may be empty
     for step in range(2):
         optimiser.zero_grad(set_to_none=True)
         x = case.tokens(batch=case.dims.batch_size, seed=step + 1).requires_grad_()

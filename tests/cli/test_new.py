@@ -59,6 +59,14 @@ def test_a_name_that_is_taken_is_refused(ctxbench, tmp_path: Path) -> None:
     assert "a method 'dense' exists already" in result.err
 
 
+@pytest.mark.parametrize("name", ["json", "torch"])
+def test_the_name_of_a_module_is_refused(ctxbench, tmp_path: Path, name: str) -> None:
+    result = ctxbench("new", name, "--out", tmp_path)
+    assert result.code == 2
+    assert f"there is a Python module {name!r} already" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_holds_something_is_never_written_into(ctxbench, tmp_path: Path) -> None:
     kept = tmp_path / "fresh_idea" / "notes.txt"
     kept.parent.mkdir()
@@ -82,16 +90,19 @@ def test_a_place_that_cannot_be_written_is_an_environment_error(ctxbench, tmp_pa
     assert "cannot write" in result.err
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+def blocks(language: str, document: Path = DOCUMENT) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), flags=re.DOTALL)
 
 
-def test_the_ten_lines_of_the_document_are_a_working_plugin(ctxbench, tmp_path: Path) -> None:
-    code = blocks("python")[0]
+@pytest.mark.parametrize(("document", "name"), [(DOCUMENT, "gated"), (DOCUMENT.parents[1] / "README.md", "mine")])
+def test_the_ten_lines_of_the_documents_are_working_plugins(
+    ctxbench, tmp_path: Path, document: Path, name: str
+) -> None:
+    code = blocks("python", document)[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    plugin = tmp_path / "gated.py"
+    plugin = tmp_path / f"{name}.py"
     plugin.write_text(code)
-    result = ctxbench("check", "gated", "--plugin", plugin)
+    result = ctxbench("check", name, "--plugin", plugin)
     assert result.code == 0, result.out
 
 

@@ -137,6 +137,11 @@ class NotANumber(Window):
         return torch.where(torch.arange(x.shape[1])[:, None] == 3, torch.nan, y)
 
 
+class Overwriting(Window):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x.add_(super().forward(x))
+
+
 class Text(Window):
     def forward(self, x: torch.Tensor) -> Any:
         return Output("y")
@@ -204,6 +209,7 @@ def test_a_sound_impl_passes(impl: str, dtype: str, mode: str):
         ("Promoted", "output", "accepted: torch.float32"),
         ("NotANumber", "output", "NaN or infinite"),
         ("Text", "output", "returned str"),
+        ("Overwriting", "output", "wrote to its input"),
     ],
 )
 def test_a_fault_fails_its_probe_and_is_explained(impl: str, probe: str, words: str):

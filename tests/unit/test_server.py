@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ctxbench.cell import Cell
@@ -94,6 +95,17 @@ def test_a_sound_child_delivers_its_samples(submit):
     assert outcome.status == "ok"
     assert len(outcome.samples.samples) >= 3
     assert outcome.elapsed_s > 0
+
+
+def test_files_of_the_folder_that_it_is_started_in_shadow_no_module(tmp_path, monkeypatch):
+    for name in ("random.py", "torch.py", "msgspec.py"):
+        (tmp_path / name).write_text("raise SystemExit('shadowed')")
+    task = task_for(tmp_path, "pass")
+    monkeypatch.chdir(tmp_path)
+    for origin in (task.origin, "planted"):  # a module of that folder is found all the same
+        with Server("timing", threads=1) as server:
+            outcome = server.submit(msgspec.structs.replace(task, origin=origin), 60.0)
+            assert outcome.status == "ok", outcome.reason
 
 
 def test_an_impossible_allocation_is_oom_with_its_size_and_place(submit):
