@@ -4,7 +4,7 @@ from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import LOOP, NATIVE, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.block_recurrent.params import BlockRecurrentParams
-from ctxbench.method import ROPE, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Impl, Method, Paper
 
 METHOD = Method(
     name="block_recurrent",
@@ -61,5 +61,14 @@ METHOD = Method(
         "keys of the first update are those of one window: there are none before it",
         "gradients pass all windows of a call and stop between calls (paper: segments of eight windows)",
         "the recurrent layer is the third from the top, or the lowest of a shallower stack",
+    ),
+    claims=(
+        Claim(
+            "a tiny MLP or RNN compresses each block into a state vector that is prepended to the next block; constant "
+            "memory growth",
+            "true of block_state, not of its published relative; misnamed for both",
+            "here num_states vectors of one layer read a window by attention and are gated, and nothing is prepended. "
+            "The state, 3 d num_states and 2 d window numbers a layer at most, is constant: its growth is 0",
+        ),
     ),
 )

@@ -16,7 +16,7 @@ class CompressiveMemoryParams(Params):
     recent_len: int = param(512, "tokens kept as they are", unit="tokens", low=0)
     compressed_len: int = param(512, "compressed entries kept of what came before these", unit="entries", low=0)
     item_len: int = param(64, "rows of an item, the unit that is compressed and retrieved", unit="rows", low=1)
-    rate: int = param(4, "neighbouring tokens that become one entry", low=1, source="source document")
+    rate: int = param(4, "neighbouring tokens that become one entry", unit="tokens", low=1, source="source document")
     top_k: int = param(5, "items a segment retrieves", unit="items", low=1, source="source document")
 
     def __post_init__(self) -> None:

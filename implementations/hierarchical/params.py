@@ -69,7 +69,12 @@ class HierarchicalParams(Params):
         low=2, source="source document, scales 1, 4, 16",
     )  # fmt: skip
     levels: int = param(
-        3, "scales, that of single tokens included", low=1, high=10, source="source document, scales 1, 4, 16"
+        3,
+        "scales, that of single tokens included",
+        unit="scales",
+        low=1,
+        high=10,
+        source="source document, scales 1, 4, 16",
     )
 
     def __post_init__(self) -> None:

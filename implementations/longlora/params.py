@@ -24,6 +24,7 @@ class LongLoRAParams(Params):
     group_fraction: float = param(
         0.25,
         "group over sequence where group = 0, rounded up to an even number",
+        unit="of the sequence",
         low=0.001,
         high=1,
         source="paper, 1/4",

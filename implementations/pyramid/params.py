@@ -12,7 +12,9 @@ from ctxbench.method import ROPE, YES, Dims, Params, Support, no, param
 class PyramidParams(Params):
     """How many resolutions there are, and how fast they coarsen."""
 
-    levels: int = param(3, "resolutions, the full one included", low=1, high=16, source="source document, 3")
+    levels: int = param(
+        3, "resolutions, the full one included", unit="levels", low=1, high=16, source="source document, 3"
+    )
     pool: int = param(
         2,
         "cells of one level that are averaged into a cell of the next",

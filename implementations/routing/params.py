@@ -28,8 +28,8 @@ class RoutingParams(Params):
         False, "shared queries and keys: a token attends to itself only where no earlier one is in its cluster"
     )
     local_share: float = param(
-        0.5, "share of heads that attend locally, rounded down", choices=(0.0, 0.25, 0.5, 0.75, 1.0),
-        source="Roy et al. 2020: 0.5 and 0.75",
+        0.5, "share of heads that attend locally, rounded down", unit="of the heads",
+        choices=(0.0, 0.25, 0.5, 0.75, 1.0), source="Roy et al. 2020: 0.5 and 0.75",
     )  # fmt: skip
     local_block: int = param(
         256, "local heads: block of a query; it also sees the block before", unit="tokens", low=1,
