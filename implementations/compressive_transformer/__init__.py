@@ -3,7 +3,7 @@
 from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import BLOCKED, TILES, TRITON
 from ctxbench.implementations.compressive_transformer.params import CompressiveTransformerParams
-from ctxbench.method import Claim, Equivalence, Impl, Method, Paper
+from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
 METHOD = Method(
     name="compressive_transformer",
@@ -19,6 +19,10 @@ METHOD = Method(
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
     positions=("transformer_xl",),
+    without_positions=dict.fromkeys(
+        ("none", "t5", "alibi", *ROPE),
+        "distances run on through compressed entries, memory and segment and are part of this method's own score",
+    ),
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="the published loop over segments"),
         Impl(

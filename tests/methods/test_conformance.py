@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ctxbench.method import Dims
+from ctxbench.method import POSITIONS, Dims
 from ctxbench.registry import discover
 from ctxbench.testing import laws_for
 from ctxbench.testing.forms import coverage, forms, full
@@ -51,3 +51,9 @@ def test_every_form_is_tried_or_says_why_not(method) -> None:
     assert tried | refused >= {form.label for form in full(method, forms(method))}
     oracle = {mode for line in lines if line.impl == method.oracle and line.laws for mode in line.modes}
     assert oracle == set(method.modes)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_position_is_taken_or_refused_with_its_reason(method) -> None:
+    assert set(POSITIONS) - set(method.positions) == set(method.without_positions) - set(method.positions)
+    assert all(len(reason.split()) > 5 for reason in method.without_positions.values())
