@@ -173,7 +173,12 @@ def _print(left: Side, right: Side, found: Comparison, again: list[str], ctx: Co
     click.echo(f"A  {left.name}\nB  {right.name}\nratios are B over A: above 1, B is slower")
     for note in found.notes:
         click.echo(f"note: {note}")
-    click.echo(table(HEADERS, [_line(cell, ctx.verbose) for cell in found.cells]))
+    # What neither run had the time or the hardware for is no news about either.
+    shown = [cell for cell in found.cells if ctx.verbose or not _idle(cell)]
+    if shown:
+        click.echo(table(HEADERS, [_line(cell, ctx.verbose) for cell in shown]))
+    if len(shown) < len(found.cells):
+        click.echo(f"skipped or unsupported in both: {counted(len(found.cells) - len(shown), 'cell')} (-v lists them)")
     if any(cell.adjusted is not None for cell in found.cells) and not ctx.quiet:
         click.echo("~ less what the reference beside the samples says of the machine; A and B are as measured")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in found.counts().items())
@@ -185,6 +190,11 @@ def _print(left: Side, right: Side, found: Comparison, again: list[str], ctx: Co
         click.echo("to decide the unclear cells, measure them again, then compare the new folders:")
         for line in again:
             click.echo(f"  {line}")
+
+
+def _idle(cell: Compared) -> bool:
+    """Whether neither run so much as tried this cell."""
+    return {cell.status_a, cell.status_b} <= {"skipped", "unsupported"}
 
 
 HEADERS = ["", "METHOD / IMPL", "LENGTH", "MEMORY", "MODE", "A", "B", "RATIO", "INTERVAL", "N", "P", "VERDICT", "WHY"]

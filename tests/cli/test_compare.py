@@ -49,6 +49,22 @@ def test_a_table_of_ratios_with_verdicts_and_reasons(runs: Any, ctxbench: Callab
     assert "6 cells: 6 same" in ctxbench("compare", "a", "a").out
 
 
+def test_cells_that_neither_run_tried_are_counted_in_one_line(runs: Any, ctxbench: Any) -> None:
+    for name, status in (("a", "unsupported"), ("b", "skipped")):
+        with Store.open(Path(runs(name))) as store:
+            for impl in ("flash", "flex"):
+                store.append_row(row_for(Cell(method="dense", impl=impl, seq_len=1024), status, "planted"))
+    tried = row_for(Cell(method="dense", impl="graph", seq_len=1024), "oom", "planted")
+    for name in "ab":
+        with Store.open(Path(name)) as store:
+            store.append_row(tried)
+    shown = ctxbench("compare", "a", "b").out
+    assert "skipped or unsupported in both: 2 cells (-v lists them)" in shown
+    assert "9 cells: 6 same, 3 invalid" in shown
+    assert ("flash" in shown, "graph" in shown) == (False, True)
+    assert "flash" in ctxbench("compare", "a", "b", "-v").out
+
+
 def test_the_gate_exits_with_3_only_for_cells_that_are_slower_by_as_much(runs: Any, ctxbench: Any) -> None:
     a, b = runs("a"), runs("b", 1.2)
     failed = ctxbench("compare", a, b, "--fail-on", "slower:5%")
