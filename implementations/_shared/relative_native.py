@@ -76,6 +76,8 @@ def _(
     far_k: torch.Tensor | None, far_v: torch.Tensor | None, stair: Sequence[int], packed: torch.Tensor,
     out: torch.Tensor,
 ) -> None:  # fmt: skip
+    if not out.numel():
+        return
     streams = [content, position, k, v, r, k[:, :0] if far_k is None else far_k, v[:, :0] if far_v is None else far_v]
     streams = [stream if stream.stride(2) == 1 else stream.contiguous() for stream in streams]
     strides = [step for stream in (*streams, out) for step in stream.stride()[:2]]

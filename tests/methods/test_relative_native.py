@@ -10,6 +10,7 @@ import torch
 from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
+from ctxbench.implementations._shared import relative, relative_native
 from ctxbench.implementations.compressive_transformer import METHOD as COMPRESSIVE
 from ctxbench.implementations.transformer_xl import METHOD as TRANSFORMER_XL
 from ctxbench.method import Dims, Method
@@ -85,3 +86,10 @@ def test_formulas_equal_what_is_counted(mode: str, method: Method, changes: dict
         assert not counted.uncounted
     if length > 500 and mode != "train":  # a byte a token is nothing then; the backward pass is that of blocked
         assert counted.peak_bytes == pytest.approx(evaluate(cost.peak_bytes, values), rel=0.03)
+
+
+def test_an_empty_batch_gives_nothing_and_ends_no_process() -> None:
+    none = torch.empty(0, 7, 4)
+    operands = relative.Operands(none, none, none, none, torch.ones(2, 7, 4))
+    out = relative_native.staircase(operands, relative.Geometry(5, 6, False, 0, 0))
+    assert out.shape == none.shape
