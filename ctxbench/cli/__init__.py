@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -12,6 +13,7 @@ import click
 from ctxbench import __version__
 from ctxbench.errors import CtxbenchError, Exit, unknown
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMANDS = {
     "list": "List methods, impls, suites, metrics or devices.",
     "describe": "Formulas, parameters, paper and support of a method; axes of a suite.",
@@ -70,8 +72,11 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors a user can cause become one message and an exit code, never a traceback."""
+    code: int | None = Exit.OK
     try:
         code = cli.main(standalone_mode=False)
+        if sys.stdout is not None:  # closed by who started it
+            sys.stdout.flush()  # while its failure can be told
     except CtxbenchError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
@@ -84,7 +89,20 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         code = Exit.INTERRUPTED
-    except BrokenPipeError:  # `ctxbench list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = Exit.OK
+    except SystemExit:  # which click makes of a closed pipe, `ctxbench list | head`, with 1 for its code
+        if not isinstance(sys.stdout, click.utils.PacifyFlushWrapper):
+            raise
+    except BrokenPipeError:
+        _mute()
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        click.echo(f"error: cannot write the output: {error.strerror}\n  accepted: a disk that has room", err=True)
+        code = Exit.ENVIRONMENT
+        _mute()
     sys.exit(int(code or 0))
+
+
+def _mute() -> None:
+    """Write nothing more: what is still buffered would fail once more when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
