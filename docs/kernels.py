@@ -1,6 +1,7 @@
 """Write docs/kernels.md from what the compiler says of the kernels: registers, shared memory, matrix instructions.
 
-``python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py``. Rows that are not in the input stay.
+``python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py [--fresh]``, and likewise with the other
+programs ``compile_*``. Rows that are not in the input stay, but where ``--fresh``.
 """
 
 from __future__ import annotations
@@ -13,20 +14,27 @@ from typing import Any
 
 PAGE = Path(__file__).with_name("kernels.md")
 KEY = ("kernel", "form", "architecture", "itemsize", "width")
-HEADS = (*KEY, "tile", "warps", "stages", "registers", "shared", "products", "stack")
+HEADS = (*KEY, "tile", "warps", "stages", "registers", "shared", "products", "copies", "stack", "mark")
 HEAD = """# Kernels
 
-What ptxas makes of the kernels in `implementations/_shared/flash*.py` and `cells.py`, by bytes of an element and padded
-head width, at the shipped launch parameters. Registers are those of a thread, shared memory is a block's in bytes,
-products are matrix instructions in the listing: HGMMA on sm_90 in 16 bits, HMMA elsewhere and for dK and dV of
-more than 128 channels, where tiles large enough for HGMMA would spill. A tile is queries x keys. Heads of more than 128
-channels in fp32 take the channels of scores and their gradient 32 at a time. Nothing spills: a test compiles a part of
-these rows and holds them against this page.
+What ptxas makes of every Triton kernel at every shipped launch parameter, by bytes of an element and padded head width.
+Registers are those of a thread, shared memory is a block's in bytes, products are matrix instructions in the listing,
+copies those that bring a tile while another is computed. HGMMA is a Hopper's own, for tiles of 64 rows; HMMA stands
+where larger tiles would spill. In float32 a product is three of TF32. A tile is queries x keys. Heads of more than 128
+channels in fp32, in the relative term of more than 32, take the channels of scores and their gradient 32 at a time.
+Nothing spills and nothing is added atomically in memory.
 
-Forms: `band` is one range with a bound on both sides; `steps` is three ranges between lines of any kind; `slopes` and
-`table` are a band with ALiBi or T5's bias (kernel `table`: its gradient); `hidden` is a band with keys hidden by
-position, `groups` one with four query heads a head of keys; `lists` are lists of blocks of 64, `lists-table` those with
-T5's bias.
+A mark is of all that goes into a compilation: the kernel's code and what it calls, its constants, types, warps and
+stages. A test computes the marks of all shipped kernels and holds them against this page, so no kernel or launch
+parameter changes without being compiled again; others compile a part of these rows and expect the same figures.
+
+Forms of attention: `band` is one range with a bound on both sides; `steps` is three ranges between lines of any kind;
+`slopes` and `table` are a band with ALiBi or T5's bias (kernel `table`: its gradient); `hidden` is a band with keys
+hidden by position, `groups` one with four query heads a head of keys; `lists` are lists of blocks of 64, `lists-table`
+those with T5's bias. `relative` is Transformer-XL's term over all segments (`entries`: with compressed ones in front;
+kernel `dr`: gradient of distances), `decode` one query over parts of a long cache and the merge of the parts,
+`clusters` attention inside clusters with results by token or by slot, the choice of clusters and the sum over them,
+`memory` the search for the best pairs of a memory, `bank` the gate of a read; its width is the model's.
 
 Kernels `gather` and `spread` pool keys and values into the cells of all levels, and add cells to their tokens; the form
 is the pool factor and the number of coarse levels, `ragged` where the last cell may hold fewer tokens. Their tile is
@@ -39,14 +47,14 @@ with the position term as a tensor that each score reads. Nor are the packages f
 which are called as they are: of the latter `parallel_attn` alone is one of the methods here, dense causal attention.
 
 Made with triton {version} by `python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py`, and likewise
-with `compile_cells.py`.
+with the other programs `compile_*`.
 """
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """One line of the page, by column."""
-    values = row | {"tile": f"{row['rows']} x {row['columns']}", "products": row["wgmma"] or row["products"]}
-    return {name: str(values[name]) for name in HEADS}
+    products = ", ".join(f"{row[name]} {name}" for name in ("HGMMA", "HMMA") if row[name])
+    return {name: str((row | {"products": products or "0"})[name]) for name in HEADS}
 
 
 def parse(page: str) -> dict[tuple[str, ...], dict[str, str]]:
@@ -75,7 +83,7 @@ def main() -> None:
     """Put the rows of the input into the page."""
     import triton
 
-    found = parse(PAGE.read_text() if PAGE.exists() else "")
+    found = parse(PAGE.read_text() if PAGE.exists() and "--fresh" not in sys.argv else "")
     for line in sys.stdin:
         row = cells(json.loads(line))
         found[tuple(row[name] for name in KEY)] = row

@@ -5,7 +5,7 @@ A row is one ``[B, n, d]`` tensor of a block's n rows, states included; an outpu
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Min, Piecewise, floor, sympify
+from sympy import Expr, Integer, Max, Min, Piecewise, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
@@ -31,7 +31,10 @@ def peak(impl: str, mode: str, variant: str) -> Expr | None:
         Min(WHOLE, 1) * ((WHOLE - 1) * row(b + k) + _block(impl, b + k, outputs, cached=False)),
         SOME * (WHOLE * row(b + k) + _block(impl, REST + k, outputs, cached=False)),
     )
-    return largest(blocks, Piecewise((WHOLE * row(b + k) + SOME * row(REST + k) + row(T), b < T), (Integer(0), True)))
+    states = L if variant == "layer" else Integer(1)
+    carried = states * (row(k) + Max(e, 4) * B * d)  # made in the call: vectors, and what is pooled
+    joined = Piecewise((WHOLE * row(b + k) + SOME * row(REST + k) + row(T), b < T), (Integer(0), True))
+    return carried + largest(blocks, joined)
 
 
 def row(rows: Expr | int) -> Expr:

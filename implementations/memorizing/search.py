@@ -39,7 +39,7 @@ def warps(width: int, itemsize: int) -> int:
 
 def queries(top_k: int, width: int, itemsize: int) -> int:
     """Queries of a tile: what they keep of scores and numbers fills at most 16 registers a thread, in float32 8."""
-    return max(16, 1024 // padded(top_k) // (itemsize // 2)) if warps(width, itemsize) == 4 else 16
+    return max(16, 1024 // padded(top_k)) if itemsize == 2 and warps(width, itemsize) == 4 else 16
 
 
 @triton.jit

@@ -15,6 +15,8 @@ def config(kernel: str, width: int, itemsize: int, architecture: int) -> Config:
         return Config(16, 32, 4, 2)
     if kernel == "forward" and itemsize == 2 and flash_table.padded(width) == 16:
         return Config(64, 64, 4, 3)
+    if kernel == "dq" and itemsize == 4 and flash_table.padded(width) == 32 and architecture == 80:
+        return Config(32, 16, 4, 2)
     if kernel == "dkv" and itemsize == 2 and flash_table.padded(width) == 16 and architecture == 80:
         return Config(64, 32, 4, 3)
     return flash_table.config(kernel, width, itemsize, architecture)

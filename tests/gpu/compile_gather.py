@@ -1,17 +1,18 @@
 """Compile the kernels that select and gather for devices that are not here, and print what the machine code shows.
 
-``python compile_gather.py ARCHITECTURE:ITEMSIZE:WIDTH[/RESULTS] ...`` prints a JSON line a kernel; see
-``compile_flash``. RESULTS is ``tokens`` or ``slots``, by which attention in clusters gives them, or ``gate``: the
-kernels that know no width, alone. Without it everything.
+``python compile_gather.py [--list] [ARCHITECTURE:ITEMSIZE:WIDTH[/PART] ...]`` prints a JSON line a kernel; without
+targets of all widths. PART is ``tokens`` or ``slots``, by which attention in clusters gives its results, with the
+choice of clusters and the search of a memory; or ``gate``: the kernels that know no width, alone. Without it both
+results.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from compile_flash import POINTERS, compile_function, report
+from compile_flash import POINTERS
+from machine import DTYPES, TARGETS, Made, compilation, described, main
 
 from ctxbench.implementations._shared import flash_table
 from ctxbench.implementations.memorizing import search
@@ -21,9 +22,11 @@ from ctxbench.implementations.routing import choosing, gathered
 NUMBERS = ("QUERIES", "KEYS", "QUERY_BEGINS", "KEY_BEGINS", "IDS", "SLOTS", "BEGINS", "PICKED")
 SIZES = ("heads", "T", "N", "M", "clusters", "centroids", "w", "past", "length", "most")
 RESULTS = ("tokens", "slots")
-TOP = (32, 128)  # pairs a query keeps: the published number, and the most
+# Pairs a query keeps: fewer than the least room for them, the published number, fewer than their room, and the most.
+TOP = (7, 32, 48, 128)
+WIDTHS = (16, 32, 64, 128)
 
-Kernel = tuple[str, Any, dict[str, Any], int, int]  # name, kernel, compile-time constants, warps, stages
+Kernel = tuple[str, str, Any, dict[str, Any], tuple[int, ...], int, int]  # name, form, ..., constants, warps, stages
 
 
 def routing(architecture: int, itemsize: int, shape: dict[str, int], results: tuple[str, ...]) -> Iterator[Kernel]:
@@ -32,60 +35,62 @@ def routing(architecture: int, itemsize: int, shape: dict[str, int], results: tu
         chosen = gathered.config(kernel, shape["D"], itemsize, architecture)
         for by in results:
             rules = {"CLUSTERS": 64, "EARLIER": True, "WITHOUT_SELF": True, "BY_SLOT": by == "slots"}
-            tiles = {"ROWS": chosen.rows, "COLUMNS": chosen.columns}
-            yield (
-                f"{kernel} by {by}",
-                getattr(gathered, f"{kernel}_kernel"),
-                shape | rules | tiles,
-                chosen.warps,
-                chosen.stages,
-            )
-    tiles = {"ROWS": choosing.TOKENS, "COLUMNS": choosing.centroids_of_tile(shape["D"], itemsize)}
-    yield "nearest", choosing.nearest_kernel, shape | tiles, 4, 3
-    if results == RESULTS:
-        yield "taken", choosing.taken_kernel, {"SIZE": choosing.SELECT}, 4, 3
-    yield "add", choosing.add_kernel, shape | {"ROWS": choosing.ADDED, "MEAN": True}, 4, 3
+            constants = shape | rules | {"ROWS": chosen.rows, "COLUMNS": chosen.columns}
+            function = getattr(gathered, f"{kernel}_kernel")
+            yield kernel, f"clusters, by {by}", function, constants, chosen[:2], chosen.warps, chosen.stages
+    tile = choosing.TOKENS, choosing.centroids_of_tile(shape["D"], itemsize)
+    yield (
+        "nearest", "clusters", choosing.nearest_kernel, shape | {"ROWS": tile[0], "COLUMNS": tile[1]}, tile, 4, 3,
+    )  # fmt: skip
+    yield "taken", "clusters", choosing.taken_kernel, {"SIZE": choosing.SELECT}, (choosing.SELECT,), 4, 3
+    tile = choosing.ADDED, shape["WIDTH"]
+    yield (
+        "add",
+        "clusters",
+        choosing.add_kernel,
+        shape | {"ROWS": choosing.ADDED, "MEAN": True},
+        tile,
+        choosing.adding(shape["D"]),
+        3,
+    )
 
 
 def memorizing(architecture: int, itemsize: int, shape: dict[str, int], *_: Any) -> Iterator[Kernel]:
     """The search for few and for many pairs, and the gradient of what was picked."""
     for top in TOP:
-        kept = {
-            "ROWS": search.queries(top, shape["D"], itemsize),
-            "COLUMNS": search.KEYS[itemsize],
-            "TOP": top,
-            "KEPT": top,
-            "KEEP": True,
-        }
-        yield f"search {top}", search.search_kernel, shape | kept, search.warps(shape["D"], itemsize), 2
-    yield "picked", search.gradient_kernel, shape | {"ROWS": search.GATHERING, "TOP": TOP[0]}, 4, 3
+        tile, warps = (search.queries(top, shape["D"], itemsize), search.KEYS[itemsize]), search.warps(
+            shape["D"], itemsize
+        )  # fmt: skip
+        kept = {"ROWS": tile[0], "COLUMNS": tile[1], "TOP": top, "KEPT": flash_table.padded(top), "KEEP": True}
+        yield "search", f"memory, best {top}", search.search_kernel, shape | kept, tile, warps, 2
+    constants, tile = shape | {"ROWS": search.GATHERING, "TOP": TOP[1]}, (search.GATHERING, shape["WIDTH"])
+    yield "picked", "memory", search.gradient_kernel, constants, tile, 4, 3
 
 
 def memory_bank(architecture: int, itemsize: int, shape: dict[str, int], *_: Any) -> Iterator[Kernel]:
     """The gate and its gradient; the width of a head is nothing to them."""
     tile = gate.TILES[itemsize]
-    tiles = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    yield "gate", gate.gate_kernel, tiles | {"KEEP": True}, tile.warps, tile.stages
-    yield "gate's gradient", gate.gradient_kernel, tiles, tile.warps, tile.stages
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    yield "gate", "bank", gate.gate_kernel, constants | {"KEEP": True}, tile[:3], tile.warps, tile.stages
+    yield "gradient", "bank", gate.gradient_kernel, constants, tile[:3], tile.warps, tile.stages
 
 
-def asked(wanted: list[str]) -> Iterator[tuple[dict[str, Any], Any]]:
+def asked(item: str) -> Iterator[Made]:
     pointers = POINTERS | dict.fromkeys(NUMBERS, "*i32") | {"SHARE": "*fp32"}
-    for item in wanted:
-        target, _, results = item.partition("/")
-        architecture, itemsize, width = map(int, target.split(":"))
-        dtype, shape = {2: "bf16", 4: "fp32"}[itemsize], {"D": width, "WIDTH": flash_table.padded(width)}
-        for method in (routing, memorizing, memory_bank):
-            if results and (results == "gate") != (method is memory_bank):
-                continue
-            for name, kernel, constants, warps, stages in method(
-                architecture, itemsize, shape, (results,) if results else RESULTS
-            ):
-                compiled = compile_function(kernel, constants, dtype, pointers, SIZES, architecture, warps, stages)
-                row = {"kernel": name, "architecture": architecture, "itemsize": itemsize, "width": width}
-                row["multiplies"] = name not in ("taken", "add", "picked")
-                yield row, compiled
+    target, _, part = item.partition("/")
+    architecture, itemsize, width = map(int, target.split(":"))
+    shape, results = {"D": width, "WIDTH": flash_table.padded(width)}, (part,) if part else RESULTS
+    for method in (memory_bank,) if part == "gate" else (routing, memorizing):
+        for kernel, form, function, constants, tile, warps, stages in method(architecture, itemsize, shape, results):
+            made = compilation(function, constants, DTYPES[itemsize], pointers, SIZES, architecture, warps, stages)
+            yield described(kernel, form, architecture, itemsize, width, tile, made)
+
+
+def everything() -> Iterator[str]:
+    for architecture, itemsize in TARGETS:
+        yield from (f"{architecture}:{itemsize}:{width}" for width in WIDTHS)
+        yield f"{architecture}:{itemsize}:64/gate"
 
 
 if __name__ == "__main__":
-    report(asked(sys.argv[1:]))
+    main(asked, everything())

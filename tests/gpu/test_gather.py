@@ -1,4 +1,4 @@
-"""The kernels that select and gather: against float64, as machine code, and by their formulas."""
+"""The kernels that select and gather: against float64, and by their formulas."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ from ctxbench.cost.trace import trace
 from ctxbench.method import DTYPE_BYTES, Dims, Method
 from ctxbench.registry import discover
 
-SHARED = {90: 232448, 80: 101376}  # see test_flash_aot
-BINDING = ["90:2:128", "80:4:128"]  # architecture:bytes of an element:width
-# The rest of the table, with results by token and by slot in turn: they differ in addresses and a factor.
-WIDE = ["90:2:64/tokens", "80:2:64/slots", "80:2:128/tokens", "90:4:64/slots", "80:4:64/tokens", "90:2:96/tokens",
-        "90:4:104/slots", "80:2:64/gate", "90:4:64/gate"]  # fmt: skip
-NARROW = ["90:2:16/slots", "90:4:16/tokens", "80:2:16/tokens", "80:4:16/slots"]
 METHODS = {method.name: method for method in discover()}
 FORMS = [
     ("routing", {}),
@@ -44,19 +38,6 @@ def test_kernels_agree_with_float64_on_the_device(program, wrong) -> None:
     rows = program("gather_parity.py", interpret=False)
     assert {row[1] for row in rows} == {"bf16", "fp16", "fp32"}
     assert not wrong(rows)
-
-
-@pytest.mark.parametrize("wanted", [BINDING, WIDE, NARROW], ids=["binding", "wide", "narrow"])
-def test_machine_code_has_matrix_instructions_and_no_spills(program, wanted: list[str]) -> None:
-    rows = program("compile_gather.py", *wanted, interpret=False)
-    assert {f"{row['architecture']}:{row['itemsize']}:{row['width']}" for row in rows} == {
-        item.partition("/")[0] for item in wanted
-    }
-    for row in rows:
-        assert row["stack"] == 0, row
-        assert row["spills"] == 0, row
-        assert row["shared"] <= SHARED[row["architecture"]], row
-        assert bool(row["products"]) == row["multiplies"], row
 
 
 @pytest.mark.parametrize(("name", "changes"), FORMS, ids=str)

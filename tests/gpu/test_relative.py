@@ -1,27 +1,13 @@
-"""The kernels of the relative term: against float64, as machine code, their counts and their refusals."""
+"""The kernels of the relative term: against float64, their counts and their refusals."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ctxbench.implementations._shared import relative_table
 from ctxbench.implementations._shared.relative_table import Stair, visible_pairs
 from ctxbench.implementations.transformer_xl import METHOD
 from ctxbench.method import Dims
-
-SHARED = {90: 232448, 80: 101376}  # bytes a block may have; the second is what devices of capability 8.6 and 8.9 have
-# Where the limits bind; with entries on the smaller device, whose tiles Hopper has there too. compile_relative.py
-# compiles the whole table where it is given none. Wide heads in fp32 have one tile for all, fullest in these two.
-BINDING = [
-    "90:2:64",
-    "80:2:64/entries",
-    "90:4:32/entries",
-    "90:2:128/entries",
-    "80:2:128",
-    "90:4:128/entries",
-    "80:4:64",
-]
 
 
 def test_all_gradients_agree_with_float64_in_the_interpreter(program, wrong) -> None:
@@ -36,17 +22,6 @@ def test_all_gradients_agree_with_float64_on_the_device(program, wrong) -> None:
     rows = program("relative_parity.py", interpret=False)
     assert {dtype for _case, dtype, _errors in rows} == {"bf16", "fp16", "fp32"}
     assert not wrong(rows)
-
-
-def test_machine_code_has_matrix_instructions_and_no_spills(program) -> None:
-    rows = program("compile_relative.py", *BINDING, interpret=False)
-    assert len(rows) == len(relative_table.KERNELS) * len(BINDING)
-    for row in rows:
-        assert row["stack"] == row["spills"] == 0, row
-        assert row["shared"] <= SHARED[row["architecture"]], row
-        assert row["products"] > 0, row
-        if row["side"] >= 64:  # a Hopper's own instruction takes 64 rows
-            assert row["wgmma"] > 0, row
 
 
 def seen_one_by_one(rows: int, keys: int, stair: Stair) -> int:
