@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, linear
@@ -21,6 +23,7 @@ from ctxbench.implementations.pyramid.params import PyramidParams, level_dims
 from ctxbench.implementations.pyramid.reference import OPERATORS as REFERENCE
 from ctxbench.method import Dims
 
+GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "pyramid.npz"))
 TINY = Dims(seq_len=19, batch_size=2, d_model=16, num_heads=4, num_layers=3, d_ff=32)
 SHAPES = {  # levels, pool, layers
     "levels3": (3, 2, 3),
@@ -110,6 +113,33 @@ def test_module_equals_loops_over_tokens_and_cells(impl: str, causal: bool, shap
         module, x = made(impl, dims, PyramidParams(levels, pool)), tokens(dims)
         with torch.no_grad():
             torch.testing.assert_close(module(x).y[0], looped(module, x[0]), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "native"])
+@pytest.mark.parametrize(("case", "levels", "pool"), [("two", 2, 2), ("three", 3, 2), ("pool3", 2, 3)])
+def test_causal_cells_are_those_of_the_hourglass_package(case: str, levels: int, pool: int, impl: str) -> None:
+    """Pooling, shift and repetition between layers that pass their input on: golden/pyramid.py."""
+    golden = {
+        key.partition("/")[2]: torch.from_numpy(array) for key, array in GOLDEN.items() if key.startswith(f"{case}/")
+    }
+    dims = Dims(19, batch_size=2, d_model=16, num_heads=4, num_layers=levels, d_ff=0, causal=True)
+    module = made(impl, dims, PyramidParams(levels, pool))
+    with torch.no_grad():
+        for layer in module.layers:
+            for parameter in layer.mixer.o.parameters():
+                parameter.zero_()
+        for level, down in enumerate(module.down):
+            down.weight.copy_(golden[f"down.{level}"])
+            down.bias.zero_()
+        module.fusion.weight.copy_(golden["fusion"])
+        module.fusion.bias.zero_()
+    x = golden["x"].clone().requires_grad_(impl != "native")  # native computes values; its gradients are blocked's
+    with torch.set_grad_enabled(impl != "native"):
+        y = module(x).y
+    torch.testing.assert_close(y.detach(), golden["y"], rtol=1e-12, atol=1e-12)
+    if impl != "native":
+        y.backward(golden["gradient"])
+        torch.testing.assert_close(x.grad, golden["gradient_x"], rtol=1e-12, atol=1e-12)
 
 
 @DIRECTIONS
