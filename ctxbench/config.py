@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import msgspec
 
 from ctxbench import suite as suites
 from ctxbench.axes import parse_size, parse_sizes
+from ctxbench.devices import cuda_present, parse_devices, torch_version
 from ctxbench.errors import EnvironmentUnusable, UserError, unknown
 from ctxbench.method import DTYPES, MODES, POSITIONS
 from ctxbench.registry import Registry
@@ -110,39 +110,6 @@ def change_limits(config: Config, limits: Limits) -> Config:
     found = {device: _bytes(text, memory_available(device)) for device in config.device}
     changes["memory_limit"] = {device: limit for device, limit in found.items() if limit is not None}
     return msgspec.structs.replace(config, **changes)
-
-
-def cuda_present() -> bool:
-    """Whether an NVIDIA driver and a torch build that can use it are here; asks neither of them."""
-    driver = any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu"))
-    return driver and "+cpu" not in torch_version()
-
-
-def torch_version() -> str:
-    """Version of the installed torch, which is not imported."""
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def parse_devices(chosen: Sequence[str]) -> list[str]:
-    """Device names as cells have them: ``auto`` is decided, ``cuda:0`` is ``cuda``, each stands once.
-
-    Raises:
-        UserError: for a name that is no device, or none.
-    """
-    found: list[str] = []
-    for name in chosen:
-        device = ("cuda" if cuda_present() else "cpu") if name == AUTO else "cuda" if name == "cuda:0" else name
-        kind, colon, index = device.partition(":")
-        if kind not in BUDGET_S or (colon and (kind == "cpu" or not index.isdigit())):
-            raise unknown("device", str(name), ["cpu", "cuda", "cuda:1", AUTO], "see `ctxbench list devices`")
-        if device not in found:
-            found.append(device)
-    if not found:
-        raise UserError("the axis is empty\n  accepted: cpu, cuda, cuda:1, auto")
-    return found
 
 
 def require_devices(config: Config) -> None:

@@ -104,8 +104,11 @@ def discover(plugins: Sequence[str] = ()) -> Registry:
     sources claim, raise PluginError.
     """
     registry = Registry()
+    packages: dict[int, str] = {}  # a distribution reads its metadata again each time it is asked for its name
     for point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
-        package = point.dist.name if point.dist else "?"
+        if id(point.dist) not in packages:
+            packages[id(point.dist)] = point.dist.name if point.dist else "?"
+        package = packages[id(point.dist)]
         _add(registry, point.name, point.value, package, partial(importlib.import_module, point.value))
     for path in plugins:
         _add(registry, Path(path).stem, f"plugin:{path}", path, partial(import_plugin, path))

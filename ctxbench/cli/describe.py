@@ -12,7 +12,7 @@ from ctxbench.axes import parse_sizes
 from ctxbench.cli.common import Common, common_options, complete_methods
 from ctxbench.cli.described import print_method
 from ctxbench.cli.listing import method_entry
-from ctxbench.config import parse_devices
+from ctxbench.devices import parse_devices
 from ctxbench.errors import UserError, unknown
 from ctxbench.method import DTYPE_BYTES, DTYPES, MODES, Dims, Method, Params
 

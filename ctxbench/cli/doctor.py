@@ -13,7 +13,7 @@ import click
 from ctxbench.cli.common import Common, common_options, table
 from ctxbench.cli.listing import devices
 from ctxbench.compiler import looked_for
-from ctxbench.config import parse_devices
+from ctxbench.devices import parse_devices
 from ctxbench.errors import CtxbenchError, Exit
 
 CALIBRATIONS = 3

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ctxbench.cli.common import Common, common_options, table
-from ctxbench.config import parse_devices
+from ctxbench.devices import parse_devices
 from ctxbench.errors import unknown
 from ctxbench.method import Dims, Method
 from ctxbench.registry import Registry, discover

@@ -11,8 +11,9 @@ import msgspec
 from ctxbench import suite as suites
 from ctxbench.analysis.devices import DEVICES, Device
 from ctxbench.cli.common import Common
-from ctxbench.config import Config, cuda_present, memory_available, resolve
+from ctxbench.config import Config, memory_available, resolve
 from ctxbench.cost.roofline import Ceilings
+from ctxbench.devices import cuda_present
 from ctxbench.errors import UserError, unknown
 from ctxbench.plan import Planned, build
 from ctxbench.registry import Registry

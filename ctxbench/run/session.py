@@ -13,9 +13,10 @@ import msgspec
 
 from ctxbench import __version__
 from ctxbench.cell import PROTOCOL, Cell
-from ctxbench.config import Config, torch_version
+from ctxbench.config import Config
 from ctxbench.cost import machine
 from ctxbench.cost.roofline import Ceilings
+from ctxbench.devices import torch_version
 from ctxbench.errors import RunFolderError
 from ctxbench.plan import Plan, build
 from ctxbench.registry import Registry

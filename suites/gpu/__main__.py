@@ -25,7 +25,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from ctxbench.config import cuda_present
+from ctxbench.devices import cuda_present
 from ctxbench.errors import Exit
 from ctxbench.units import parse_seconds
 

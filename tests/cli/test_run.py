@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ctxbench.config import cuda_present
+from ctxbench.devices import cuda_present
 from ctxbench.run.store import read_rows, read_run
 from ctxbench.run.tasks import Outcome, Task
 

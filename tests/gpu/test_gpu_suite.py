@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ctxbench.config import cuda_present
+from ctxbench.devices import cuda_present
 from ctxbench.suites.gpu import __main__ as suite
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxbench import suite
-from ctxbench.config import Config, change_limits, cuda_present, require_devices, resolve
+from ctxbench.config import Config, change_limits, require_devices, resolve
+from ctxbench.devices import cuda_present
 from ctxbench.errors import EnvironmentUnusable, UserError
 from ctxbench.suite import Axes, Layer, Limits, Protocol, Suite
 
