@@ -192,17 +192,15 @@ class Supervisor:
 
     def _measure(self) -> None:
         passed_over: set[str] = set()
-        looked_at = len(self.open) + 1
         while self.left_s() > LEAST_CHILD_S:
             affordable = [planned for planned in self._remaining() if not self._too_dear(planned)]
             waiting = self._waiting(affordable, passed_over)
             if not waiting:
-                if not passed_over or len(self.open) == looked_at:
-                    return
-                passed_over, looked_at = set(), len(self.open)  # with what was kept for others and not needed
-                continue
-            group = groups(waiting, self.config, self.plan.cells)[0]
-            passed_over |= self._measure_group(group, waiting)
+                return
+            before = len(self.open)
+            passed_over |= self._measure_group(groups(waiting, self.config, self.plan.cells)[0], waiting)
+            if len(self.open) < before:  # more is known of what others need: judge again
+                passed_over = set()
 
     def _too_dear(self, planned: Planned) -> bool:
         """Whether a first process would be cut off by the budget; a forecast that is only a roofline may be wrong."""
