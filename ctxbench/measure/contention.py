@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DELAY_SHARE = 0.10  # of the time threads wanted to run, the part they waited for a core
-PRESSURE = 20.0  # per cent of the last ten seconds in which some task waited for a core
+PRESSURE = 0.20  # of the measurement, the part in which some task of the machine waited for a core
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def between(before: Reading, after: Reading) -> tuple[dict[str, Any], bool]:
             sensors |= {f"psi_{kind}_share": None, f"psi_{kind}_reason": f"the kernel offers no /proc/pressure/{kind}"}
         else:
             sensors[f"psi_{kind}_share"] = (last - first) * 1e-6 / elapsed
-    waited_share, pressure = sensors["delay_share"], after.pressure["cpu"]
-    contended = (waited_share or 0.0) > DELAY_SHARE or (pressure or 0.0) > PRESSURE
+    # The kernel's average of ten seconds still holds what ended before the measurement began, and is for people.
+    contended = (sensors["delay_share"] or 0.0) > DELAY_SHARE or (sensors["psi_cpu_share"] or 0.0) > PRESSURE
     return sensors, contended
 
 

@@ -21,7 +21,7 @@ HEAVY = ("torch", "pandas", "plotly", "matplotlib", "scipy")
 # For every module of the harness, those it must not import: the arrows of docs/architecture.md, from the bottom up.
 LAYERS = [
     {"errors", "units", "text", "compiler"},
-    {"method", "picks", "axes"},
+    {"method", "picks", "axes", "devices"},
     {"cell", "rows", "registry", "suite", "config", "cost", "workload", "env"},
     {"plan", "pace", "shard"},
     {"measure"},

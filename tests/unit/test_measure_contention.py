@@ -1,5 +1,6 @@
 """Sensors of other work, read from planted kernel files."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,22 @@ def plant(proc: Path, ran: int, waited: int, pressure: float, stalled: int) -> P
 
 
 @pytest.mark.parametrize(
-    ("waited", "pressure", "contended"),
-    [(0, 0.0, False), (50, 5.0, False), (150, 0.0, True), (0, 35.0, True)],
-    ids=["quiet", "little delay", "delayed", "under pressure"],
-)
-def test_a_measurement_is_contended_by_delay_or_by_pressure(tmp_path, waited, pressure, contended):
-    before = contention.read(plant(tmp_path, 0, 0, 0.0, 0))
-    after = contention.read(plant(tmp_path, 1000 - waited, waited, pressure, 10))
-    sensors, seen = contention.between(before, after)
+    ("waited", "pressure", "stalled_us", "contended"),
+    [
+        (0, 0.0, 0, False), (50, 5.0, 100_000, False), (150, 0.0, 0, True), (0, 35.0, 350_000, True),
+        (0, 90.0, 20_000, False), (0, 5.0, 350_000, True),
+    ],
+    ids=["quiet", "little delay", "delayed", "under pressure", "pressure ended before", "pressure too new"],
+)  # fmt: skip
+def test_a_measurement_is_contended_by_delay_or_by_pressure_while_it_lasts(
+    tmp_path, waited, pressure, stalled_us, contended
+):
+    before = contention.read(plant(tmp_path, 0, 0, 0.0, 7))
+    after = contention.read(plant(tmp_path, 1000 - waited, waited, pressure, 7 + stalled_us))
+    sensors, seen = contention.between(before, dataclasses.replace(after, at=before.at + 1.0))
     assert seen is contended
     assert sensors["delay_share"] == pytest.approx(waited / 1000)
+    assert sensors["psi_cpu_share"] == pytest.approx(stalled_us * 1e-6)
     assert sensors["psi_cpu_avg10"] == pressure
 
 
