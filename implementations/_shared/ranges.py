@@ -199,6 +199,17 @@ def _as_kernels_read(
     return described, tuple((one.low.kind, one.high.kind, one.bias, one.known) for one in shown)
 
 
+def _as_native(
+    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], since: list[torch.Tensor], lines: list[int]
+) -> list[tuple[Any, ...]]:
+    """Each range as ``ranges_native`` describes it."""
+    given = iter(since)
+    return [
+        (k, v, q.shape[1] // k.shape[1], *one[:5], None if one.known else next(given).contiguous())
+        for k, v, one in zip(map(_rows, keys), map(_rows, values), _shown(lines), strict=True)
+    ]
+
+
 def _farthest(bias: torch.Tensor | None) -> int:
     return bias.shape[1] // 2 if bias is not None and bias.dim() == 2 else 0
 
@@ -214,12 +225,7 @@ def _attend(
     if not out.numel():
         return out, lse
     if native(q):
-        given = iter(since)
-        shown = [
-            (k, v, H // k.shape[1], *one[:5], None if one.known else next(given).contiguous())
-            for k, v, one in zip(map(_rows, keys), map(_rows, values), _shown(lines), strict=True)
-        ]
-        ranges_native.attend(q, out, lse, bias, shown, _farthest(bias), scale)
+        ranges_native.attend(q, out, lse, bias, _as_native(q, keys, values, since, lines), _farthest(bias), scale)
     else:
         from ctxbench.implementations._shared import flash  # Triton is a package of its own
 
@@ -240,17 +246,20 @@ def _attend_backward(
     lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     """DQ, that of a table of biases, and dK and dV of each range, as far as ``wanted``: the table first."""
-    if native(q):
-        raise RuntimeError("the kernels in C++ have no backward pass: call them under torch.no_grad()")
-    from ctxbench.implementations._shared import flash, flash_bias
-
     q, grad = _rows(q), _rows(grad)
     B, H, T, _D = q.shape
     gradients = _attend_backward_fake(grad, grad_lse, q, keys, values, bias, since, out, lse, lines, scale, wanted)
     if not out.numel():
         return [x.zero_() for x in gradients]
+    through = None if grad_lse is None else grad_lse.contiguous()
+    if native(q):
+        ranges = _as_native(q, keys, values, since, lines)
+        _backward_native(grad, through, q, bias, ranges, out, lse, scale, wanted, gradients)
+        return gradients
+    from ctxbench.implementations._shared import flash, flash_bias
+
     dq, delta = gradients[0], torch.empty_like(lse)
-    through, biases = lse if grad_lse is None else grad_lse.contiguous(), lse if bias is None else bias
+    through, biases = lse if through is None else through, lse if bias is None else bias
     ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
     shared = H, T, _farthest(bias), scale
     with torch.cuda.device_of(q):
@@ -279,6 +288,27 @@ def _attend_backward(
                         LOW=low, HIGH=high, BIAS=added, KNOWN=known, GROUP=H // k.shape[1], **options,
                     )  # fmt: skip
     return gradients
+
+
+def _backward_native(
+    grad: torch.Tensor, through: torch.Tensor | None, q: torch.Tensor, bias: torch.Tensor | None,
+    ranges: list[tuple[Any, ...]], out: torch.Tensor, lse: torch.Tensor, scale: float, wanted: list[bool],
+    gradients: list[torch.Tensor],
+) -> None:  # fmt: skip
+    """Fill ``gradients``, as ``_attend_backward`` returns them."""
+    dq, *rest = gradients
+    of_table = rest.pop(0) if bias is not None and wanted[0] else None
+    sums = None if of_table is None else of_table.new_zeros(q.shape[0], *of_table.shape)
+    exact = [torch.zeros_like(x, dtype=lse.dtype) if x.dtype != lse.dtype else x.zero_() for x in rest]
+    pairs = iter(zip(exact[::2], exact[1::2], strict=True))
+    each = [next(pairs) if want else None for want in wanted[1:]]
+    farthest = _farthest(bias)
+    ranges_native.backward(q, _rows(out), grad, lse, through, bias, ranges, farthest, scale, dq, sums, each)
+    if of_table is not None and sums is not None:
+        torch.sum(sums, 0, out=of_table)
+    for x, sum_ in zip(rest, exact, strict=True):
+        if x is not sum_:
+            x.copy_(sum_)
 
 
 @_attend.register_fake

@@ -1,0 +1,57 @@
+// What the kernels of attention over ranges of keys share: their number format of 16 bits, and ranges as Python lays them out.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace ranges {
+
+struct bfloat16 {
+    uint16_t bits;
+    operator float() const {
+        uint32_t wide = uint32_t(bits) << 16;
+        float x;
+        std::memcpy(&x, &wide, 4);
+        return x;
+    }
+    bfloat16 &operator=(float x) {  // to the nearest, ties to even; NaN stays one
+        uint32_t wide;
+        std::memcpy(&wide, &x, 4);
+        bits = x == x ? uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16) : 0x7fc0;
+        return *this;
+    }
+};
+
+template <typename Real>
+constexpr Real LEAST = -std::numeric_limits<Real>::infinity();
+
+// floor((row + shift) / step) * stride + base, or no bound
+struct Line {
+    int64_t kind, base, step, stride, shift;
+    int64_t at(int64_t row, int64_t keys, int64_t otherwise) const {
+        if (kind == 0) return otherwise;
+        return std::clamp((row + shift) / step * stride + base, int64_t(0), keys);
+    }
+};
+
+// As Python lays it out: one range of keys.
+struct Range {
+    int64_t k, v, k_batch, k_head, k_row, v_batch, v_head, v_row, group, keys;
+    Line low, high;
+    int64_t bias, every, ahead, since;
+    int64_t begins, ends;  // of each row of each head in place of the lines, rising from row to row; or 0
+};
+
+struct Query {
+    int64_t batch, head, row;
+};
+
+template <typename T>
+struct Rows {
+    const T *first;
+    int64_t step;
+};
+
+}  // namespace ranges
