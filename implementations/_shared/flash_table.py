@@ -9,6 +9,7 @@ from ctxbench.method import DTYPE_BYTES, YES, Dims, Support, no
 
 MOST_RANGES = 3  # of keys under one softmax
 BACKWARD = Fraction(7, 2)  # products of the backward pass for one of the forward: seven instead of two
+NATIVE_BACKWARD = Fraction(5, 2)  # the same of the kernels in C++: scores and their gradient are made once
 DQ_ALONE = Fraction(3, 2)  # the same where keys and values need no gradient
 
 

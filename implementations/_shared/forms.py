@@ -61,11 +61,16 @@ def block_terms(tokens: Expr | int, pairs: Expr | int) -> dict[str, Expr]:
 def core_backward(impl: str, position: str = "none") -> Expr:
     """Backward pass of an attention core, in forward passes: twice, unless probabilities are computed again.
 
-    For the gradient of T5's table the kernels compute the scores and theirs once more.
+    For the gradient of T5's table the kernels in Triton compute the scores and theirs once more.
     """
-    kernels = Rational(BACKWARD) + int(position == "t5")
+    twice = Rational(BACKWARD) + int(position == "t5")
     again = dict.fromkeys(("blocked", "slabs", "native", "flex"), FUSED_BACKWARD)
-    return {**again, "triton": kernels}.get(impl, Integer(2))
+    return {**again, "triton": twice}.get(impl, Integer(2))
+
+
+def kernels(impl: str) -> str:
+    """Whose pairs and peaks an impl has: ``native`` runs the operator of ``triton``, up to its backward pass."""
+    return "triton" if impl == "native" else impl
 
 
 def replayed(plain: Cost, streamed: Cost) -> Cost:

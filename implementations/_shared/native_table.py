@@ -9,6 +9,7 @@ from ctxbench.implementations._shared import native_build
 from ctxbench.method import YES, Dims, Impl, Params, Support, no
 
 NOTE = "kernels of our own in C++, compiled on this machine; scores never leave the innermost cache"
+FORWARD, TRAINED = ("forward", "stream"), ("forward", "train", "stream")  # modes
 PAD = 16  # numbers that a row of ``tiles.hpp`` is a multiple of
 WITHOUT = {
     "train": "its kernels have no backward pass; blocked trains",
@@ -40,7 +41,7 @@ def wide_support(dims: Dims, params: Params, device: str, dtype: str) -> Support
 
 
 def native_impl(
-    run: str, positions: tuple[str, ...] = (), note: str = NOTE, modes: tuple[str, ...] = ("forward", "stream"),
+    run: str, positions: tuple[str, ...] = (), note: str = NOTE, modes: tuple[str, ...] = FORWARD,
     support: str = f"{__name__}:support", counts_as: str = "triton",
 ) -> Impl:  # fmt: skip
     """The impl of a method, by default of one whose Triton kernels are those of ``ranges``; fp64 is to be compared."""

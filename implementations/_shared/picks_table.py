@@ -22,6 +22,11 @@ NATIVE = Pick(
     "native", devices=("cpu",), dtypes=("fp32", "bf16"), modes=("forward", "stream"),
     why="kernels of our own whose scores never leave the innermost cache", measured=True,
 )  # fmt: skip
+NATIVE_TRAINED = Pick(
+    "native", devices=("cpu",), dtypes=("fp32",), modes=("train",),
+    why="kernels of our own, whose backward pass makes scores once and keeps them in the innermost caches",
+    measured=True,
+)  # fmt: skip
 TILES = Pick(
     "native", devices=("cpu",), dtypes=("fp32",), modes=("forward",),
     why="one pass in C++ without copies, its scores in the caches", measured=True,

@@ -1,6 +1,6 @@
 """Fused attention of queries over up to three ranges of keys under one softmax: the operator around its kernels.
 
-They are ``flash``'s in Triton, and for CPU tensors ``ranges_native``'s in C++, which have no backward pass.
+They are ``flash``'s in Triton, and for CPU tensors ``ranges_native``'s in C++.
 
 Row i of the queries stands at position ``p = i + offset``. Of each range it sees the keys from ``low`` to before
 ``high``, two lines over p (see ``lines``):
@@ -29,6 +29,7 @@ from ctxbench.implementations._shared.flash_table import (
     BACKWARD,
     DQ_ALONE,
     MOST_RANGES,
+    NATIVE_BACKWARD,
     WIDEST,
     Config,
     chunk,
@@ -123,8 +124,11 @@ def _check(q: torch.Tensor, ranges: Sequence[Range], offset: int) -> None:
 
 
 def native(q: torch.Tensor) -> bool:
-    """Whether the kernels in C++ take these queries; Triton's interpreter reads tensors of the CPU too."""
-    return q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+    """Whether the kernels in C++ take these queries; Triton's interpreter reads tensors of the CPU too.
+
+    Meta tensors stand for those of the CPU, see ``cost.shadow``.
+    """
+    return q.device.type in ("cpu", "meta") and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def architecture_of(device: torch.device) -> int:
@@ -367,10 +371,15 @@ def _attend_backward_flops(
 ) -> int:  # fmt: skip
     """Seven products: scores and their gradient in both kernels, then dQ, dK and dV; three where dQ alone is wanted.
 
-    Scores and their gradient once more for a table of biases.
+    Scores and their gradient once more for a table of biases. In C++ one kernel makes all, from five products.
     """
+    once = native(q)
+    products = NATIVE_BACKWARD if once else BACKWARD
     return sum(
-        int(_range_flops(q, k, one) * ((BACKWARD if want else DQ_ALONE) + int(one.bias == TABLE and wanted[0])))
+        int(
+            _range_flops(q, k, one)
+            * ((products if want else DQ_ALONE) + int(one.bias == TABLE and wanted[0] and not once))
+        )
         for k, one, want in zip(keys, _shown(lines), wanted[1:], strict=True)
     )
 

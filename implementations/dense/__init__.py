@@ -2,8 +2,8 @@
 
 from ctxbench.implementations._shared.backends_table import BACKENDS
 from ctxbench.implementations._shared.flex_table import flex_impl
-from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import DENSE, NATIVE, SLABS
+from ctxbench.implementations._shared.native_table import TRAINED, native_impl
+from ctxbench.implementations._shared.picks_table import DENSE, NATIVE, NATIVE_TRAINED, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.method import POSITIONS, ROPE, Claim, Impl, Method, Paper
 
@@ -27,7 +27,12 @@ METHOD = Method(
             support=f"{__name__}.params:slabs_support",
             note="plain products by slabs of queries: bf16 at twice the fused kernel's speed",
         ),
-        native_impl(f"{__name__}.triton:attend", positions=("none", *ROPE, "t5", "alibi")),
+        native_impl(
+            f"{__name__}.triton:attend",
+            positions=("none", *ROPE, "t5", "alibi"),
+            modes=TRAINED,
+            counts_as="",
+        ),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",
@@ -45,7 +50,7 @@ METHOD = Method(
         ),
         *BACKENDS,
     ),
-    picks=(NATIVE, *SLABS, *DENSE),
+    picks=(NATIVE, NATIVE_TRAINED, *SLABS, *DENSE),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     claims=(

@@ -23,6 +23,7 @@ from ctxbench.implementations._shared.forms import (
     block_parameters,
     block_terms,
     core_backward,
+    kernels,
     position_parameters,
     rotating,
     rotation_tables,
@@ -41,6 +42,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
 
     Rotations and biases act element by element and count nothing; Transformer-XL's term has products of its own.
     """
+    own, impl = impl, kernels(impl)
     relative = position == "transformer_xl"
     slabs = impl == "slabs" or (impl == "blocked" and position in ("t5", "alibi", "transformer_xl"))
     visible = causal_pairs(T) if causal else T * T
@@ -69,7 +71,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         flops |= {"distances": L * linear(projected, d, d), "positions": L * 2 * B * d * by_distance}
     if mode == "train":
         twice = {"triton": core_backward("triton", position), "fla": core_backward("triton")}  # two kernels
-        core = {"reference": 2, **twice}.get(impl, FUSED_BACKWARD)
+        core = {"reference": 2, **twice}.get(own, FUSED_BACKWARD)
         factor = {"attention": 1 + core, "positions": 4 if slabs else 3, "distances": 2}  # the table is a constant
         if relative and impl == "triton":
             factor["attention"] = factor["positions"] = 1 + Rational(relative_table.BACKWARD, relative_table.FORWARD)

@@ -1,8 +1,8 @@
 """Hierarchical attention: a window of tokens and, further back, the means of ever larger cells."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
-from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE
+from ctxbench.implementations._shared.native_table import TRAINED, native_impl
+from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE, NATIVE_TRAINED
 from ctxbench.implementations.hierarchical.params import HierarchicalParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -37,7 +37,7 @@ METHOD = Method(
             note="causal: slabs of about 128 queries against the cells they see, probabilities recomputed in backward; "
             "seed: fused attention, branches projected before they are added",
         ),
-        native_impl(f"{__name__}.native:OPERATORS", positions=("none", *ROPE)),
+        native_impl(f"{__name__}.native:OPERATORS", positions=("none", *ROPE), modes=TRAINED, counts_as=""),
         Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",
@@ -72,7 +72,7 @@ METHOD = Method(
             note="the source document's sketch",
         ),
     ),
-    picks=(NATIVE, *KERNELS),
+    picks=(NATIVE, NATIVE_TRAINED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

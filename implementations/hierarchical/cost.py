@@ -13,7 +13,7 @@ from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor
 from ctxbench.implementations._shared.flex_table import TILE
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, position_parameters, trained
+from ctxbench.implementations._shared.forms import block_ffn, block_parameters, kernels, position_parameters, trained
 from ctxbench.implementations.hierarchical.params import HierarchicalParams, Scale, slab_rows
 from ctxbench.implementations.hierarchical.peaks import peak
 from ctxbench.implementations.hierarchical.sizes import first, keeps, most, shown
@@ -30,7 +30,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
         visible = sum((_visible(scale, mode) for scale in params.scales), Integer(0))
         algorithmic = {"projections": L * projections(tokens), "attention": L * attention(visible)}
     algorithmic["ffn"] = block_ffn(tokens)
-    flops = {**algorithmic, **_executed(impl, mode, params)}
+    flops = {**algorithmic, **_executed(kernels(impl), mode, params)}
     if impl == "as_written" and params.form != "seed":
         flops = {term: flops[term] for term in ("projections", "attention", "upsampling", "fusion", "ffn")}
     if mode == "train":
@@ -38,7 +38,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
     branched = params.form == "seed" or impl == "as_written"
     known = (
         position == "none"
-        and not (impl == "triton" and params.form == "seed")
+        and not (kernels(impl) == "triton" and params.form == "seed")
         and impl != "flex"
         and not params.disjoint
         and not (branched and mode in ("stream", "decode"))
@@ -49,7 +49,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
         num_parameters=block_parameters(_branch_parameters(params) if branched else 4 * linear_parameters(d, d))
         + position_parameters(position),
         state_bytes=Integer(0) if branched else _state_bytes(params),
-        peak_bytes=peak(impl, mode, params) if known else None,
+        peak_bytes=peak(kernels(impl), mode, params) if known else None,
         depth=L,
     )
 

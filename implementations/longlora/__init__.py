@@ -1,8 +1,8 @@
 """LongLoRA's shifted sparse attention: causal groups, and half of the heads see groups shifted by half."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
-from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE
+from ctxbench.implementations._shared.native_table import TRAINED, native_impl
+from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE, NATIVE_TRAINED
 from ctxbench.implementations.longlora.params import LongLoRAParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -33,7 +33,7 @@ METHOD = Method(
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="rolls, as the pseudo-code; keeps scores of groups"),
         Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention on slices, nothing rolled"),
-        native_impl(f"{__name__}.triton:attend"),
+        native_impl(f"{__name__}.triton:attend", modes=TRAINED, counts_as=""),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",
@@ -48,7 +48,7 @@ METHOD = Method(
             "PyTorch's FlexAttention, compiled, with block lists in closed form; nothing is rolled",
         ),
     ),
-    picks=(NATIVE, *KERNELS),
+    picks=(NATIVE, NATIVE_TRAINED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(Equivalence("a group is at least twice the sequence", other="dense", params={"group": 256}),),

@@ -13,6 +13,7 @@ from ctxbench.implementations._shared.forms import (
     block_ffn,
     block_parameters,
     core_backward,
+    kernels,
     rotated,
     slab_pairs,
 )
@@ -40,7 +41,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongLoRAPara
         core = core_backward(impl)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
-    most = None if impl == "flex" else peak(impl, mode, group)
+    most = None if impl == "flex" else peak(kernels(impl), mode, group)
     if most is not None and position in ROPE:
         most = rotated(most, mode)
     return Cost(

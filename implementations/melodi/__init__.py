@@ -1,7 +1,7 @@
 """MELODI: windows that hand a short-term memory on in every layer, and a long-term memory in the middle one."""
 
-from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import DIAGONAL, LOOP, NATIVE, SLABS
+from ctxbench.implementations._shared.native_table import TRAINED, native_impl
+from ctxbench.implementations._shared.picks_table import DIAGONAL, LOOP, NATIVE, NATIVE_TRAINED, SLABS
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.melodi.params import MelodiParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
@@ -29,7 +29,7 @@ METHOD = Method(
         ),
         Impl("blocked", run=f"{__name__}.blocked:OPERATORS", note="fused attention, one null slot for all empty ones"),
         slabs_impl(f"{__name__}.slabs:OPERATORS"),
-        native_impl(f"{__name__}.triton:OPERATORS"),
+        native_impl(f"{__name__}.triton:OPERATORS", modes=TRAINED, counts_as=""),
         Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",
@@ -56,7 +56,7 @@ METHOD = Method(
             note="as triton, but windows with full memories are replayed from a recording: no launches from Python",
         ),
     ),
-    picks=(NATIVE, *SLABS, DIAGONAL, *LOOP),
+    picks=(NATIVE, NATIVE_TRAINED, *SLABS, DIAGONAL, *LOOP),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(

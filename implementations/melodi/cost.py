@@ -10,8 +10,8 @@ from sympy import Expr, Integer, Min, Rational, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, f, h
 from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, tensor, triangle, when_ffn
-from ctxbench.implementations._shared.flash_table import BACKWARD, DQ_ALONE
-from ctxbench.implementations._shared.forms import core_backward, position_parameters, replayed
+from ctxbench.implementations._shared.flash_table import DQ_ALONE
+from ctxbench.implementations._shared.forms import core_backward, kernels, position_parameters, replayed
 from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.melodi.params import MelodiParams
 from ctxbench.implementations.melodi.peaks import FULL, M, P, S, U, W, peak
@@ -54,7 +54,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
     """One impl in one mode. ``stream`` takes a window a call."""
     if impl == "graph":
         return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
-    kernels = "triton" if impl == "diagonal_triton" else impl  # the same products in another order
+    impl = "triton" if impl == "diagonal_triton" else impl  # the same products in another order
+    visible = kernels(impl) == "triton"
     call = windows(mode)
     has_long = Integer(1 if params.long_slots else 0)
     row_forward = 8 * d**2  # projections of one row
@@ -68,7 +69,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         "memory": linear(B * call.handed_on * handed, d, 2 * d),
     }
     flops = dict(algorithmic)
-    if kernels != "triton":
+    if not visible:
         flops["attention"] = L * attention(_pairs(call, {"slabs": _with_own}.get(impl, lambda n: n**2)))
         nulls = {"blocked": 1, "slabs": 2}.get(impl)
         flops["recall"] = has_long * attention(call.asking * M if nulls is None else _recalled(call, nulls))
@@ -76,12 +77,12 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         any_closed = Min(call.closed, 1)
         first = any_closed * (W + U) + (1 - any_closed) * T  # rows of the first window
         table = "t5" if position in ("t5", "alibi") else "none"  # slopes times a scale that learns are a table too
-        core = {"recall": core_backward(kernels), "attention": core_backward(kernels, table)}
+        core = {"recall": core_backward(impl), "attention": core_backward(impl, table)}
         flops = {term: forward * (1 + core.get(term, Integer(2))) for term, forward in flops.items()}
         if impl == "reference":  # the first window recalls zeros, which ask for no gradient
             flops["recall"] -= has_long * attention(first * M)
-        if kernels == "triton":  # its short-term memory neither
-            flops["attention"] -= L * attention(first * S) * Rational(BACKWARD - DQ_ALONE)
+        if visible:  # its short-term memory neither
+            flops["attention"] -= L * attention(first * S) * (core_backward(impl) - Rational(DQ_ALONE))
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
     # What training keeps where rotations are, or in 16 bits, which is all that slabs compute in, has no form yet.
     unknown = mode == "train" and (position in ROPE or impl == "slabs")
@@ -91,7 +92,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         num_parameters=_parameters(position, params),
         state_bytes=L * (2 * tensor(B, S, d) + 3 * tensor(B, T - W * floor(T / W), d))
         + has_long * 2 * tensor(B, Min(M, P * floor(T / W)), d),
-        peak_bytes=None if unknown or kernels == "triton" else peak(impl, mode, params),
+        peak_bytes=None if unknown or visible else peak(impl, mode, params),
         depth=L if mode == "decode" else ceiling(T / W) + L - 1,
     )
 

@@ -1,8 +1,8 @@
 """Pyramid transformer: layers at several resolutions, each pooled from the one below, summed at the finest."""
 
 from ctxbench.implementations._shared.flex_table import flex_impl
-from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE
+from ctxbench.implementations._shared.native_table import TRAINED, native_impl
+from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE, NATIVE_TRAINED
 from ctxbench.implementations.pyramid.params import PyramidParams, fewest_layers
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -35,7 +35,7 @@ METHOD = Method(
             run=f"{__name__}.blocked:OPERATORS",
             note="fused attention at every level; levels are projected before they are repeated",
         ),
-        native_impl(f"{__name__}.native:OPERATORS", positions=("none", *ROPE)),
+        native_impl(f"{__name__}.native:OPERATORS", positions=("none", *ROPE), modes=TRAINED, counts_as=""),
         Impl(
             "triton",
             run=f"{__name__}.triton:OPERATORS",
@@ -70,7 +70,7 @@ METHOD = Method(
             note="the source document's sketch",
         ),
     ),
-    picks=(NATIVE, *KERNELS),
+    picks=(NATIVE, NATIVE_TRAINED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

@@ -20,7 +20,7 @@ from ctxbench.cost.terms import (
     projections,
     tensor,
 )
-from ctxbench.implementations._shared.forms import slab_pairs, trained
+from ctxbench.implementations._shared.forms import kernels, slab_pairs, trained
 from ctxbench.implementations.pyramid.memory import cells_at, layer_parameters, layers_at, peak_bytes, width
 from ctxbench.implementations.pyramid.params import PyramidParams
 from ctxbench.implementations.pyramid.pooled_pairs import pairs_below
@@ -30,22 +30,26 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
     """One impl in one mode. Rounding is exact, so the forms hold at every length, layer count and pool factor."""
     levels = params.levels
     algorithmic = _algorithmic(mode, causal, levels)
-    flops = _as_written(levels) if impl == "as_written" else _executed(impl, mode, causal, levels, position)
+    flops = _as_written(levels) if impl == "as_written" else _executed(kernels(impl), mode, causal, levels, position)
     if params.pooled_queries:
         _pool_queries(algorithmic, None, mode, causal, params)
-        _pool_queries(flops, impl, mode, causal, params)
+        _pool_queries(flops, kernels(impl), mode, causal, params)
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl)
         if params.pooled_queries and causal:
             for terms in (algorithmic, flops):
                 terms["projections"] -= 2 * _unread(params.levels)
-    unknown = position != "none" or impl == "flex" or (params.pooled_queries and (impl, mode) != ("triton", "forward"))
+    unknown = (
+        position != "none"
+        or impl == "flex"
+        or (params.pooled_queries and (kernels(impl), mode) != ("triton", "forward"))
+    )
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(levels, sketch=impl == "as_written") + _tables(levels, position),
         state_bytes=_state(levels, params.pooled_queries) if causal and impl != "as_written" else Integer(0),
-        peak_bytes=None if unknown else peak_bytes(impl, mode, causal, levels),
+        peak_bytes=None if unknown else peak_bytes(impl if mode == "train" else kernels(impl), mode, causal, levels),
         depth=L,
     )
 

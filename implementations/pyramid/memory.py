@@ -8,7 +8,7 @@ from ctxbench.cost.symbols import B, C, L, T, d, e, f, h, param
 from ctxbench.cost.terms import linear_parameters, tensor, when_ffn
 
 pool = param("pool")
-FUSED = ("blocked", "triton")  # impls that keep no scores, but a number a query
+FUSED = ("blocked", "native", "triton")  # impls that keep no scores, but a number a query
 
 
 def width(level: int) -> Expr:

@@ -32,6 +32,7 @@ def test_forward_and_backward_agree_with_float64_on_the_device(program, wrong) -
 @pytest.mark.parametrize(
     ("mode", "causal"), [("forward", True), ("forward", False), ("train", True), ("train", False), ("stream", True)]
 )
+@pytest.mark.usefixtures("for_triton")
 def test_formulas_of_dense_are_what_the_tracer_counts(mode: str, causal: bool) -> None:
     pytest.importorskip("triton")
     params, dims = METHOD.params(), Dims(seq_len=1301, num_layers=2, batch_size=2, causal=causal)

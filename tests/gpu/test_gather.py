@@ -41,6 +41,7 @@ def test_kernels_agree_with_float64_on_the_device(program, wrong) -> None:
 
 
 @pytest.mark.parametrize(("name", "changes"), FORMS, ids=str)
+@pytest.mark.usefixtures("for_triton")
 def test_formulas_are_what_the_tracer_counts(name: str, changes: dict) -> None:
     pytest.importorskip("triton")
     method: Method = METHODS[name]
@@ -65,6 +66,7 @@ def test_formulas_are_what_the_tracer_counts(name: str, changes: dict) -> None:
 
 @pytest.mark.parametrize(("length", "layers", "d_ff", "dtype"), [(203, 2, 96, "fp32"), (600, 3, 0, "bf16")])
 @pytest.mark.parametrize("changes", [{"local_block": 100}, {"local_share": 0.0}, {"local_share": 0.75}], ids=str)
+@pytest.mark.usefixtures("for_triton")
 def test_peaks_of_clusters_are_the_tracers(changes: dict, length: int, layers: int, d_ff: int, dtype: str) -> None:
     for mode in METHODS["routing"].modes:
         assert peaks("routing", mode, changes, Dims(length, 2, 64, 4, layers, d_ff), dtype) == 0, mode

@@ -85,6 +85,7 @@ def counted_and_formula(form: str, impl: str, mode: str, length: int, **sizes: i
 
 
 @pytest.mark.parametrize(("form", "mode"), FORMS_AND_MODES)
+@pytest.mark.usefixtures("for_triton")
 def test_formulas_are_what_the_tracer_counts(form: str, mode: str) -> None:
     pytest.importorskip("triton")
     for length in LENGTHS[mode]:
@@ -97,6 +98,7 @@ def test_formulas_are_what_the_tracer_counts(form: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["segment_recurrent cut", "block_state layer", "melodi"])
+@pytest.mark.usefixtures("for_triton")
 def test_diagonals_execute_the_visible_pairs_too(form: str) -> None:
     pytest.importorskip("triton")
     traced, cost, values = counted_and_formula(form, "diagonal_triton", "train", 163, num_layers=3)
@@ -104,6 +106,7 @@ def test_diagonals_execute_the_visible_pairs_too(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", REPLAYED)
+@pytest.mark.usefixtures("for_triton")
 def test_replays_cost_what_a_stream_does(form: str) -> None:
     pytest.importorskip("triton")
     traced, cost, values = counted_and_formula(form, "graph", "forward", 203)
@@ -116,6 +119,7 @@ def test_replays_cost_what_a_stream_does(form: str) -> None:
     + [("rmt xl", "train")]
     + [(form, mode) for form in ("transformer_xl", "compressive") for mode in ("forward", "train", "stream")],
 )
+@pytest.mark.usefixtures("for_triton")
 def test_peaks_are_near_the_tracers(form: str, mode: str) -> None:
     pytest.importorskip("triton")
     sizes = {"batch_size": 1, "d_model": 128, "num_layers": 1, "d_ff": 512}
@@ -130,6 +134,7 @@ def test_peaks_are_near_the_tracers(form: str, mode: str) -> None:
         ("block_state", "forward"),
     ],
 )
+@pytest.mark.usefixtures("for_triton")
 def test_peaks_are_the_tracers(form: str, mode: str) -> None:
     pytest.importorskip("triton")
     for length in (77, 203, 1301):

@@ -64,6 +64,7 @@ FORMS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [  # method, parameter
 @pytest.mark.parametrize(
     ("method", "params", "dims"), FORMS, ids=lambda value: getattr(value, "name", None) or "-".join(map(str, value))
 )
+@pytest.mark.usefixtures("for_triton")
 def test_formulas_are_what_the_tracer_counts(method, params, dims) -> None:
     pytest.importorskip("triton")
     params, dims = method.params(**params), Dims(1301, 2, 64, 4, 2, 64).replace(**dims)

@@ -1,9 +1,9 @@
-"""Attention over ranges of keys in C++, against its definition in float64."""
+"""Attention over ranges of keys in C++, and its gradients, against its definition in float64."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,9 @@ import torch
 
 from ctxbench.implementations._shared.ranges import Line, Range, attend
 
+WHAT = ("q", "k", "v", "k of few", "v of few", "table")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+BACKWARD_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest, or of 1
 SHAPES = [  # queries, keys, channels, heads, position of the first query
     (130, 130, 64, 4, 0),
     (1, 77, 64, 2, 76),
@@ -112,7 +114,75 @@ def test_says_what_it_does_not_take() -> None:
     half = torch.ones(1, 1, 3, 8, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"fp32, bf16 or fp64, received torch\.float16"):
         attend(half, [Range(half, half)])
-    q = torch.ones(1, 1, 3, 8, requires_grad=True)
-    out, _ = attend(q, [Range(q.detach(), q.detach())])
-    with pytest.raises(RuntimeError, match="no backward pass"):
-        out.sum().backward()
+
+
+def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """``[B, H, T, D]`` with heads and channels side by side, as projections leave them."""
+    made = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return made.transpose(1, 2) if len(shape) == 4 else made
+
+
+def gradients(
+    found: tuple[torch.Tensor, torch.Tensor], grads: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """Of what output and log-sum-exps are worth; those of queries without keys are worth nothing."""
+    out, lse = found
+    worth = (out.double() * grads[0].double()).sum() + (lse.double() * grads[1])[lse.isfinite()].sum()
+    return torch.autograd.grad(worth, leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", BACKWARD_TOLERANCE, ids=["fp64", "fp32", "bf16"])
+def test_agrees_with_autograd_of_its_definition(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for T, S, D, H, offset in SHAPES:
+        shapes = ((2, T, H, D), (2, S, H, D), (2, S, H, D), (2, 9, 1, D), (2, 9, 1, D))
+        q, k, v, *few = leaves = [draw(generator, dtype, *shape).requires_grad_() for shape in shapes]
+        ranges, bias = CASES[name](k, v, (few[0], few[1]))
+        if bias is not None:
+            bias = bias[:H]
+            if bias.dim() == 2:
+                bias = bias.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+                leaves.append(bias)
+        given = draw(generator, dtype, 2, T, H, D), draw(generator, torch.float64, 2, H, T)
+        got = gradients(attend(q, ranges, offset=offset, bias=bias), given, leaves)
+        wanted = gradients(defined(q, ranges, offset, bias), given, leaves)
+        for what, a, b in zip(WHAT, got, wanted, strict=False):
+            assert (a is None) == (b is None), what
+            if a is not None and b is not None:
+                b = b.double().nan_to_num()  # softmax over no keys: its gradient is NaN, that of no keys 0
+                assert (a.double() - b).abs().max() <= BACKWARD_TOLERANCE[dtype] * b.abs().max().clamp(min=1), (
+                    what,
+                    T,
+                    S,
+                    D,
+                )
+
+
+def step(threads: int, wanted: tuple[bool, bool]) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, few, others = (
+        draw(generator, torch.float32, 1, *shape)
+        for shape in ((200, 4, 24), (200, 2, 24), (200, 2, 24), (70, 1, 24), (70, 1, 24))
+    )
+    leaves = [x.requires_grad_() for x, want in ((q, True), (k, wanted[0]), (v, wanted[0]), (few, wanted[1])) if want]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, lse = attend(q, [Range(k, v, Line(base=-40), Line(base=1)), Range(few, others)])
+        return list(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_change_nothing() -> None:
+    one = step(1, (True, True))
+    for threads in (2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(one, step(threads, (True, True)), strict=True))
+
+
+def test_what_nobody_wants_changes_nothing() -> None:
+    q, k, v, few = step(1, (True, True))
+    assert torch.equal(step(1, (False, False))[0], q)
+    assert all(torch.equal(a, b) for a, b in zip(step(1, (True, False)), (q, k, v), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(step(1, (False, True)), (q, few), strict=True))
