@@ -299,7 +299,11 @@ def _backward_native(
     ranges: list[tuple[Any, ...]], out: torch.Tensor, lse: torch.Tensor, scale: float, wanted: list[bool],
     gradients: list[torch.Tensor],
 ) -> None:  # fmt: skip
-    """Fill ``gradients``, as ``_attend_backward`` returns them."""
+    """Fill ``gradients``, as ``_attend_backward`` returns them.
+
+    Those of keys and values in bfloat16 are summed in float32 first: for a moment three times their bytes, which
+    formulas of peaks leave out.
+    """
     dq, *rest = gradients
     of_table = rest.pop(0) if bias is not None and wanted[0] else None
     sums = None if of_table is None else of_table.new_zeros(q.shape[0], *of_table.shape)
