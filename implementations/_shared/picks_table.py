@@ -23,7 +23,7 @@ NATIVE = Pick(
     why="kernels of our own whose scores never leave the innermost cache", measured=True,
 )  # fmt: skip
 NATIVE_TRAINED = Pick(
-    "native", devices=("cpu",), dtypes=("fp32",), modes=("train",),
+    "native", devices=("cpu",), dtypes=("fp32",), modes=("train",), sizes={"seq_len": (4096, inf)},
     why="kernels of our own, whose backward pass makes scores once and keeps them in the innermost caches",
     measured=True,
 )  # fmt: skip

@@ -213,6 +213,8 @@ def test_auto_takes_slabs_in_bf16_on_cpu_alone_and_where_native_does_not_train(n
     assert picked("cpu", "bf16") == picked("cpu", "fp32") == "native"
     assert picked("cpu", "bf16", "train") == "slabs"
     assert picked("cpu", "fp64") == "blocked"
+    assert picked("cpu", "fp32", "train") == "blocked"
+    dims = dims.replace(seq_len=4096)
     assert picked("cpu", "fp32", "train") == ("native" if "train" in method.impl("native").modes else "blocked")
     assert picked("cpu", "fp32", without=("native",)) == "blocked"
     assert picked("cuda", "bf16") != "slabs"
