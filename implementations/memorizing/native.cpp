@@ -1,7 +1,7 @@
 // Attention of every query over its best keys of a memory: all scores are made, and none leaves a second-level cache.
 //
-// Keys of a head are packed once, transposed, in panels that a first-level cache holds. Some queries meet panel after
-// panel of what they may see; scores are put in order where a panel's product leaves them, with the maxima from which
+// Keys of a head are packed once, transposed, in panels that a first-level cache holds; for few queries they are read
+// where they lie, and each head is one thread's. Some queries meet panel after panel of what they may see; scores are put in order where a panel's product leaves them, with the maxima from which
 // a row's selection begins. What was found is read while the next row's keys are chosen.
 
 #include <limits>
@@ -83,8 +83,8 @@ public:
     }
 
     // Queries first .. last of one segment and one head.
-    void run(const T *q, int64_t q_row, const T *v, int64_t v_row, const Real *packed, T *out, int64_t o_row,
-             int64_t first, int64_t last, T *kept, int32_t *chosen) {
+    void run(const T *q, int64_t q_row, const T *k, int64_t k_row, const T *v, int64_t v_row, const Real *packed,
+             T *out, int64_t o_row, int64_t first, int64_t last, T *kept, int32_t *chosen) {
         int64_t begin = s.begin(first), end = s.end(first), rows = last - first;
         if (begin == end) {
             for (int64_t row = first; row < last; row++) {
@@ -93,7 +93,7 @@ public:
             }
             return;
         }
-        score(q + first * q_row, q_row, packed, rows, begin, end);
+        score(q + first * q_row, q_row, k, k_row, packed, rows, begin, end);
         int64_t offset = begin / PANEL * PANEL, blocks = (end - 1) / PANEL + 1 - begin / PANEL;
         const Int *keys = reinterpret_cast<const Int *>(scores.get());
         for (int64_t i = 0; i <= rows; i++) {
@@ -119,17 +119,21 @@ public:
     }
 
 private:
-    void score(const T *q, int64_t q_row, const Real *packed, int64_t rows, int64_t begin, int64_t end) {
+    void score(const T *q, int64_t q_row, const T *k, int64_t k_row, const Real *packed, int64_t rows, int64_t begin,
+               int64_t end) {
         int64_t depth = paired ? s.width / 2 : s.width, first = begin / PANEL, stop = (end - 1) / PANEL + 1;
         for (int64_t i = 0; i < rows; i++)
-            if (paired)
+            if (paired && packed)
                 std::memcpy(reinterpret_cast<T *>(queries.get()) + i * s.width, q + i * q_row, s.width * sizeof(T));
             else
                 for (int64_t d = 0; d < s.width; d++) queries[i * s.width + d] = q[i * q_row + d];
         for (int64_t panel = first; panel < stop; panel++) {
             Real *to = scores.get() + (panel - first) * PANEL;
             const Real *from = packed + panel * PANEL * s.width;
-            if (paired)
+            if (!packed)
+                multiply(k, k_row, std::max(begin, panel * PANEL), std::min(end, (panel + 1) * PANEL), rows,
+                         to - panel * PANEL);
+            else if (paired)
                 tiles::product_of<tiles::Pairs>(reinterpret_cast<const tiles::Pairs::left *>(queries.get()), s.width, 2,
                                                 reinterpret_cast<const tiles::Pairs::right *>(from), PANEL,
                                                 reinterpret_cast<float *>(to), wide, rows, PANEL, depth, false);
@@ -139,6 +143,18 @@ private:
                 largest::put_in_order(order, reinterpret_cast<Int *>(to + i * wide), begin - panel * PANEL,
                                       end - panel * PANEL, tops.get() + (i * most_blocks + panel - first) * LANES);
         }
+    }
+
+    // Keys first .. last, one by one.
+    void multiply(const T *k, int64_t k_row, int64_t first, int64_t last, int64_t rows, Real *to) const {
+        for (int64_t j = first; j < last; j++)
+            for (int64_t i = 0; i < rows; i++) {
+                const Real *query = queries.get() + i * s.width;
+                Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t d = 0; d < s.width; d++) sum += query[d] * Real(k[j * k_row + d]);
+                to[i * wide + j] = sum;
+            }
     }
 
     // Softmax over what was found.
@@ -165,28 +181,31 @@ private:
     }
 };
 
+// Without room to pack keys in, all heads are worked on at once.
 template <typename T>
 void retrieve(const T *q, const T *k, const T *v, typename Kind<T>::Real *packed, T *out, T *kept, int32_t *chosen,
               const Tensor *at, Sizes s, int threads) {
-    int64_t pieces = (s.segment + QUERIES - 1) / QUERIES, segments = (s.queries + s.segment - 1) / s.segment;
+    int64_t pieces = (s.segment + QUERIES - 1) / QUERIES, heads = s.batch * s.heads, together = packed ? 1 : heads;
+    int64_t tasks = (s.queries + s.segment - 1) / s.segment * pieces;
+    auto in = [&](int tensor, int64_t item) {
+        return item / s.heads * at[tensor].batch + item % s.heads * at[tensor].head;
+    };
 #pragma omp parallel num_threads(threads)
     {
         Task<T> task(s);
-        for (int64_t item = 0; item < s.batch * s.heads; item++) {
-            int64_t b = item / s.heads, h = item % s.heads, places = item * s.queries * s.count;
-            const T *keys = k + b * at[1].batch + h * at[1].head;
+        for (int64_t begin = 0; begin < heads; begin += together) {
 #pragma omp for schedule(static)
-            for (int64_t panel = 0; panel < s.panels(); panel++)
-                task.pack(keys, at[1].row, panel, packed + panel * PANEL * s.width);
+            for (int64_t panel = 0; panel < (packed ? s.panels() : 0); panel++)
+                task.pack(k + in(1, begin), at[1].row, panel, packed + panel * PANEL * s.width);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t number = 0; number < segments * pieces; number++) {
-                int64_t first = number / pieces * s.segment + number % pieces * QUERIES;
-                int64_t stop = std::min(s.queries, (number / pieces + 1) * s.segment);
+            for (int64_t number = 0; number < together * tasks; number++) {
+                int64_t item = begin + number / tasks, segment = number % tasks / pieces;
+                int64_t first = segment * s.segment + number % pieces * QUERIES, places = item * s.queries * s.count;
+                int64_t stop = std::min(s.queries, (segment + 1) * s.segment);
                 if (first < stop)
-                    task.run(q + b * at[0].batch + h * at[0].head, at[0].row, v + b * at[2].batch + h * at[2].head,
-                             at[2].row, packed, out + b * at[3].batch + h * at[3].head, at[3].row, first,
-                             std::min(stop, first + QUERIES), chosen ? kept + places : nullptr,
-                             chosen ? chosen + places : nullptr);
+                    task.run(q + in(0, item), at[0].row, k + in(1, item), at[1].row, v + in(2, item), at[2].row, packed,
+                             out + in(3, item), at[3].row, first, std::min(stop, first + QUERIES),
+                             chosen ? kept + places : nullptr, chosen ? chosen + places : nullptr);
             }
         }
     }

@@ -22,7 +22,7 @@ from ctxbench.implementations._shared.native import function, integers
 from ctxbench.implementations.memorizing import windows
 from ctxbench.implementations.memorizing.blocked import gradient
 from ctxbench.implementations.memorizing.layer import Operators
-from ctxbench.implementations.memorizing.sizes import PANEL, pairs
+from ctxbench.implementations.memorizing.sizes import FEW, PANEL, pairs
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -124,8 +124,9 @@ def retrieve(
         weights: ``[X, n, top_k]``, receives the shares of what was picked, where they are wanted.
         chosen: the same shape, int32, receives the numbers of the keys, which ascend.
     """
-    D, keys = k.shape[3], -(-k.shape[2] // PANEL) * PANEL
-    packed = k.new_empty(keys * D, dtype=torch.promote_types(k.dtype, torch.float32))  # of a head
+    panels = 0 if q.shape[2] <= FEW else -(-k.shape[2] // PANEL)
+    wide = torch.promote_types(k.dtype, torch.float32)
+    packed = k.new_empty(panels * PANEL * k.shape[3], dtype=wide)  # of a head
     torch.ops.ctxbench.retrieve(q, k, v, known, segment, most, top_k, packed, out, weights, chosen)
 
 
@@ -158,7 +159,7 @@ def _(
     strides = [step for x in (q, k, v, out) for step in x.stride()[:3]]
     kept = (None if x is None else x.data_ptr() for x in (weights, chosen))
     _function(q.dtype)(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), packed.data_ptr(), out.data_ptr(), *kept, integers(strides),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), packed.data_ptr() or None, out.data_ptr(), *kept, integers(strides),
         integers((B, H, n, m, D, top_k, known, segment, most)), torch.get_num_threads(),
     )  # fmt: skip
 

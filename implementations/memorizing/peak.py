@@ -14,7 +14,7 @@ from ctxbench.implementations._shared.biased_window_forms import BLOCK, block_pa
 from ctxbench.implementations._shared.forms import stack_peak
 from ctxbench.implementations._shared.tournament import GROUP, padded
 from ctxbench.implementations.memorizing.params import FROM_TOP, MemorizingParams
-from ctxbench.implementations.memorizing.sizes import PANEL, ROWS, SLAB
+from ctxbench.implementations.memorizing.sizes import FEW, PANEL, ROWS, SLAB
 
 M, S, W, K = (param(name) for name in ("memory_len", "segment_len", "window", "top_k"))
 WHOLE = floor(T / S)
@@ -86,7 +86,7 @@ def _native_forward(params: MemorizingParams, position: str) -> Expr:
     window = _window_of_kernels()
     if position != "none":
         window += tensor(h, 2 * W - 1)  # the bias as a table
-    packed = ceiling(T / PANEL) * PANEL * d / h * e
+    packed = Min(1, floor(T / (FEW + 1))) * ceiling(T / PANEL) * PANEL * d / h * e
     mixing = largest(window, 7 * row(T) - tensor(h), 6 * row(T) + packed - tensor(h))
     return _beside_gate(mixing, largest(6 * row(T) + tensor(B, h, T), Min(L - 1, 1) * window))
 

@@ -7,6 +7,7 @@ SLAB = 1 << 22
 ROWS = 128  # fewest queries of a slab, so that its product runs at full speed
 
 PANEL = 64  # keys that `native` packs together
+FEW = 4  # queries for which it packs none
 
 
 def pairs(T: int, N: int, past: int, length: int, most: int) -> int:

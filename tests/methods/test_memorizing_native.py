@@ -29,42 +29,46 @@ def rows(kind: str, width: int, count: int) -> torch.Tensor:
     return values
 
 
-def picked(scores: torch.Tensor, count: int, most: int | None = None) -> torch.Tensor:
-    """Columns of ``scores: [heads, m]``, each the only channel of a key that the query 1 meets: ``[heads, count]``."""
+def picked(scores: torch.Tensor, count: int, most: int | None = None, queries: int = 1) -> torch.Tensor:
+    """Columns of ``scores: [heads, m]``, each the channel of a key that queries, all 1, meet: ``[heads, count]``."""
     k = scores[None, :, :, None]
-    q = torch.ones_like(k[:, :, :1])
-    weights, m = k.new_empty(len(scores), 1, count), scores.shape[1]
+    q = torch.ones_like(k[:, :, :1]).repeat(1, 1, queries, 1)
+    weights, m = k.new_empty(len(scores), queries, count), scores.shape[1]
     chosen = torch.empty_like(weights, dtype=torch.int32)
-    native.retrieve(q, k, torch.zeros_like(k), m, 1, most or m, count, torch.empty_like(q), weights, chosen)
+    native.retrieve(q, k, torch.zeros_like(k), m, queries, most or m, count, torch.empty_like(q), weights, chosen)
+    assert torch.equal(chosen, chosen[:, :1].expand_as(chosen))
     shares = scores.gather(1, chosen[:, 0].long()).to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=1)
     torch.testing.assert_close(weights[:, 0], shares.to(scores.dtype), equal_nan=True, rtol=1e-2, atol=1e-6)
     return chosen[:, 0].long()
 
 
+@pytest.mark.parametrize("queries", [1, 6])  # keys where they lie, and packed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "rising", "hidden", "zeros"])
-def test_rows_give_what_a_stable_sort_gives(kind: str, dtype: torch.dtype) -> None:
+def test_rows_give_what_a_stable_sort_gives(kind: str, dtype: torch.dtype, queries: int) -> None:
     for width, count in SHAPES:
         values = rows(kind, width, count).to(dtype)
         order = values.sort(dim=1, descending=True, stable=True).indices
-        assert torch.equal(picked(values, count), order[:, :count].sort(dim=1).values), (width, count)
+        assert torch.equal(picked(values, count, None, queries), order[:, :count].sort(dim=1).values), (width, count)
 
 
+@pytest.mark.parametrize("queries", [1, 6])
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "hidden"])
-def test_a_memory_may_begin_inside_a_panel_of_keys(kind: str) -> None:
+def test_a_memory_may_begin_inside_a_panel_of_keys(kind: str, queries: int) -> None:
     values = rows(kind, 333, 9)
     for most in (10, 63, 64, 65, 190, 332):
         order = values[:, -most:].sort(dim=1, descending=True, stable=True).indices
-        assert torch.equal(picked(values, 9, most), order[:, :9].sort(dim=1).values + 333 - most), most
+        assert torch.equal(picked(values, 9, most, queries), order[:, :9].sort(dim=1).values + 333 - most), most
 
 
+@pytest.mark.parametrize("queries", [1, 6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_of_either_sign_is_the_largest_and_infinity_the_next(dtype: torch.dtype) -> None:
+def test_nan_of_either_sign_is_the_largest_and_infinity_the_next(dtype: torch.dtype, queries: int) -> None:
     values = torch.randn(3, 300).to(dtype)
     nan = torch.tensor(math.nan, dtype=dtype)
     values[:, 17], values[:, 250] = nan, nan.copysign(torch.tensor(-1.0, dtype=dtype))
     values[:, 100], values[:, 200] = math.inf, -math.inf
-    assert picked(values, 3).tolist() == [[17, 100, 250]] * 3
+    assert picked(values, 3, None, queries).tolist() == [[17, 100, 250]] * 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
