@@ -42,7 +42,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: CompressiveM
         flops=flops,
         num_parameters=block_parameters(5 * d * d + 2 + _compressor(params)),
         state_bytes=L * tensor(B, state, d),
-        peak_bytes=peaks.peak(impl, mode, params) if position == "none" and impl != "triton" else None,
+        peak_bytes=peaks.peak(impl, mode, params) if position == "none" else None,
         depth=L if mode == "decode" or (impl != "reference" and mode != "stream") else L * ceiling(T / S),
     )
 

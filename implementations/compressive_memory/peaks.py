@@ -30,9 +30,11 @@ from ctxbench.implementations.compressive_memory.sizes import (
 SEVERAL = Min(B - 1, 1)  # of a batch of several, strided parts are copied before they are multiplied
 
 
-def peak(impl: str, mode: str, params: CompressiveMemoryParams) -> Expr:
-    """Bytes of one impl in one mode."""
+def peak(impl: str, mode: str, params: CompressiveMemoryParams) -> Expr | None:
+    """Bytes of one impl in one mode; None where no formula is known."""
     compresses = params.compressed_len > 0
+    if impl == "triton":
+        return _stacked_forward(impl, compresses) if mode == "forward" else None
     if mode == "decode":
         return _decode(compresses)
     if impl != "reference":
@@ -94,7 +96,12 @@ def _stream() -> Expr:
 
 
 def _stacked(impl: str, count: Expr | int, queries: Expr, found: Expr) -> Expr:
-    """``count`` segments in the batch of one attention: operands, output, and the mask twice or buffers."""
+    """``count`` segments in the batch of one attention: operands, output, and the mask twice or buffers.
+
+    Kernels of our own read what was retrieved where it lies, and have no mask.
+    """
+    if impl == "triton":
+        return 4 * row(count * queries) + 4 * B * h * count * queries
     operands = 3 * row(count * queries) + 2 * row(count * (found + queries)) + row(count * queries)
     if impl == "slabs":
         return operands + scratch(queries, found + queries, B * count)
@@ -111,11 +118,18 @@ def _last_run(compresses: bool) -> Expr:
 
 
 def _stacked_forward(impl: str, compresses: bool) -> Expr:
-    """Normed input, its copy as memory, entries, outputs so far, and the last and largest run of equal segments."""
+    """Normed input, its copy as memory, entries, outputs so far, and the last and largest run of equal segments.
+
+    Kernels of our own take so little that reading may be more: all items, the questions, what was found, and its keys
+    and values, these with and without their weights.
+    """
     count = _last_run(compresses)
     made = N * compressions((WHOLE - 1) * S) if compresses else Integer(0)
     found = N * retrieved(WHOLE - 1)
     run = _stacked(impl, count, S, found) + 2 * row(count * found) + SEVERAL * row(count * S)
+    if impl == "triton":
+        items = row(WHOLE * S) + row(made) if compresses else Integer(0)
+        run = largest(run, items + row(count * S) + 4 * row(count * found))
     mixing = row(T) + row(WHOLE * S) + row(made) + row((WHOLE - count) * S) + run
     return largest(Min(WHOLE, 1) * mixing, 3 * row(T), _feed(T)) + Min(L - 1, 1) * row(T)
 

@@ -252,6 +252,14 @@ def test_peak_formula_is_within_three_percent(impl, mode, length):
     assert formula == pytest.approx(trace(METHOD, dims, params, impl, mode).peak_bytes, rel=0.03)
 
 
+@pytest.mark.parametrize("length", [4096, 8192])
+def test_peak_formula_of_kernels_holds_without_a_network_that_hides_it(length):
+    params, dims = Parameters(), Dims(seq_len=length, d_model=128, num_heads=4, num_layers=2, d_ff=0)
+    cost = METHOD.cost_of("native", "forward", True, "none", params)
+    formula = evaluate(cost.peak_bytes, bindings(dims, params, 4, params.segment_len))
+    assert formula == pytest.approx(trace(METHOD, dims, params, "native", "forward").peak_bytes, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
