@@ -138,3 +138,8 @@ def support(dims: Dims, dtype: str, kernels: str = "flash", most: dict[int, int]
     if heads > MOST_HEADS:
         return no(f"the {kernels} kernels take at most {MOST_HEADS} heads in a batch, received {heads}")
     return YES
+
+
+def support_at_once(dims: Dims, dtype: str) -> Support:
+    """The same where one launch has the heads of all layers, as in a diagonal schedule."""
+    return support(dims.replace(batch_size=dims.batch_size * dims.num_layers), dtype)

@@ -70,4 +70,4 @@ def diagonal_support(dims: Dims, params: BlockStateParams, device: str, dtype: s
 
 def diagonal_triton_support(dims: Dims, params: BlockStateParams, device: str, dtype: str) -> Support:
     """Of a diagonal, and of the kernels."""
-    return diagonal_support(dims, params, device, dtype) and flash_table.support(dims, dtype)
+    return diagonal_support(dims, params, device, dtype) and flash_table.support_at_once(dims, dtype)

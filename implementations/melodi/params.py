@@ -70,7 +70,7 @@ def diagonal_support(dims: Dims, params: MelodiParams, device: str, dtype: str) 
             f"every layer scales {dims.position}'s bias by itself, and layers that go together share one: take the "
             "position none or rope"
         )
-    return flash_table.support(dims, dtype)
+    return flash_table.support_at_once(dims, dtype)
 
 
 def graph_support(dims: Dims, params: MelodiParams, device: str, dtype: str) -> Support:

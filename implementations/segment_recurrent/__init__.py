@@ -43,7 +43,7 @@ METHOD = Method(
             run=f"{__name__}.triton:DiagonalTritonStack",
             needs=("triton",),
             devices=("cuda",),
-            support=f"{__name__}.params:triton_support",
+            support=f"{__name__}.params:diagonal_support",
             note="as diagonal, with one launch of our kernels for all cells of a diagonal",
         ),
         Impl(

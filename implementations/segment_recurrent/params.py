@@ -47,6 +47,11 @@ def triton_support(dims: Dims, params: SegmentRecurrentParams, device: str, dtyp
     return flash_table.support(dims, dtype)
 
 
+def diagonal_support(dims: Dims, params: SegmentRecurrentParams, device: str, dtype: str) -> Support:
+    """What the kernels hold in registers, and heads of all layers that they take at once."""
+    return flash_table.support_at_once(dims, dtype)
+
+
 def graph_support(dims: Dims, params: SegmentRecurrentParams, device: str, dtype: str) -> Support:
     """Of the kernels, and of replays, which begin when the memory is full."""
     filled = -(-params.memory_len // params.added)
