@@ -46,6 +46,9 @@ Longformer, LongLoRA, hierarchical and pyramid by tiles of 128 x 128, BigBird wi
 with the position term as a tensor that each score reads. Nor are the packages flash-attn-4 and flash-linear-attention,
 which are called as they are: of the latter `parallel_attn` alone is one of the methods here, dense causal attention.
 
+Nor are the kernels in C++ for CPUs, impl `native`, for which no list of registers holds anywhere: the compiler of each
+machine makes them, for its own instructions; [measuring.md](measuring.md#compiled-kernels) says which one.
+
 Made with triton {version} by `python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py`, and likewise
 with the other programs `compile_*`.
 """
