@@ -19,12 +19,16 @@ def _split(text: str, what: str, accepted: str) -> tuple[float, str]:
 
 
 def parse_seconds(text: str) -> float:
-    """Read a duration such as ``90``, ``90s``, ``10m`` or ``1.5h`` as seconds."""
-    accepted = "a positive number with ms, s, m or h, for example 90s or 10m"
-    value, unit = _split(text, "duration", accepted)
-    if unit not in _SECONDS or value <= 0:
+    """Read a duration such as ``90``, ``90s``, ``10m``, ``1.5h`` or ``3m30s`` as seconds."""
+    accepted = "a positive number with ms, s, m or h, for example 90s, 10m or 3m30s"
+    parts = [(float(value), unit.lower()) for value, unit in _NUMBER.findall(text)]
+    sizes = [_SECONDS.get(unit, 0.0) for _, unit in parts]
+    whole = re.fullmatch(f"(?:{_NUMBER.pattern})+", text) is not None
+    falling = sizes == sorted(set(sizes), reverse=True) and (len(parts) == 1 or all(unit for _, unit in parts))
+    total = sum(value * size for (value, _), size in zip(parts, sizes, strict=True))
+    if not (whole and falling and all(sizes) and total > 0):
         raise UserError(f"malformed duration {text!r}\n  accepted: {accepted}")
-    return value * _SECONDS[unit]
+    return total
 
 
 def parse_bytes(text: str, total: int | None = None) -> int:

@@ -20,7 +20,18 @@ from ctxbench.units import (
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("250ms", 0.25), (" 2 min ", 120)]
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("90s", 90),
+        ("10m", 600),
+        ("1.5h", 5400),
+        ("250ms", 0.25),
+        (" 2 min ", 120),
+        ("3m30s", 210),
+        ("1h 5m", 3900),
+        ("10m00s", 600),
+    ],
 )
 def test_durations(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
@@ -45,7 +56,10 @@ def test_precisions(text: str, fraction: float) -> None:
 @pytest.mark.parametrize(
     ("parse", "text"),
     [
-        *((parse_seconds, text) for text in ("", "0", "-1s", "1q", "1d", "s", "1 2", "nan", "inf")),
+        *(
+            (parse_seconds, text)
+            for text in ("", "0", "-1s", "1q", "1d", "s", "1 2", "nan", "inf", "3m30", "30s3m", "1m1m", "3m-1s")
+        ),
         *((parse_bytes, text) for text in ("", "0", "1MB", "1mb", "-1", "150%", "0%", "GiB")),
         *((parse_fraction, text) for text in ("", "0", "100%", "1", "150%", "2s")),
     ],
