@@ -183,14 +183,28 @@ class Backward {
                 for (int t = 0; t < WIDTH; t++) scores[t] -= slope * Real(std::abs(int32_t(ahead) - t));
             } else {
                 const Real *line = bias + head * (2 * farthest + 1) + farthest;
+                if (all_far(ahead)) {
+                    Real same = line[std::clamp(ahead, -farthest, farthest)] * LOG2_E;
+                    for (int t = 0; t < WIDTH; t++) scores[t] += same;
+                    continue;
+                }
                 for (int t = 0; t < WIDTH; t++) scores[t] += line[std::clamp(ahead - t, -farthest, farthest)] * LOG2_E;
             }
         }
     }
 
+    // Whether all lanes are as far from a key as a table tells apart, on one side.
+    bool all_far(int64_t ahead) const { return ahead <= -farthest || ahead - WIDTH + 1 >= farthest; }
+
     void add_slopes(const Panel &panel, const Range &one, Real *table, int64_t from, int64_t to) {
         for (int64_t j = from; j < to; j++) {
             int64_t ahead = one.ahead + j - panel.top;
+            if (all_far(ahead)) {
+                Real sum = 0;
+                for (int t = 0; t < WIDTH; t++) sum += slopes[(j - from) * WIDTH + t];
+                table[farthest + std::clamp(ahead, -farthest, farthest)] += sum;
+                continue;
+            }
             for (int t = 0; t < WIDTH; t++)
                 table[farthest + std::clamp(ahead - t, -farthest, farthest)] += slopes[(j - from) * WIDTH + t];
         }
