@@ -99,8 +99,8 @@ class _TopK(torch.autograd.Function):
         k, v, chosen, weights = ctx.saved_tensors
         dq, rows = torch.zeros_like(grad), slice(ctx.empty, None)
         if chosen[:, rows].numel():
-            above, *memory = (x.flatten(0, 1) for x in (grad[:, :, rows], k, v))
-            dq[:, :, rows] = gradient(above, *memory, chosen[:, rows], weights[:, rows]).unflatten(0, grad.shape[:2])
+            above, k, v = (x.flatten(0, 1) for x in (grad[:, :, rows], k, v))
+            dq[:, :, rows] = gradient(above, k, v, chosen[:, rows], weights[:, rows]).unflatten(0, grad.shape[:2])
         return dq, *(None,) * 7
 
 
