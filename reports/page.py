@@ -84,13 +84,13 @@ def write(
     runs = read_runs(run_folders)
     path = out or runs[0].folder / ("static.html" if static else "report.html")
     name = title or f"ctxbench: {', '.join(run.name for run in runs)}"
-    page = render(Report(runs, registry or discover(), name), static)
+    page = render(Report(runs, registry or discover(), name, static))
     _replace(path, page)
     return path
 
 
-def render(report: Report, static: bool = False) -> str:
-    """The page as text; ``static`` leaves out everything that needs a script."""
+def render(report: Report) -> str:
+    """The page as text."""
     parts = {"head": head.context(report)}
     chosen = {name: part for name, part in SECTIONS.items() if getattr(part[-1], "wanted", lambda _: True)(report)}
     parts |= {name: module.context(report) for name, (*_, module) in chosen.items()}
@@ -101,8 +101,8 @@ def render(report: Report, static: bool = False) -> str:
         brief={name: brief for name, (_, brief, _) in chosen.items()},
         version=__version__,
         css=_asset("report.css"),
-        static=static,
-        **({} if static else _interactive(report)),
+        static=report.static,
+        **({} if report.static else _interactive(report)),
         **parts,
     )
 

@@ -28,10 +28,18 @@ INDEX = Environment(autoescape=True, trim_blocks=True).from_string(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>ctxbench: published runs</title>
 <style>
-:root { color-scheme: light dark; }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid; vertical-align: top; }
+:root { color-scheme: light dark; --line: light-dark(#d5d9e0, #3a404b); --muted: light-dark(#59606c, #a2a9b5); }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
+  color: light-dark(#1b1f26, #e6e8ec); background: light-dark(#ffffff, #14171c); font-variant-numeric: tabular-nums; }
+a { color: light-dark(#2450c8, #9db8ff); }
+table { border-collapse: collapse; width: 100%; font-size: .9375rem; }
+th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, .label { color: var(--muted); font-weight: normal; } .label { display: none; } td { overflow-wrap: anywhere; }
+.date, .link { white-space: nowrap; }
+@media (max-width: 40rem) {
+  thead { display: none; } tr, td { display: block; } tr { border-bottom: 1px solid var(--line); padding: .6rem 0; }
+  td { border: 0; padding: .1rem 0; } .label { display: inline-block; min-width: 6rem; } .link { font-weight: 600; }
+}
 </style>
 </head>
 <body>
@@ -42,8 +50,11 @@ th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid; verti
 <th scope="col">command</th></tr></thead>
 <tbody>
 {% for run in runs %}
-<tr><td><a href="{{ run.name }}/static.html">{{ run.name }}</a></td><td>{{ run.processor }}</td><td>{{ run.date }}</td>
-<td>{{ run.cells }}</td><td><code>{{ run.command }}</code></td></tr>
+<tr><td class="link"><a href="{{ run.name }}/static.html">{{ run.name }}</a></td>
+<td><span class="label">processor</span>{{ run.processor }}</td>
+<td class="date"><span class="label">measured</span>{{ run.date }}</td>
+<td><span class="label">cells</span>{{ run.cells }}</td>
+<td><span class="label">command</span><code>{{ run.command }}</code></td></tr>
 {% endfor %}
 </tbody>
 </table>

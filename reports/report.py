@@ -49,11 +49,15 @@ class Setting:
 
 @dataclass
 class Report:
-    """One report in the making. ``figures`` collects the Plotly JSON of all charts, by key."""
+    """One report in the making. ``figures`` collects the Plotly JSON of all charts, by key.
+
+    ``static``: a page without scripts, on which every picture is drawn.
+    """
 
     runs: list[Run]
     registry: Registry
     title: str
+    static: bool = False
     figures: dict[str, Any] = field(default_factory=dict)
     _forecasters: dict[str, Forecaster] = field(default_factory=dict)
     _shown: dict[int, frozenset[str]] = field(default_factory=dict)  # by view, which the report keeps

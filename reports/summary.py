@@ -44,18 +44,28 @@ def _fastest(view: pd.DataFrame, measured: pd.DataFrame) -> str:
         else f"{count} of {total} methods"
     )
     at = f"At {format_tokens(length)} tokens, the longest length that {who} completed,"
-    first = best.iloc[0]
-    text = f"{at} {first['series']} takes {scales.text(first['latency_s'], 's')} a call"
+    first, layers = best.iloc[0], best["num_layers"].mode().iloc[0]
+    text = f"{at} {first['series']}{_depth(first, layers)} takes {scales.text(first['latency_s'], 's')} a call"
     if count == 1:
         return text + "."
     second, last = best.iloc[1], best.iloc[-1]
     if first["latency_high_s"] >= second["latency_low_s"]:
         text += f" and cannot be told from {second['series']}: their intervals overlap"
     else:
-        text += f" and is the fastest, {second['latency_s'] / first['latency_s']:.3g} times ahead of {second['series']}"
+        times = second["latency_s"] / first["latency_s"]
+        text += f" and is the fastest; the next, {second['series']}{_depth(second, layers)}, "
+        text += f"takes {times:.3g} times as long"
     if count > 2:
-        text += f"; {last['series']} takes {last['latency_s'] / first['latency_s']:.3g} times as long"
-    return text + "."
+        times = last["latency_s"] / first["latency_s"]
+        text += (
+            f"{',' if 'next' in text else ';'} the slowest, {last['series']}{_depth(last, layers)}, {times:.3g} times"
+        )
+    return text + (". Each method stands here with its fastest impl." if view["impl"].nunique() > 1 else ".")
+
+
+def _depth(row: pd.Series, usual: int) -> str:
+    """A method that cannot have as few layers as the others says so beside its time."""
+    return "" if row["num_layers"] == usual else f" with {row['num_layers']} layers"
 
 
 def _reach(view: pd.DataFrame, measured: pd.DataFrame) -> str:
@@ -64,7 +74,7 @@ def _reach(view: pd.DataFrame, measured: pd.DataFrame) -> str:
     complete = [str(method) for method, length in reached.items() if length == planned[str(method)]]
     longest = format_tokens(int(planned.max())) + " tokens" if planned.nunique() == 1 else "their longest length"
     furthest = measured.sort_values("seq_len").groupby("method")["series"].last()
-    stops: dict[tuple[int, str], list[str]] = {}  # by the length after which, and why
+    stops: dict[str, dict[int, list[str]]] = {}  # by the reason, and the length after which
     for method in sorted(view["method"].unique(), key=lambda name: (-int(reached.get(name, 0)), name)):
         if method in complete:
             continue
@@ -73,14 +83,19 @@ def _reach(view: pd.DataFrame, measured: pd.DataFrame) -> str:
         first = rows.sort_values("seq_len", kind="stable").iloc[0]
         reason = _brief(first["reason"]).partition("; forecast")[0]
         why = status_of(first["status"]).words + (f", {reason}" if reason else "")
-        stops.setdefault((int(reached.get(method, 0)), why), []).append(str(method))
+        stops.setdefault(why, {}).setdefault(int(reached.get(method, 0)), []).append(str(method))
     if not stops:
         return f"Every method reaches {'the longest length, ' if planned.nunique() == 1 else ''}{longest}."
-    start = f"{_list(complete)} reach{'es' if len(complete) == 1 else ''}" if complete else "No method reaches"
-    texts = [f"{_list(names)} {f'after {format_tokens(length)}' if length else 'before the first length'} ({why})"
-             for (length, why), names in stops.items()]  # fmt: skip
-    more = f"; and {sum(map(len, list(stops.values())[4:]))} more" if len(texts) > 4 else ""
-    return f"{start} {longest}; measurements stop for {'; for '.join(texts[:4])}{more}."
+    start = f"{_names(complete)} reach{'es' if len(complete) == 1 else ''}" if complete else "No method reaches"
+    texts = [f"for {_list([_stop(names, length) for length, names in found.items()])} ({why})"
+             for why, found in stops.items()]  # fmt: skip
+    rest = sum(len(names) for found in list(stops.values())[4:] for names in found.values())
+    return f"{start} {longest}; measurements end {'; '.join(texts[:4])}{f'; and for {rest} more' if rest else ''}."
+
+
+def _stop(names: list[str], length: int) -> str:
+    who = _list(names) if len(names) < 4 else f"{len(names)} methods"
+    return f"{who} {f'after {format_tokens(length)}' if length else 'before the first length'}"
 
 
 def _growth(view: pd.DataFrame, measured: pd.DataFrame) -> str:
@@ -96,16 +111,15 @@ def _growth(view: pd.DataFrame, measured: pd.DataFrame) -> str:
             gaps.append((abs(seen.value - said.value), series, seen.value, said.value, lengths[0], lengths[-1]))
     if not gaps:
         return ""
-    gap, series, seen_slope, said_slope, first, last = max(gaps)
-    if gap <= CLOSE and len(gaps) > 1:
-        return (f"Measured time grows as the formulas say for all {len(gaps)} methods that can be compared: "
-                f"the largest difference of slopes is {gap:.2f} ({series}).")  # fmt: skip
-    close = sum(other[0] <= CLOSE for other in gaps)
-    start = f"Measured time grows as the formula says (slopes within {CLOSE}) for {close} of {len(gaps)} methods; "
+    _, series, seen_slope, said_slope, first, last = max(gaps)
     span = f"between {format_tokens(first)} and {format_tokens(last)}"
-    return (f"{start if len(gaps) > 1 else ''}{'the largest gap is' if len(gaps) > 1 else 'Measured time of'} {series}"
-            f"{', whose time' if len(gaps) > 1 else ''} grows with slope {seen_slope:.2f} {span} "
-            f"where its formula says {said_slope:.2f}.")  # fmt: skip
+    numbers = f"time grows like length to the power {seen_slope:.2f} {span}, its formula says {said_slope:.2f}"
+    if len(gaps) == 1:
+        return f"{series}'s {numbers}."
+    close = sum(other[0] <= CLOSE for other in gaps)
+    who = f"all {len(gaps)}" if close == len(gaps) else f"{close} of {len(gaps)}"
+    return (f"Measured time grows as the formula says for {who} methods (exponents within {CLOSE}); "
+            f"the largest gap is {series}, whose {numbers}.")  # fmt: skip
 
 
 def counts(frame: pd.DataFrame) -> Mapping[str, int]:
@@ -125,7 +139,10 @@ def _brief(reason: str) -> str:
     return line if len(line) <= 90 else line[:88].rstrip() + " \u2026"
 
 
+def _names(names: list[str]) -> str:
+    """All of a few names, or the first of many."""
+    return f"{', '.join(names[:4])} and {len(names) - 4} more methods" if len(names) > 5 else _list(names)
+
+
 def _list(names: list[str]) -> str:
-    if len(names) > 5:
-        return f"{', '.join(names[:4])} and {len(names) - 4} more methods"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -10,13 +10,13 @@ from typing import Any
 
 from ctxbench.analysis.forecast import disturbed, latency
 from ctxbench.analysis.frame import SKETCH
+from ctxbench.analysis.quickest import quickest
 from ctxbench.errors import unknown
 from ctxbench.rows import Row
 from ctxbench.units import format_tokens
 
 SHARED = ("mode", "device", "dtype", "batch_size", "d_model", "num_heads", "d_ff", "threads")
 OWN = ("num_layers", "causal", "position")  # a method may prefer its own; compared only where a run sweeps them
-GOOD = 1.1  # times a time that is worse by more than what one process says
 
 
 @dataclass(frozen=True)
@@ -53,31 +53,14 @@ def curves(rows: Iterable[Row]) -> list[Curve]:
 
 
 def best(found: Iterable[Curve]) -> list[Curve]:
-    """Of each method, memory size and setting the impl that stands for it.
+    """Of each method, memory size and setting the impl that stands for it, see :func:`ctxbench.analysis.quickest`.
 
-    An impl that reaches further wins, unless one that reaches at least half as far is faster by more than 10 % where
-    both were measured last: a run has time for one impl of each method at its longest lengths, not always for the
-    fastest. Of equal reach the faster one wins. Rows that ran beside other work decide nothing where there are others.
+    Rows that ran beside other work decide nothing where there are others.
     """
     groups: dict[Any, list[Curve]] = defaultdict(list)
     for curve in found:
         groups[curve.method, curve.memory, curve.params, tuple(curve.setting.items())].append(curve)
-    return [_best(sorted(group, key=_reach, reverse=True)) for group in groups.values()]
-
-
-def _best(group: list[Curve]) -> Curve:
-    chosen = group[0]
-    for curve in group[1:]:
-        if 2 * _reach(curve)[0] >= _reach(group[0])[0] and _faster(curve, chosen):
-            chosen = curve
-    return chosen
-
-
-def _faster(curve: Curve, other: Curve) -> bool:
-    """Whether a curve is faster by more than 10 % at the longest length of both."""
-    mine, theirs = ({row.seq_len: latency(row) for row in _quiet(each)} for each in (curve, other))
-    both = mine.keys() & theirs.keys()
-    return bool(both) and GOOD * mine[max(both)] < theirs[max(both)]
+    return [group[quickest({index: _times(curve) for index, curve in enumerate(group)})] for group in groups.values()]
 
 
 def choose(found: list[Curve], name: str) -> list[Curve]:
@@ -94,13 +77,9 @@ def choose(found: list[Curve], name: str) -> list[Curve]:
     return own if impl else best(own)
 
 
-def _reach(curve: Curve) -> tuple[int, float]:
-    longest = _quiet(curve)[-1]
-    return longest.seq_len, -latency(longest)
-
-
-def _quiet(curve: Curve) -> list[Row]:
-    return [row for row in curve.rows if not disturbed(row)] or list(curve.rows)
+def _times(curve: Curve) -> dict[int, float]:
+    quiet = [row for row in curve.rows if not disturbed(row)] or list(curve.rows)
+    return {row.seq_len: latency(row) for row in quiet}
 
 
 def _swept(rows: list[Row]) -> list[str]:

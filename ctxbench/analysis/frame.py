@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ctxbench.analysis.printable import printable
+from ctxbench.analysis.quickest import quickest
 from ctxbench.analysis.runs import Run
 from ctxbench.rows import Row
 from ctxbench.units import format_tokens
@@ -148,20 +149,23 @@ def views(frame: pd.DataFrame, across_memory: bool = False) -> list[View]:
 
 
 def fastest(view: pd.DataFrame) -> dict[str, str]:
-    """The series of each method that is fastest at the method's longest measured length; else the first one.
+    """The series that stands for each method, the quickest of its impls; see :func:`ctxbench.analysis.quickest`.
 
-    A literal sketch with declared defects computes something else: it counts only where there is nothing but it.
+    A literal sketch with declared defects computes something else: it counts only where there is nothing but it. Of a
+    method without a measurement it is the first series.
     """
+    sketched, right = dict[str, dict[str, dict[int, float]]](), dict[str, dict[str, dict[int, float]]]()
+    columns = ["method", "impl", "series", "seq_len", "status", "latency_s"]
+    for method, impl, series, length, status, seconds in view[columns].itertuples(index=False, name=None):
+        group = sketched if impl == SKETCH else right
+        times = group.setdefault(method, {}).setdefault(series, {})
+        if status in MEASURED and seconds > 0:
+            times[length] = min(seconds, times.get(length, seconds))
     chosen = {}
-    for method, every in view.groupby("method", sort=True):
-        right = every[every["impl"] != SKETCH]
-        rows = right if len(right) else every
-        measured = rows[rows["status"].isin(MEASURED) & rows["latency_s"].notna()]
-        if measured.empty:
-            chosen[str(method)] = str(rows["series"].iloc[0])
-            continue
-        longest = measured[measured["seq_len"] == measured["seq_len"].max()]
-        chosen[str(method)] = str(longest.loc[longest["latency_s"].idxmin(), "series"])
+    for method in sorted({*right, *sketched}):
+        known = right.get(method) or sketched[method]
+        measured = {series: times for series, times in known.items() if times}
+        chosen[method] = quickest(measured) if measured else next(iter(known))
     return chosen
 
 

@@ -44,6 +44,13 @@ const paint = ({ data, layout }) => {
   const hoverlabel = { ...layout.hoverlabel, bgcolor: color("--panel"), bordercolor: color("--line"), font: { ...layout.hoverlabel.font, color: color("--ink") } };
   return [data.map(ink).map(mark), { ...layout, ...axes, hoverlabel, font: { ...layout.font, color: color("--muted") } }];
 };
+// Ticks of a length that would touch each other: every second one, the longest length always.
+const thin = (layout, plot) => {
+  const { xaxis } = layout, room = (plot.clientWidth - 70) / (xaxis?.tickvals?.length ?? 1);
+  if (!xaxis?.tickvals || !plot.clientWidth || room >= 30) return layout;
+  const kept = (_, i, all) => (all.length - 1 - i) % 2 === 0;
+  return { ...layout, xaxis: { ...xaxis, tickvals: xaxis.tickvals.filter(kept), ticktext: xaxis.ticktext.filter(kept) } };
+};
 // A chart with a name a row: on a narrow screen the names stand above their rows instead of beside them.
 const rowed = (spec, plot) => {
   const rows = spec.layout.meta?.rows, narrow = plot.clientWidth < 520, { yaxis } = spec.layout;
@@ -55,7 +62,8 @@ const rowed = (spec, plot) => {
 };
 const draw = (plot) => {
   const spec = rowed(figures[keyOf(plot)] || { data: [], layout: {} }, plot);
-  Plotly.react(plot, ...paint(spec.layout.meta?.unit ? overview(spec, plot) : linked(spec)), config);
+  const { data, layout } = spec.layout.meta?.unit ? overview(spec, plot) : linked(spec);
+  Plotly.react(plot, ...paint({ data, layout: thin(layout, plot) }), config);
   plot.dataset.drawn = "";
 };
 const repaint = (wanted = () => true) => { if (window.Plotly) $$(".plot[data-drawn]").filter(wanted).forEach(draw); };
@@ -77,8 +85,8 @@ async function drawCharts() {
   }, { rootMargin: "400px" });
   $$(".plot").forEach((plot) => near.observe(plot));
   const anew = (plot) => { Plotly.purge(plot); draw(plot); }; // in the size that its place has now
-  addEventListener("beforeprint", () => { startTable(); Object.assign(root.dataset, { theme: "light", printing: "" }); $$(".plot").forEach(anew); });
-  addEventListener("afterprint", () => { delete root.dataset.printing; setTheme(theme); $$(".plot").forEach(anew); });
+  addEventListener("beforeprint", () => { startTable(); $$("details.folded, details.legends").forEach((node) => { node.dataset.was = node.open; node.open = true; }); Object.assign(root.dataset, { theme: "light", printing: "" }); $$(".plot").forEach(anew); });
+  addEventListener("afterprint", () => { delete root.dataset.printing; $$("details.folded, details.legends").forEach((node) => { node.open = node.dataset.was === "true"; }); setTheme(theme); $$(".plot[data-drawn]").filter((plot) => plot.clientWidth).forEach(anew); });
   $$("[data-save]").forEach((button) => button.addEventListener("click", () => {
     const plot = $(".plot", button.closest("figure"));
     Plotly.downloadImage(plot, { format: button.dataset.save, filename: keyOf(plot), scale: button.dataset.save === "png" ? 2 : 1 });

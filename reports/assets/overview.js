@@ -6,6 +6,13 @@ $$("[data-methods]").forEach((list) => {
   items.forEach((item) => $$("[data-untimed]", item).forEach((chip) => chip.remove()));
   list.append(...items.filter((item) => $(".chip", item)));
 });
+$("#untimed")?.addEventListener("click", ({ target }) => {
+  const all = $("#overview .legend").toggleAttribute("data-all");
+  target.setAttribute("aria-pressed", all);
+});
+const phone = matchMedia("(max-width: 40rem)"), foldLegends = () => $$("details.legends").forEach((legend) => { legend.open = !phone.matches; });
+phone.addEventListener("change", foldLegends);
+foldLegends();
 const preset = JSON.parse($("#views").textContent), chips = $$(".chip");
 const methodOf = new Map(chips.map((chip) => [chip.dataset.series, $(".name", chip.closest("li")).textContent]));
 if (!("view" in state)) declare("view", "0"); // a single view has no control
@@ -31,19 +38,31 @@ const recall = () => {
   noteShown();
 };
 
+// The strip above a chart: the symbols of the missing points that are shown, a few side by side at every length.
+const stacked = (spec, log) => {
+  const { abreast, step, lengths } = spec.layout.meta, end = Math.max(...lengths), counts = new Map(), taken = new Map();
+  const shownOnes = spec.data.filter(({ meta }) => meta.role === "missing" && shown.has(meta.series));
+  shownOnes.forEach(({ x }) => x.forEach((length) => counts.set(length, (counts.get(length) ?? 0) + 1)));
+  const place = (length) => {
+    const n = taken.get(length) ?? 0, columns = Math.min(abreast, counts.get(length)), shift = (n % columns) - (columns - 1) / 2;
+    taken.set(length, n + 1);
+    return [log ? length * 2 ** (step * shift) : length + 0.025 * end * shift, Math.floor(n / columns)];
+  };
+  return { places: new Map(shownOnes.map((trace) => [trace, trace.x.map(place)])), rows: Math.ceil(Math.max(0, ...counts.values()) / abreast) };
+};
+
 // One chart over the length in the present state: which series, which unit, which scale.
 // On a phone the strip of missing points makes the chart taller instead of its curves lower.
-const phone = matchMedia("(max-width: 40rem)");
 const overview = (spec, plot) => {
   const { unit, lengths } = spec.layout.meta, relative = state.value.startsWith("/"), log = state.scale === "log";
   const base = relative ? spec.data.find((t) => t.meta.series === state.value.slice(1) && t.meta.role === "measured") : null;
   const factor = (x) => (!relative ? (state.value === "token" ? 1 / x : 1) : 1 / (base?.y[base.x.indexOf(x)] ?? NaN));
   const scaled = (values, xs) => values.map((value, i) => (value === null || Number.isNaN(factor(xs[i])) ? null : value * factor(xs[i])));
-  const used = relative ? "x" : unit, seen = [];
-  let lane = 0, lost = 0;
+  const used = relative ? "x" : unit, seen = [], { places, rows } = stacked(spec, log);
+  let lost = 0;
   const data = spec.data.map((trace) => {
     const copy = { ...trace, visible: shown.has(trace.meta.series) };
-    if (trace.meta.role === "missing") return { ...copy, marker: { ...trace.marker, size: phone.matches ? 5 : 6 }, y: trace.y.map(() => (copy.visible ? lane : 0)), lanes: copy.visible ? (lane += 1) : 0 };
+    if (trace.meta.role === "missing") return { ...copy, x: (places.get(trace) ?? []).map(([x]) => x), y: (places.get(trace) ?? []).map(([, y]) => y) };
     copy.y = scaled(trace.y, trace.x);
     if (copy.visible) { seen.push(...copy.y.filter((y) => y > 0)); lost += trace.y.filter((y, i) => y !== null && copy.y[i] === null).length; }
     if (trace.error_y && copy.visible) seen.push(...copy.y.flatMap((y, i) => (y === null ? [] : [y + factor(trace.x[i]) * trace.error_y.array[i], y - factor(trace.x[i]) * trace.error_y.arrayminus[i]])).filter((y) => y > 0));
@@ -53,14 +72,14 @@ const overview = (spec, plot) => {
     return copy;
   });
   const [low, high] = seen.length ? [Math.min(...seen), Math.max(...seen)] : [1, 10], room = (high / low) ** 0.06 * 1.15;
-  const span = log ? [low / room, high * room] : [0, high * 1.06], strip = phone.matches ? (7 * lane + 8) / (7 * lane + 242) : Math.min(0.33, 0.025 * lane + 0.02), top = lane ? 1 - strip : 1;
-  if (plot) plot.style.height = phone.matches && lane ? `calc(18rem + ${7 * lane}px)` : "";
+  const span = log ? [low / room, high * room] : [0, high * 1.06], strip = phone.matches ? (9 * rows + 8) / (9 * rows + 242) : 0.03 * rows + 0.02, top = rows ? 1 - strip : 1;
+  if (plot) plot.style.height = phone.matches && rows ? `calc(18rem + ${9 * rows}px)` : "";
   const values = ticks(...span, used, log), xs = spec.layout.xaxis.tickvals, end = Math.max(...lengths);
   const far = xs.filter((x) => log || x >= end / 9);
   const layout = { ...spec.layout,
     xaxis: { ...spec.layout.xaxis, type: state.scale, range: log ? spec.layout.xaxis.range : [-0.03 * end, 1.05 * end], tickvals: far, ticktext: far.map((x) => spec.layout.xaxis.ticktext[xs.indexOf(x)]) },
     yaxis: { ...spec.layout.yaxis, type: state.scale, range: log ? span.map(Math.log10) : span, domain: [0, top], tickvals: values, ticktext: values.map((value) => label(value, used)) },
-    yaxis2: { ...spec.layout.yaxis2, domain: [Math.min(top + 0.02, 0.99), 1], range: [lane - 0.5, -0.5] } };
+    yaxis2: { ...spec.layout.yaxis2, domain: [Math.min(top + 0.02, 0.99), 1], range: [rows - 0.5, -0.5] } };
   return { data, layout, lost };
 };
 

@@ -58,7 +58,7 @@ def interactive(table: pd.DataFrame, style: Style) -> dict[str, Any]:
                        title={"text": LENGTH, "standoff": 6}, **ticks(*texts)),
             yaxis=axis(type="log", domain=[0.48, 1], range=scales.log_range(values),
                        **ticks(*scales.log_ticks(values, "s", most=5))),
-            yaxis2=axis(domain=[0.27, 0.4], range=residual_range(table), ticksuffix=" %", nticks=3),
+            yaxis2=axis(domain=[0.27, 0.4], range=residual_range(table), **ticks(*residual_ticks(table))),
             yaxis3=axis(domain=[0, 0.21], range=slope_range(table), nticks=4),
         ),
     }  # fmt: skip
@@ -75,6 +75,13 @@ def residual_range(table: pd.DataFrame) -> list[float]:
     largest = 100 * table["residual"].abs().max()
     edge = 1.2 * max(10.0, 0.0 if math.isnan(largest) else largest)
     return [-edge, edge]
+
+
+def residual_ticks(table: pd.DataFrame) -> tuple[list[float], list[str]]:
+    """Zero, and a round number on both sides of it."""
+    edge = residual_range(table)[1]
+    step = max(digit * 10**power for power in range(1, 7) for digit in (1, 2, 5) if digit * 10**power <= edge)
+    return [-step, 0.0, step], [f"\u2212{step} %", "0 %", f"{step} %"]
 
 
 def slope_range(table: pd.DataFrame) -> list[float]:

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from ctxbench.analysis.frame import records
 from ctxbench.reports.figures import canvas, scales
 from ctxbench.reports.figures.plotly_json import axis, hover, layout, ticks
-from ctxbench.reports.figures.points import Metric, lanes, points
+from ctxbench.reports.figures.points import ABREAST, Metric, points, stacks
 from ctxbench.reports.palette import MPL_DASHES, MPL_MARKERS, Style, status_of
 
 LENGTH = "sequence length (tokens)"
-LANE = 0.032  # share of the chart's height that one row of the strip takes
+ROW = 0.035  # share of the chart's height that one row of the strip takes
+STEP = 0.22  # octaves between symbols side by side
 
 
 def data(frame: pd.DataFrame, metric: Metric) -> pd.DataFrame:
@@ -30,29 +31,30 @@ def interactive(
     """Plotly JSON; ``shown`` names the series that are visible at first, ``meta`` of a trace says what it is."""
     if table.empty:
         return {"data": [], "layout": layout()}
-    rows = lanes(table)
+    places = stacks(table)
     traces = []
     lengths = sorted(int(length) for length in table["seq_len"].unique())
     for series, mine in table.groupby("series", sort=True):
         style = styles[str(series)]
         visible = shown is None or series in shown
-        for trace in (_measured(mine, lengths, style), _forecast(mine, style), _missing(mine, style, rows)):
+        for trace in (_measured(mine, lengths, style), _forecast(mine, style), _missing(mine, style, places)):
             if trace:
                 trace |= {"name": hover(str(series)), "visible": visible, "hovertemplate": "%{text}<extra></extra>"}
                 trace["meta"] |= {"series": str(series)}
                 traces.append(trace)
     values = table["value"].dropna()
-    top = 1 - min(0.4, LANE * len(rows) + 0.02) if rows else 1.0
+    rows = 1 + max((row for _, row in places.values()), default=-1)
+    top = 1 - ROW * rows - 0.02 if rows else 1.0
     positions, texts = scales.token_ticks(lengths, most=8)
     return {
         "data": traces,
         "layout": layout(
-            meta={"unit": metric.unit, "lengths": lengths},
+            meta={"unit": metric.unit, "lengths": lengths, "abreast": ABREAST, "step": STEP},
             xaxis=axis(type="log", range=scales.log_range(lengths), title={"text": LENGTH, "standoff": 6},
                        **ticks(positions, texts)),
             yaxis=axis(type="log", range=scales.log_range([*values, *table["low"].dropna(), *table["high"].dropna()]),
                        domain=[0, top], **ticks(*scales.log_ticks(values, metric.unit))),
-            yaxis2=axis(domain=[min(top + 0.02, 0.99), 1], range=[len(rows) - 0.5, -0.5], showgrid=False,
+            yaxis2=axis(domain=[min(top + 0.02, 0.99), 1], range=[rows - 0.5, -0.5], showgrid=False,
                         showticklabels=False, fixedrange=True),
         ),
     }  # fmt: skip
@@ -111,7 +113,7 @@ def _forecast(mine: pd.DataFrame, style: Style) -> dict[str, Any]:
     }
 
 
-def _missing(mine: pd.DataFrame, style: Style, rows: Mapping[str, int]) -> dict[str, Any]:
+def _missing(mine: pd.DataFrame, style: Style, places: Mapping[tuple[str, int], tuple[float, int]]) -> dict[str, Any]:
     missing = mine[mine["kind"] == "missing"]
     if missing.empty:
         return {}
@@ -119,13 +121,16 @@ def _missing(mine: pd.DataFrame, style: Style, rows: Mapping[str, int]) -> dict[
         "type": "scatter",
         "mode": "markers",
         "x": [int(length) for length in missing["seq_len"]],
-        "y": [rows[series] for series in missing["series"]],
+        "y": [
+            places[str(series), int(length)][1]
+            for series, length in missing[["series", "seq_len"]].itertuples(index=False)
+        ],
         "yaxis": "y2",
         "text": [hover(text) for text in missing["hover"]],
         "marker": {
             "color": style.color,
             "symbol": [status_of(status).symbol for status in missing["status"]],
-            "size": 8,
+            "size": 6,
             "line": {"color": style.color, "width": 1.5},
         },
         "cliponaxis": False,
@@ -162,19 +167,21 @@ def static(
     with canvas.style():
         if shown is not None:
             table = table[table["series"].isin(shown)]
-        rows = lanes(table)
+        places = stacks(table)
+        rows = 1 + max((row for _, row in places.values()), default=-1)
         chart = canvas.figure(6.4 if legend else 4.4, 3.6)
-        ratios = [max(0.16, min(0.6, 0.055 * len(rows))), 1] if rows else [0.02, 1]
+        ratios = [max(0.1, 0.045 * rows), 1] if rows else [0.02, 1]
         strip, axes = chart.subplots(2, 1, sharex=True, height_ratios=ratios)
         strip.axis("off")
-        strip.set_ylim(len(rows) - 0.4, -0.6)
+        strip.set_ylim(rows - 0.4, -0.6)
         for series, mine in table.groupby("series", sort=True):
             style = styles[str(series)]
             _draw_series(axes, mine, str(series), style)
             for point in records(mine[mine["kind"] == "missing"]):
                 marker = status_of(point["status"]).marker
-                strip.plot(point["seq_len"], rows[point["series"]], marker=marker, color=style.color,
-                           markerfacecolor="none", markersize=4.5, clip_on=False)  # fmt: skip
+                shift, row = places[str(series), int(point["seq_len"])]
+                strip.plot(point["seq_len"] * 2 ** (STEP * shift), row, marker=marker, color=style.color,
+                           markerfacecolor="none", markersize=4.0, clip_on=False)  # fmt: skip
         lengths = [int(length) for length in table["seq_len"].unique()] or [1]
         canvas.bare_log(axes, "x", *scales.token_ticks(lengths, most=8))
         canvas.bare_log(axes, "y", *scales.log_ticks(table["value"].dropna(), metric.unit))

@@ -43,7 +43,7 @@ def layout(**changes: Any) -> dict[str, Any]:
 def axis(**changes: Any) -> dict[str, Any]:
     """An axis with a faint grid and nothing else."""
     return {"zeroline": False, "showline": False, "gridcolor": GRID, "gridwidth": 1, "automargin": True,
-            "ticks": "", "fixedrange": False, **changes}  # fmt: skip
+            "ticks": "", "tickangle": 0, "fixedrange": False, **changes}  # fmt: skip
 
 
 def ticks(positions: list[Any], texts: list[str]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ FLOPS = Metric(
     "flops", "FLOPs", "executed per call", "FLOP", ("flops_counted",),
     ("flops_formula", "flops_algorithmic"), exact=True,
 )  # fmt: skip
+ABREAST = 3  # symbols side by side in the strip
 METRICS = (LATENCY, MEMORY, FLOPS)
 SOURCES = {
     "peak_allocated": "allocator", "peak_resident": "resident set", "peak_traced": "traced", "peak_formula": "formula",
@@ -76,10 +77,18 @@ def points(frame: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     return pd.DataFrame(found, columns=COLUMNS).astype({"value": float, "low": float, "high": float})
 
 
-def lanes(table: pd.DataFrame) -> dict[str, int]:
-    """A row of the strip above a chart for every series with a missing point, the first on top."""
+def stacks(table: pd.DataFrame) -> dict[tuple[str, int], tuple[float, int]]:
+    """Where the strip above a chart has the symbol of a missing point, by series and length: ``(shift, row)``.
+
+    At every length the symbols stand in a block, :data:`ABREAST` in a row; ``shift`` is in columns from its middle.
+    """
+    places: dict[tuple[str, int], tuple[float, int]] = {}
     missing = table[table["kind"] == "missing"]
-    return {series: index for index, series in enumerate(dict.fromkeys(missing["series"]))}
+    for length, here in missing.groupby("seq_len", sort=False):
+        columns = min(ABREAST, here["series"].nunique())
+        for index, series in enumerate(dict.fromkeys(here["series"])):
+            places[str(series), int(length)] = (index % columns - (columns - 1) / 2, index // columns)
+    return places
 
 
 def _first(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, float | None]:

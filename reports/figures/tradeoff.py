@@ -76,8 +76,8 @@ def interactive(table: pd.DataFrame, styles: Mapping[str, Style], shown: set[str
         "data": traces,
         "layout": layout(
             annotations=nothing or [
-                note(time, peak, hover(_short(label)), xshift=8, yshift=13) | {"name": series}
-                for series, label, time, peak in named(table)
+                note(time, peak, hover(_short(label)), **_beside(index, time, times)) | {"name": series}
+                for index, (series, label, time, peak) in enumerate(named(table))
             ],
             xaxis=axis(type="log", range=scales.log_range(times, 0.1), title={"text": TIME, "standoff": 6},
                        **ticks(*scales.log_ticks(times, "s"))),
@@ -93,7 +93,14 @@ def named(table: pd.DataFrame) -> list[tuple[str, str, float, float]]:
     return [(str(s), str(label), float(t), float(p)) for s, label, t, p in on[columns].itertuples(index=False)]
 
 
+def _beside(index: int, time: float, times: Sequence[float]) -> dict[str, Any]:
+    """Neighbours on the front have their names above and below in turn, and towards the middle of the chart."""
+    right = time**2 > min(times) * max(times)
+    return {"yshift": -13 if index % 2 else 13, "xshift": -8 if right else 8, "xanchor": "right" if right else "left"}
+
+
 def _short(label: str) -> str:
+    label = label.replace(" (memory ", " (")
     return label if len(label) <= 34 else label[:32].rstrip() + " \u2026"
 
 
@@ -114,9 +121,11 @@ def static(
                 axes.plot(some["latency_s"], some["peak_bytes"], linestyle="none", marker=MPL_MARKERS[style.marker],
                           color=style.color, markerfacecolor=face, markersize=6,
                           label=str(series) if on_front == (mine["verdict"] == FRONT).any() else "_")  # fmt: skip
-        for _, label, time, peak in named(table):
-            axes.annotate(_short(label), (time, peak), xytext=(5, 5), textcoords="offset points", fontsize=8)
         times, peaks = [*table["latency_s"]] or [1.0], [*table["peak_bytes"]] or [1.0]
+        for index, (_, label, time, peak) in enumerate(named(table)):
+            place = _beside(index, time, times)
+            axes.annotate(_short(label), (time, peak), xytext=(0.6 * place["xshift"], 0.5 * place["yshift"]),
+                          textcoords="offset points", fontsize=8, ha=place["xanchor"], va="center")  # fmt: skip
         canvas.bare_log(axes, "x", *scales.log_ticks(times, "s"))
         canvas.bare_log(axes, "y", *scales.log_ticks(peaks, "B"))
         axes.set_xlim(*(10**edge for edge in scales.log_range(times, 0.1)))

@@ -25,11 +25,10 @@ def context(report: Report) -> dict[str, Any]:
     if not report.settings:
         return {"sentence": "No cell of this run was measured, so nothing can cross.", "setting": ""}
     setting = report.settings[0]
-    curves = best(setting.curves)
     found, names = crossings(report, setting)
     if not found:
         return {"sentence": "No two methods were measured at two common lengths, so nothing can cross.",
-                "winners": _winners(report, curves), "setting": setting.label}  # fmt: skip
+                "winners": _winners(report, setting.curves), "setting": setting.label}  # fmt: skip
     keys = baselines(found, names)
     charts = []
     for index, key in enumerate(keys):
@@ -46,7 +45,7 @@ def context(report: Report) -> dict[str, Any]:
         "setting": setting.label,
         "chart": charts[0],
         "baselines": [crossing.label(key) for key in keys],
-        "winners": _winners(report, curves),
+        "winners": _winners(report, setting.curves),
         "head": ("faster below", "faster above", "crossover", "90 % interval", "chance", "measured"),
         "lines": [_line(each) for each in crossed[:MOST]],
         "more": max(0, len(crossed) - MOST),
@@ -98,11 +97,15 @@ def _winners(report: Report, curves: list[Curve]) -> dict[str, Any]:
 
 
 def _winner(report: Report, curves: list[Curve], length: int) -> dict[str, Any]:
-    """The fastest of these curves at one length, and who cannot be told from it."""
-    here = sorted(
+    """The fastest method at one length, each by the impl that is its fastest there, and who cannot be told from it."""
+    every = sorted(
         ((curve, row) for curve in curves for row in curve.rows if row.seq_len == length),
         key=lambda pair: (disturbed(pair[1]), latency(pair[1])),
     )
+    fastest: dict[str, tuple[Curve, Row]] = {}
+    for pair in every:
+        fastest.setdefault(pair[0].method, pair)
+    here = list(fastest.values())
     if not here:
         return {"name": "", "title": "nothing was measured", "note": ""}
     (curve, row), *others = here
@@ -117,8 +120,8 @@ def _winner(report: Report, curves: list[Curve], length: int) -> dict[str, Any]:
         if ties
         else ahead
     )
-    return {"name": curve.method, "swatch": swatch(look), "color": look.color, "title": title, "note": note,
-            "time": scales.text(latency(row), "s")}  # fmt: skip
+    return {"name": curve.method, "impl": curve.impl, "swatch": swatch(look), "color": look.color, "title": title,
+            "note": note, "time": scales.text(latency(row), "s")}  # fmt: skip
 
 
 def _low(row: Row) -> float:

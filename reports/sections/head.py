@@ -26,11 +26,28 @@ def context(report: Report) -> dict[str, Any]:
 
 def _doubts(report: Report) -> list[str]:
     """What a reader must know before believing the numbers."""
-    status = report.frame["status"]
-    unstable, measured = int((status == "unstable").sum()), int(status.isin(MEASURED).sum())
-    if not unstable:
-        return []
-    return [f"{unstable} of {measured} measured cells did not reach the precision asked for; their intervals are wide."]
+    unstable = report.frame[report.frame["status"] == "unstable"]
+    measured = int(report.frame["status"].isin(MEASURED).sum())
+    notes = []
+    if len(unstable):
+        why = (
+            unstable["reason"]
+            .str.partition("\n")[0]
+            .str.replace("+-", "\u00b1")
+            .replace("", "no reason was kept")
+            .value_counts()
+        )
+        shown = "; ".join(f"{count}: {reason}" for reason, count in list(why.items())[:3])
+        more = f"; and {int(why.iloc[3:].sum())} for other reasons" if len(why) > 3 else ""
+        notes.append(
+            f"{len(unstable)} of {measured} measured cells did not reach the precision asked for ({shown}{more})."
+        )
+    layers = report.frame.groupby("method")["num_layers"].agg(lambda column: tuple(sorted(column.unique())))
+    usual = layers.mode().iloc[0]
+    other = [f"{method} has {' and '.join(map(str, own))}" for method, own in layers.items() if own != usual]
+    if other:
+        notes.append(f"Methods differ in depth: {', '.join(other)} layers, all others {' and '.join(map(str, usual))}.")
+    return notes
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

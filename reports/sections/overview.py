@@ -18,6 +18,7 @@ def context(report: Report) -> dict[str, Any]:
     """What ``overview.j2`` prints."""
     shown = report.shown(report.views[0])
     order = _by_memory(report.views)
+    entries = legend(report.frame, report.styles, report.looks, shown)
     present = [name for name in STATUSES if name in set(report.frame["status"])]
     return {
         "views": [
@@ -28,7 +29,8 @@ def context(report: Report) -> dict[str, Any]:
             }
             for index, view in enumerate(report.views)
         ],
-        "legend": legend(report.frame, report.styles, report.looks, shown),
+        "legend": entries,
+        "untimed": sum(not series["timed"] for entry in entries for series in entry["series"]),
         "impls": sorted(report.frame["impl"].unique()),
         "sizes": [_size(report.views[index]) for index in order],
         "order": order,

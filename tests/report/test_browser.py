@@ -295,6 +295,8 @@ def test_a_phone_has_room_for_curves_below_the_strip_and_short_legends(visit):
         assert min(shares) >= least
     page = visit("scaling", viewport={"width": 390, "height": 800})
     assert page.locator("#overview .chip:visible").count() > 5
+    assert page.locator("#roofline .legend .name:visible").count() == 0
+    page.locator("#roofline .legends summary").click()
     assert page.locator("#roofline .legend .name:visible").count() == 5
     assert page.locator("#roofline .chip:visible").count() == 0
 
@@ -345,11 +347,57 @@ def test_without_javascript_figures_and_tables_are_there(visit):
 
 def test_charts_far_below_are_drawn_when_they_come_near(visit):
     page = visit("scaling", viewport={"width": 1280, "height": 700})
-    last = page.locator("#model .plot").last
+    last = page.locator("#model .card > .chart .plot").last
     assert last.locator(".main-svg").count() == 0
     last.scroll_into_view_if_needed()
     last.locator(".main-svg").first.wait_for(state="attached")
-    assert page.evaluate("[...document.querySelectorAll('#model .plot')].pop().data.length") == 5
+    assert page.evaluate("[...document.querySelectorAll('#model .card > .chart .plot')].pop().data.length") == 5
+
+
+def test_an_impl_that_does_not_stand_for_its_method_is_folded_and_drawn_when_opened(visit):
+    page = visit("scaling")
+    fold = page.locator("#model .folded").first
+    assert "slope" in fold.locator("summary").first.text_content()
+    assert fold.locator(".plot .main-svg").count() == 0
+    fold.locator("summary").first.click()
+    fold.locator(".plot .main-svg").first.wait_for(state="visible")
+    assert "Slope over all lengths" in fold.text_content()
+
+
+def test_symbols_of_missing_points_stand_three_abreast_at_their_length(visit):
+    page = visit("scaling")
+    page.select_option("[name=impl]", "all")
+    for scale in ("log", "linear"):
+        page.select_option("[name=scale]", scale)
+        points = page.evaluate(
+            f"""document.querySelector('{OVERVIEW}').data.filter(t => t.meta.role === 'missing' && t.visible)
+                .flatMap(t => t.x.map((x, i) => [x, t.y[i], t.text[i]]))"""
+        )
+        at_end = [(x, y) for x, y, text in points if " at 128k tokens" in text]
+        assert len(set(at_end)) == len(at_end) == 9  # none covers another
+        assert {round(y) for _, y in at_end} == {0, 1, 2}
+        assert all(0.7 < x / (128 * 1024) < 1.3 for x, _ in at_end)
+
+
+def test_the_first_legend_shows_what_was_not_measured_when_asked(visit):
+    page = visit("scaling")
+    chip = page.locator('#overview .chip[data-series="longformer / triton"]')
+    assert chip.is_hidden()
+    page.locator("#untimed").click()
+    assert chip.is_visible()
+
+
+def test_lengths_stay_level_on_paper(visit):
+    page = visit("scaling")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    ticks = "[...document.querySelector('#overview .plot').querySelectorAll('.xtick text')]"
+    found = page.evaluate(
+        f"{ticks}"
+        ".map(node => ({ turn: node.getAttribute('transform') || '', box: node.getBoundingClientRect().toJSON() }))"
+    )
+    assert len(found) >= 4
+    assert all("rotate" not in tick["turn"] or "rotate(0" in tick["turn"] for tick in found)
+    assert all(one["box"]["right"] <= other["box"]["left"] for one, other in itertools.pairwise(found))
 
 
 def test_printing_uses_the_light_theme_and_draws_every_chart(visit):

@@ -16,7 +16,7 @@ LENGTHS = (KIB, 8 * KIB, 64 * KIB)
 
 
 def page(folder: Path) -> str:
-    return render(Report([read_run(folder)], Registry({}, []), "test"), static=True)
+    return render(Report([read_run(folder)], Registry({}, []), "test", static=True))
 
 
 def test_a_decoding_run_has_tables_of_time_state_and_peak(tmp_path) -> None:

@@ -52,7 +52,16 @@ def test_static_figures_stand_in_for_every_chart(report_file):
     figures = set(json.loads(unpacked(page, "figures-data")))
     assert set(charts) <= figures
     assert {figure.partition("-")[0] for figure in figures} == reached
-    assert len(re.findall(r"<noscript><svg", page)) == len(charts)
+    folded = page.count("<noscript>Drawn with JavaScript")  # impls that do not stand for their method
+    assert 0 < folded == page.count('<details class="folded"><summary><b><bdi>')
+    assert len(re.findall(r"<noscript><svg", page)) == len(charts) - folded
+
+
+def test_the_page_without_scripts_has_a_picture_in_place_of_every_chart(report_file, run_folder, tmp_path):
+    charts = re.findall(r'data-figure="([^"]+)"', report_file("scaling").read_text())
+    page = write([run_folder("scaling")], tmp_path / "static.html", static=True).read_text()
+    assert page.count('<svg role="img" aria-label=') >= len(charts)
+    assert "Drawn with JavaScript" not in page
 
 
 def test_the_embedded_rows_are_the_rows_of_the_run(report_file, run_folder):
@@ -81,10 +90,28 @@ def test_every_status_has_its_count_and_its_words(report_file):
 def test_the_sentences_say_what_the_data_say(run_folder):
     fastest, reach, growth = sentences(to_frame([read_run(run_folder("scaling"))]))
     assert fastest.startswith("At 32k tokens, the longest length that all 5 methods completed,")
-    assert "dense after 32k (timeout, not done after 120 s)" in reach
-    assert "memory_bank after 64k (killed" in reach
+    assert "Each method stands here with its fastest impl." in fastest
+    assert "for dense after 32k (timeout, not done after 120 s)" in reach
+    assert "for memory_bank after 64k (killed" in reach
     assert "longformer, pyramid and transformer_xl reach 128k tokens" in reach
-    assert "as the formulas say for all 5 methods" in growth
+    assert "as the formula says for all 5 methods" in growth
+
+
+def test_methods_that_stop_for_one_reason_are_counted_by_length(run_folder):
+    frame = to_frame([read_run(run_folder("scaling"))])
+    late = (frame["seq_len"] > 16 * 1024) | ((frame["method"] == "dense") & (frame["seq_len"] > 8 * 1024))
+    frame.loc[late, "status"], frame.loc[late, "reason"] = "skipped", "the budget of 10m00s is spent; forecast of 2 s"
+    _, reach, _ = sentences(frame)
+    assert reach == (
+        "No method reaches 128k tokens; measurements end for 4 methods after 16k and dense after 8k "
+        "(skipped, the budget of 10m00s is spent)."
+    )
+
+
+def test_a_method_of_another_depth_says_so_beside_its_time(run_folder):
+    frame = to_frame([read_run(run_folder("scaling"))])
+    frame.loc[frame["method"] == "dense", ["num_layers", "latency_s"]] = [3, 99.0]
+    assert "the slowest, dense / blocked with 3 layers," in sentences(frame)[0]
 
 
 def test_a_sketch_with_defects_never_counts_as_the_fastest(run_folder):
