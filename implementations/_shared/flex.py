@@ -251,11 +251,12 @@ def tabled(table: torch.Tensor, offset: int) -> Score:
     return score
 
 
-def biased(position: Position, offset: int, like: torch.Tensor) -> Score | None:
-    """What a position encoding adds to scores; constants and tables in at least float32."""
+def biased(position: Position, offset: int, like: torch.Tensor, heads: slice = slice(None)) -> Score | None:
+    """What a position encoding adds to scores of those ``heads``; constants and tables in at least float32."""
     if not isinstance(position, Bias):
         return None
     exact = torch.promote_types(like.dtype, torch.float32)
     if isinstance(position, AlibiBias):
-        return sloped(position.slopes.to(exact), offset)
-    return tabled(position.bias(torch.arange(-FARTHEST, FARTHEST + 1, device=like.device), exact), offset)
+        return sloped(position.slopes[heads].to(exact), offset)
+    table = position.bias(torch.arange(-FARTHEST, FARTHEST + 1, device=like.device), exact)
+    return tabled(table[heads], offset)

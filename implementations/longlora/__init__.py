@@ -6,6 +6,7 @@ from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE, NATIVE
 from ctxbench.implementations.longlora.params import LongLoRAParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
+POSITIONS = ("none", *ROPE, "t5", "alibi")
 DENSE = "shifted groups are for training; inference is dense attention with the same weights, see the method dense"
 
 METHOD = Method(
@@ -25,10 +26,11 @@ METHOD = Method(
     modes=("forward", "train"),
     without={"stream": DENSE, "decode": DENSE},
     causal=(True, False),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("transformer_xl", "t5", "alibi"), "made for models with RoPE; a term by distance is not built for it"
-    ),
+    positions=POSITIONS,
+    without_positions={
+        "transformer_xl": "its term is a part of its layer, with weights and a product a pair of its own; dense and "
+        "transformer_xl have it",
+    },
     support=f"{__name__}.params:support",
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="rolls, as the pseudo-code; keeps scores of groups"),
@@ -46,6 +48,7 @@ METHOD = Method(
             f"{__name__}.flex:attend",
             f"{__name__}.params:flex_support",
             "PyTorch's FlexAttention, compiled, with block lists in closed form; nothing is rolled",
+            positions=POSITIONS,
         ),
     ),
     picks=(NATIVE, NATIVE_TRAINED, *KERNELS),

@@ -14,6 +14,7 @@ from ctxbench.implementations._shared.forms import (
     block_parameters,
     core_backward,
     kernels,
+    position_parameters,
     rotated,
     slab_pairs,
 )
@@ -34,20 +35,21 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongLoRAPara
     if impl == "reference":  # whole squares of whole groups
         square = group**2 * ceiling(T / group)
         flops["attention"] = L * _over_heads(square, square)
-    if impl == "flex":
+    biased = position in ("t5", "alibi")
+    if impl == "flex" or (impl == "blocked" and biased):  # tiles and slabs have the same rows
         plain, shifted = triangles(0, group, slab_pairs), _shifted(group, params.wrap, slab_pairs)
         flops["attention"] = L * _over_heads(plain, shifted)
     if mode == "train":
-        core = core_backward(impl)
+        core = core_backward(impl, position)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
-    most = None if impl == "flex" else peak(kernels(impl), mode, group)
+    most = None if impl == "flex" or biased else peak(kernels(impl), mode, group)
     if most is not None and position in ROPE:
         most = rotated(most, mode)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=block_parameters(4 * linear_parameters(d, d)),
+        num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
         peak_bytes=most,
         depth=L,
     )

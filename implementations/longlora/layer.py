@@ -17,7 +17,7 @@ from ctxbench.method import Dims, Output, load
 
 
 class ShiftedAttention(nn.Module):
-    """Projections around ``operator(q, k, v, group, wrap) -> [B, H, T, D]``; there is no state."""
+    """Projections around ``operator(q, k, v, group, wrap, position) -> [B, H, T, D]``; there is no state."""
 
     def __init__(self, dims: Dims, params: LongLoRAParams, operator: Any, position: Position):
         super().__init__()
@@ -28,7 +28,7 @@ class ShiftedAttention(nn.Module):
     def forward(self, x: torch.Tensor, state: None = None) -> Output:
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         q, k = (self.position.rotate(part, 0) for part in (q, k))  # true positions, before any shift
-        mixed = self.operator(q, k, v, group_size(x.shape[1], self.params), self.params.wrap)
+        mixed = self.operator(q, k, v, group_size(x.shape[1], self.params), self.params.wrap, self.position)
         del q, k, v
         return Output(self.o(merge_heads(mixed)))
 

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import torch
 
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations._shared.ranges import attend as attend_ranges
 
 OWN = Line(base=1)  # one past the query's own key
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int, wrap: bool) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int, wrap: bool, position: Position
+) -> torch.Tensor:  # fmt: skip
     """``q, k, v: [B, H, T, D]``, result of that shape; ``group`` is even. The second half of the heads is shifted."""
     heads, T, half = q.shape[1], q.shape[2], group // 2
     plain = heads - heads // 2
-    own = slice(plain)
-    mixed = attend_ranges(q[:, own], [Range(k[:, own], v[:, own], Line(group, group), OWN)])[0]
+    own, bias = slice(plain), position.compact()
+    of_own, of_others = (None, None) if bias is None else (bias[:plain], bias[plain:])
+    mixed = attend_ranges(q[:, own], [Range(k[:, own], v[:, own], Line(group, group), OWN, start=0)], bias=of_own)[0]
     if plain == heads:
         return mixed
     query, key, value = (x[:, plain:] for x in (q, k, v))
-    ranges = [Range(key, value, Line(group, group, shift=half, base=-half), OWN)]
+    ranges = [Range(key, value, Line(group, group, shift=half, base=-half), OWN, start=0)]
     begin = -(-T // group) * group - half  # of the group that the circle closes
     if wrap and begin < T:
         # All of it before the first boundary, none of it from there on.
-        ranges.append(Range(key[:, :, begin:], value[:, :, begin:], Line(group, T - begin, shift=half)))
-    shifted = attend_ranges(query, ranges)[0]
+        low = Line(group, T - begin, shift=half)
+        ranges.append(Range(key[:, :, begin:], value[:, :, begin:], low, start=begin))
+    shifted = attend_ranges(query, ranges, bias=of_others)[0]
     return torch.cat((mixed.transpose(1, 2), shifted.transpose(1, 2)), dim=2).transpose(1, 2)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.longlora import blocked, reference
 from ctxbench.implementations.longlora import triton as native
 from ctxbench.suites.benchmarks.ratios import Comparison
 
-HEADS, WIDTH = 4, 64
+HEADS, WIDTH, PLAIN = 4, 64, Position()
 IMPLS = {"reference": reference.attend, "blocked": blocked.attend, "native": native.attend}
 
 
@@ -41,10 +42,10 @@ def comparisons() -> list[Comparison]:
         q, k, v = operands(tokens)
         candidates = {
             "plain SDPA": functools.partial(scaled_dot_product_attention, q, k, v, is_causal=True),
-            "longlora/reference": functools.partial(reference.attend, q, k, v, group, False),
+            "longlora/reference": functools.partial(reference.attend, q, k, v, group, False, PLAIN),
             "roll and SDPA": functools.partial(rolled, q, k, v, group),
-            "longlora/blocked": functools.partial(blocked.attend, q, k, v, group, False),
-            "longlora/native": functools.partial(native.attend, q, k, v, group, False),
+            "longlora/blocked": functools.partial(blocked.attend, q, k, v, group, False, PLAIN),
+            "longlora/native": functools.partial(native.attend, q, k, v, group, False, PLAIN),
         }
         title = f"shifted sparse attention, {tokens} tokens, groups of {group}, fp32"
         found.append(Comparison(title, "plain SDPA", candidates, floor={"longlora/blocked": floor}))
@@ -56,7 +57,7 @@ def comparisons() -> list[Comparison]:
 def test_attend(benchmark: Any, impl: str, wrap: bool) -> None:
     q, k, v = operands(512)
     benchmark.extra_info.update(method="longlora", impl=impl, seq_len=512, group=128, wrap=wrap)
-    y = benchmark.pedantic(IMPLS[impl], (q, k, v, 128, wrap), rounds=20, warmup_rounds=3)
+    y = benchmark.pedantic(IMPLS[impl], (q, k, v, 128, wrap, PLAIN), rounds=20, warmup_rounds=3)
     assert y.shape == q.shape
     if wrap:
         torch.testing.assert_close(y, rolled(q, k, v, 128), rtol=0, atol=1e-5)

@@ -26,6 +26,9 @@ CASES: dict[str, tuple[Method, dict[str, Any], dict[str, Any]]] = {  # method, p
     "longlora": (longlora.METHOD, {"group": 12}, {}),
     "longlora, a part": (longlora.METHOD, {"group": 34}, {"position": "rope"}),
     "longlora, circle": (longlora.METHOD, {"group": 20, "wrap": True}, {"causal": False}),
+    "longlora, table": (longlora.METHOD, {"group": 34}, {"position": "t5"}),
+    "longlora, slopes in a circle": (
+        longlora.METHOD, {"group": 20, "wrap": True}, {"position": "alibi", "causal": False}),
     "longlora, one head": (longlora.METHOD, {"group": 8}, {"num_heads": 1, "d_model": 16}),
     "longlora, one token": (longlora.METHOD, {}, {"seq_len": 1}),
     "longformer": (longformer.METHOD, {"window": 12, "num_global": 3}, {}),

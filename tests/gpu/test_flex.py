@@ -49,6 +49,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[int, ...]]] = [
     ("longlora", {"group": 256}, {}, (1, 128, 256, 300, 700)),
     ("longlora", {"group": 256, "wrap": True}, {"causal": False}, (1, 130, 256, 384, 500, 700)),
     ("longlora", {}, {}, (1024,)),
+    ("longlora", {"group": 256}, {"position": "t5"}, (300,)),
+    ("longlora", {"group": 256, "wrap": True}, {"causal": False, "position": "alibi"}, (500,)),
+    ("longlora", {"group": 256, "wrap": True}, {"causal": False, "position": "t5"}, (500,)),
     *(("pyramid", {"pool": 3, "pooled_queries": pooled}, {"num_layers": 4, "causal": causal}, (20, 400))
       for pooled in (True, False) for causal in (True, False)),
     ("hierarchical", {}, {}, (1, 130, 700)),

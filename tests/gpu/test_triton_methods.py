@@ -13,7 +13,7 @@ from ctxbench.cost.trace import trace
 from ctxbench.implementations import bigbird, dense, longformer, longlora
 from ctxbench.method import Dims
 
-CASES = {"longlora": 5, "longformer": 8, "bigbird": 7}
+CASES = {"longlora": 7, "longformer": 8, "bigbird": 7}
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -37,6 +37,9 @@ FORMS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [  # method, parameter
     (dense.METHOD, {}, {"position": "rope"}),
     (longlora.METHOD, {}, {}),
     (longlora.METHOD, {"group": 64, "wrap": True}, {"causal": False, "seq_len": 301}),
+    (longlora.METHOD, {}, {"position": "t5"}),
+    (longlora.METHOD, {"group": 64, "wrap": True}, {"causal": False, "seq_len": 301, "position": "t5"}),
+    (longlora.METHOD, {"group": 2048}, {"position": "alibi"}),
     (longlora.METHOD, {"group": 2048}, {"num_heads": 1, "d_model": 32}),
     (longformer.METHOD, {"window": 100}, {}),
     (longformer.METHOD, {"window": 101}, {"causal": False}),

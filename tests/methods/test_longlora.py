@@ -13,7 +13,7 @@ import torch
 from ctxbench.cost import big_o, evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
-from ctxbench.implementations._shared.positions import positions_for
+from ctxbench.implementations._shared.positions import Position, positions_for
 from ctxbench.implementations.longlora import METHOD, blocked, reference
 from ctxbench.implementations.longlora.layer import ShiftedAttention
 from ctxbench.implementations.longlora.params import LongLoRAParams, group_size, reach
@@ -22,6 +22,7 @@ from ctxbench.testing import HELD, LAWS, Case
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "longlora.npz"
 OPERATORS = pytest.mark.parametrize("operator", [reference.attend, blocked.attend], ids=["reference", "blocked"])
+PLAIN = Position()
 WRAP = pytest.mark.parametrize("wrap", [False, True], ids=["open", "wrapped"])
 
 
@@ -88,7 +89,7 @@ def test_equals_a_loop_over_tokens(operator, tokens, group, wrap):
     for heads in (1, 3, 4):
         q, k, v = operands(tokens, heads, batch=1)
         expected = looped(q, k, v, group, wrap)
-        torch.testing.assert_close(operator(q, k, v, group, wrap), expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(operator(q, k, v, group, wrap, PLAIN), expected, rtol=0, atol=1e-13)
 
 
 @WRAP
@@ -97,7 +98,7 @@ def test_blocked_equals_reference_with_all_gradients(tokens, group, wrap):
     found = []
     for operator in (reference.attend, blocked.attend):
         inputs = [part.requires_grad_() for part in operands(tokens)]
-        y = operator(*inputs, group, wrap)
+        y = operator(*inputs, group, wrap, PLAIN)
         found.append([y, *torch.autograd.grad(y, inputs, y.detach().cos())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -106,14 +107,14 @@ def test_blocked_equals_reference_with_all_gradients(tokens, group, wrap):
 @OPERATORS
 def test_the_circle_changes_exactly_the_first_half_group_of_half_of_the_heads(operator):
     q, k, v = operands(24)
-    changed = ((operator(q, k, v, 8, True) - operator(q, k, v, 8, False)).abs() > 1e-9).any(dim=3)
+    changed = ((operator(q, k, v, 8, True, PLAIN) - operator(q, k, v, 8, False, PLAIN)).abs() > 1e-9).any(dim=3)
     expected = torch.zeros(4, 24, dtype=torch.bool)
     expected[2:, :4] = True
     assert (changed == expected).all()
     moved = v.clone()
     moved[:, :, 20:] += 1
-    leaked = ((operator(q, k, moved, 8, True) - operator(q, k, v, 8, True)).abs() > 1e-9).any(dim=3)[0, 2, :4]
-    assert leaked.all(), "the first tokens see the last four"
+    leaked = (operator(q, k, moved, 8, True, PLAIN) - operator(q, k, v, 8, True, PLAIN)).abs() > 1e-9
+    assert leaked.any(dim=3)[0, 2, :4].all(), "the first tokens see the last four"
 
 
 @pytest.mark.parametrize(
