@@ -19,16 +19,19 @@ METHOD = Method(
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("t5", "alibi", "transformer_xl"),
-        "distances in a segment exist, and LM-RMT uses them, but attention here is a fused causal call, which takes no "
-        "term by distance",
-    ),
+    positions=("none", *ROPE, "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "LM-RMT has it, but its term is a product of every query with projected distances, which no "
+        "impl here makes; t5 and alibi add a number by distance",
+    },
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores of a segment, with a mask"),
-        Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention, no mask; the same loop over segments"),
-        slabs_impl(f"{__name__}.slabs:attend"),
+        Impl(
+            "blocked",
+            run=f"{__name__}.blocked:attend",
+            note="fused attention, no mask; with a bias, slabs of queries; the same loop over segments",
+        ),
+        slabs_impl(f"{__name__}.slabs:attend", positions=("none", *ROPE)),
         native_impl(f"{__name__}.triton:attend"),
         Impl(
             "triton",
@@ -52,7 +55,8 @@ METHOD = Method(
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     deviations=(
-        "positions count the rows of a segment, memory tokens included, and begin anew in every segment",
+        "positions, and the distances of a bias, count the rows of a segment, memory tokens included, and begin anew "
+        "in each; T5's buckets are causal, so that a later memory token, which xl shows, has the number of distance 0",
         "one pre-norm layer with a final norm for both variants; LM-RMT stands on Transformer-XL, whose relative "
         "positions and cache are left out",
         "the learned memory starts as independent normal rows in both variants; LM-RMT repeats one row, which without "

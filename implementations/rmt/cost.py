@@ -7,7 +7,13 @@ from sympy import Expr, Integer, Min, Mod, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_parameters, core_backward, replayed
+from ctxbench.implementations._shared.forms import (
+    block_parameters,
+    core_backward,
+    position_parameters,
+    replayed,
+    slab_pairs,
+)
 from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.implementations.rmt.peaks import REST, M, S, peak
@@ -18,6 +24,9 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -
     if impl == "graph":
         return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
     full = params.variant == "xl"
+    how = {"triton": "visible"}.get(impl, impl)
+    if impl == "blocked" and position in ("t5", "alibi"):
+        how = "biased"
     begun, written, tokens = _segments(mode)
     rows = tokens + M * (begun + written)
     unread = M * begun  # rows of the top layer whose outputs nobody reads
@@ -28,17 +37,17 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -
     }
     flops = {
         "projections": L * projections(rows) - linear(B * unread, d, d),
-        "attention": L * attention(_pairs(mode, written, full, "visible" if impl == "triton" else impl)),
+        "attention": L * attention(_pairs(mode, written, full, how)),
         "ffn": L * ffn(rows) - ffn(unread),
     }
     if mode == "train":
-        core = core_backward(impl)
+        core = core_backward(impl, position)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=block_parameters(4 * linear_parameters(d, d)) + M * d + 2 * d,
+        num_parameters=block_parameters(4 * linear_parameters(d, d)) + M * d + 2 * d + position_parameters(position),
         state_bytes=tensor(B, M, d) + 2 * L * Min(REST, 1) * tensor(B, M + REST, d),
         peak_bytes=peak(impl, mode, full) if position == "none" else None,
         depth=L if mode == "decode" else L * ceiling(T / S),
@@ -53,7 +62,7 @@ def _segments(mode: str) -> tuple[Expr, Expr, Expr]:
 
 
 def _pairs(mode: str, written: Expr, full: bool, how: str) -> Expr:
-    """Pairs a layer. ``how``: ``visible``, or what an impl multiplies."""
+    """Pairs a layer. ``how``: ``visible``, or what an impl multiplies; ``biased``: blocked, by slabs of queries."""
     if mode == "decode":
         return _decoded_pairs(written, full, how)
     rest = T - S * written  # tokens after the last write
@@ -65,10 +74,11 @@ def _segment_pairs(tokens: Expr, writes: Expr, full: bool, how: str) -> Expr:
     rows = M + tokens + writes
     if how == "reference":
         return rows**2
-    causal = own_pairs if how == "slabs" else triangle
+    causal = {"slabs": own_pairs, "biased": slab_pairs}.get(how, triangle)
     if not full:
         return causal(rows)
-    reads = M**2 if how in ("blocked", "slabs") else M**2 - triangle(M)  # next to the causal product, not instead of it
+    beside = how in ("blocked", "biased", "slabs")  # a product of their own, not instead of the causal one
+    reads = M**2 if beside else M**2 - triangle(M)
     return causal(M + tokens) + reads + writes * rows
 
 
@@ -81,12 +91,11 @@ def _decoded_pairs(written: Expr, full: bool, how: str) -> Expr:
     """One token in its segment, which it may begin, complete, or both."""
     begins, fill = 1 - Min(Mod(T, S), 1), Mod(T, S)
     fresh = _segment_pairs(Integer(1), M * written, full, how)
-    keys = M + fill + 1 + M * written
-    if full or how == "visible":
-        own = M * written * keys if full else triangle(keys) - triangle(keys - M * written)
-        continued = M + fill + 1 + own
-        if how == "reference":
-            continued = (1 + M * written) * keys
+    writes, known = M * written, M + fill
+    keys = known + 1 + writes
+    if how != "reference" and full:
+        continued = known + 1 + writes * keys
     else:
-        continued = (1 + M * written) * keys
+        own = {"visible": triangle, "biased": slab_pairs}.get(how, lambda rows: rows**2)
+        continued = (1 + writes) * known + own(1 + writes)
     return begins * fresh + (1 - begins) * sympify(continued)

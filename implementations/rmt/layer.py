@@ -49,11 +49,11 @@ class Rows(NamedTuple):
     writes: int
 
 
-Operator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rows, bool], torch.Tensor]
+Operator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rows, bool, Position], torch.Tensor]
 
 
 class Block(nn.Module):
-    """Pre-norm layer around ``operator(q, k, v, rows, full) -> [B, H, n, D]``; ``d_ff = 0`` drops the network."""
+    """Pre-norm layer around an operator whose result is ``[B, H, n, D]``; ``d_ff = 0`` drops the network."""
 
     def __init__(self, dims: Dims, full: bool, operator: Operator, position: Position):
         super().__init__()
@@ -73,7 +73,7 @@ class Block(nn.Module):
         q, k = self.position.rotate(q, index), self.position.rotate(k, index)
         if cache is not None:
             k, v = torch.cat((cache.k, k), dim=2), torch.cat((cache.v, v), dim=2)
-        mixed = self.operator(q, k, v, rows, self.full)[:, :, unread:]
+        mixed = self.operator(q, k, v, rows, self.full, self.position)[:, :, unread:]
         del q
         x = x[:, unread:] + self.o(merge_heads(mixed))
         del mixed

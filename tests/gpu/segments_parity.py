@@ -26,6 +26,8 @@ FORMS = {  # method, position, layers, parameters, lengths
     "rmt": ("rmt", "none", 2, {"num_memory": 3, "segment_len": 14}, (31,)),
     "rmt, memory tokens that see each other": (
         "rmt", "rope", 1, {"num_memory": 3, "segment_len": 20, "variant": "xl"}, (1, 31)),
+    "rmt, a table of distances": ("rmt", "t5", 1, {"num_memory": 3, "segment_len": 20, "variant": "xl"}, (31,)),
+    "rmt, slopes": ("rmt", "alibi", 1, {"num_memory": 2, "segment_len": 17}, (20,)),
     "rmt, gradients cut": (
         "rmt", "none", 1, {"num_memory": 1, "segment_len": 7, "variant": "xl", "bptt_depth": 0}, (21,)),
     "block_state": ("block_state", "none", 1, {"num_states": 2, "block_len": 23}, (1, 49)),
@@ -78,7 +80,7 @@ FORMS = {  # method, position, layers, parameters, lengths
 BIDIRECTIONAL = ("dense, relative, both directions", "hierarchical, seed", "pyramid, both directions")
 IMPLS = dict.fromkeys(("diagonals", "diagonals of windows", "diagonals of states"), "diagonal_triton")
 AGREEMENT_ALONE = (
-    "rmt, gradients cut", "block_state, one state a layer", "block_recurrent, slopes", "melodi, slopes",
+    "rmt, gradients cut", "rmt, slopes", "block_state, one state a layer", "block_recurrent, slopes", "melodi, slopes",
     "transformer_xl, zeros that are seen", "compressive_transformer, mean", "hierarchical, all cells", *BIDIRECTIONAL,
     *IMPLS,
 )  # fmt: skip

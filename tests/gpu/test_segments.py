@@ -17,6 +17,9 @@ from ctxbench.registry import discover
 FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # method, position, parameters
     "rmt": ("rmt", "none", {"num_memory": 3, "segment_len": 40}),
     "rmt xl": ("rmt", "none", {"num_memory": 3, "segment_len": 40, "variant": "xl"}),
+    "rmt t5": ("rmt", "t5", {"num_memory": 3, "segment_len": 40}),
+    "rmt xl t5": ("rmt", "t5", {"num_memory": 3, "segment_len": 40, "variant": "xl"}),
+    "rmt xl alibi": ("rmt", "alibi", {"num_memory": 3, "segment_len": 40, "variant": "xl"}),
     "block_state": ("block_state", "none", {"num_states": 2, "block_len": 50}),
     "block_state t5": ("block_state", "t5", {"num_states": 2, "block_len": 50}),
     "block_state layer": ("block_state", "rope", {"block_len": 50, "variant": "layer", "update": "gru"}),
@@ -144,7 +147,7 @@ def test_peaks_are_the_tracers(form: str, mode: str) -> None:
 
 def test_methods_hold_the_laws_in_the_interpreter(program) -> None:
     answers = program("segments_parity.py", interpret=True)
-    assert len(answers) == 57
+    assert len(answers) == 61
     assert not [answer for answer in answers if answer[2] != "held"]
 
 
@@ -161,6 +164,8 @@ def test_methods_hold_the_laws_on_the_device(program) -> None:
         ("rmt", "triton", {}, ""),
         ("rmt", "triton", {"device": "cpu"}, "runs on cuda"),
         ("rmt", "triton", {"dtype": "fp64"}, "not in fp64"),
+        ("rmt", "triton", {"position": "t5"}, ""),
+        ("rmt", "graph", {"position": "alibi"}, ""),
         ("rmt", "graph", {"seq_len": 1023}, "at least 2 of 512 tokens, received 1023 tokens, which hold 1"),
         ("rmt", "graph", {"mode": "train"}, "has the modes forward, stream"),
         ("rmt", "graph", {"device": "cpu"}, "runs on cuda"),

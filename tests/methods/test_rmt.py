@@ -38,6 +38,7 @@ FORMS = {
 }
 forms = pytest.mark.parametrize("params", FORMS.values(), ids=FORMS)
 impls = pytest.mark.parametrize("impl", ["reference", "blocked"])
+biases = pytest.mark.parametrize("position", ["t5", "alibi"])
 LENGTH = 13
 
 
@@ -95,10 +96,21 @@ def turned(vector, place):
     return torch.cat((number.real, number.imag))
 
 
-def loop(module, x, params, rotate=False):
+def by_distance(position, table, head, away):
+    """What is added to the score of a key ``away`` rows before its query, of two heads: from the papers' equations."""
+    if position == "alibi":
+        return -(2.0 ** (-4 * (head + 1))) * abs(away)
+    if position != "t5":
+        return 0.0
+    away = max(away, 0)
+    bucket = away if away < 16 else min(31, 16 + int(math.log(away / 16) / math.log(128 / 16) * 16))
+    return table[bucket, head]
+
+
+def loop(module, x, params, position="none"):
     """One batch row, ``x: [T, d_model]``: every query against every key it sees, one head at a time."""
     m, memory, outputs = params.num_memory, list(module.memory), []
-    width = module.head_dim
+    width, table = module.head_dim, getattr(getattr(module.layers[0].position, "table", None), "weight", None)
     for begin in range(0, len(x), params.segment_len):
         own = list(x[begin : begin + params.segment_len])
         rows = [*memory, *own, *memory]
@@ -111,11 +123,13 @@ def loop(module, x, params, rotate=False):
                 if params.variant == "xl":
                     seen = m if i < m else len(rows) if i >= len(rows) - m else i + 1
                 heads = []
-                for part in (slice(0, width), slice(width, 2 * width)):
+                for head, part in enumerate((slice(0, width), slice(width, 2 * width))):
                     query, keys = q[i][part], [key[part] for key in k[:seen]]
-                    if rotate:
+                    if position == "rope":
                         query, keys = turned(query, i), [turned(key, j) for j, key in enumerate(keys)]
-                    weights = [torch.exp(query @ key / math.sqrt(width)) for key in keys]
+                    scores = [query @ key / math.sqrt(width) for key in keys]
+                    added = [by_distance(position, table, head, i - j) for j in range(seen)]
+                    weights = [torch.exp(score + bias) for score, bias in zip(scores, added, strict=True)]
                     heads.append(sum(w * v[j][part] for j, w in enumerate(weights)) / sum(weights))
                 mixed.append(rows[i] + affine(layer.o, torch.cat(heads)))
             rows = [
@@ -142,13 +156,75 @@ def test_outputs_equal_a_loop_over_segments_queries_and_keys(impl, params):
 def test_rotations_number_the_rows_of_a_segment_memory_tokens_included(impl, params):
     module, x = make(impl, params, d_model=8, position="rope"), tokens(7, d_model=8)
     own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = module(own).y, torch.stack([loop(module, row, params, rotate=True) for row in other])
+    y, expected = module(own).y, torch.stack([loop(module, row, params, "rope") for row in other])
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     for result in (y, expected):
         (result * x.cos()).sum().backward()
     torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=1e-11)
     for sizes in ([1] * 7, [3, 2, 2]):
         torch.testing.assert_close(stream(module, x, sizes)[0], expected.detach(), rtol=0, atol=1e-12)
+
+
+@impls
+@biases
+@forms
+def test_biases_take_distances_between_rows_of_a_segment_memory_tokens_included(impl, position, params):
+    module, x = make(impl, params, position=position), tokens(7)
+    if position == "t5":
+        torch.nn.init.normal_(module.layers[0].position.table.weight)
+    own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = module(own).y, torch.stack([loop(module, row, params, position) for row in other])
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    found = []
+    for result, given in ((y, own), (expected, other)):
+        module.zero_grad()
+        (result * x.cos()).sum().backward()
+        found.append([given.grad, *(p.grad.clone() for p in module.parameters())])
+    assert len(found[0]) == 1 + 3 + 2 * 16 + (position == "t5")
+    for one, another in zip(*found, strict=True):
+        torch.testing.assert_close(one, another, rtol=0, atol=1e-11)
+    for sizes in ([1] * 7, [3, 2, 2]):
+        torch.testing.assert_close(stream(module, x, sizes)[0], expected.detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["blocked", "native"])
+@biases
+@pytest.mark.parametrize("variant", ["hf", "xl"])
+def test_biases_in_long_segments_and_in_calls_that_end_anywhere(impl, position, variant):
+    """Several slabs of queries, distances beyond T5's last bucket, and ranges of keys that begin elsewhere."""
+    params = RMTParams(num_memory=5, segment_len=150, variant=variant)
+    slow, fast = (make(name, params, seq_len=320, position=position) for name in ("reference", impl))
+    if position == "t5":
+        for module in (slow, fast):
+            torch.nn.init.normal_(module.layers[0].position.table.weight, generator=torch.Generator().manual_seed(3))
+    x = tokens(320)
+    with torch.no_grad():
+        expected = slow(x).y
+        torch.testing.assert_close(fast(x).y, expected, rtol=0, atol=1e-12)
+    for sizes in ([150, 150, 20], [1, 140, 30, 148, 1]):
+        torch.testing.assert_close(stream(fast, x, sizes)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_a_written_out_row_of_the_two_biases():
+    """One query and its keys by hand: T5's buckets of 0, 15, 16 and 200 rows, ALiBi's two slopes."""
+    far = [by_distance("t5", torch.arange(64.0).view(32, 2), 1, away) for away in (-3, 0, 15, 16, 200)]
+    assert far == [1, 1, 31, 33, 63]
+    assert [by_distance("alibi", None, head, 16) for head in (0, 1)] == [-1, -1 / 16]
+
+
+@biases
+@pytest.mark.parametrize("variant", ["hf", "xl"])
+def test_formulas_of_biases_are_what_is_counted_where_every_corner_has_several_slabs(position, variant):
+    params = RMTParams(num_memory=150, segment_len=300, variant=variant)
+    for mode in METHOD.modes:
+        for impl in ("blocked", *["native"] * (mode in ("forward", "stream"))):
+            cost = METHOD.cost_of(impl, mode, True, position, params)
+            assert cost.peak_bytes is None
+            for length in (299, 300, 721) if mode == "decode" else (721,):
+                dims = Dims(length, batch_size=2, d_model=16, num_layers=2, d_ff=32, position=position)
+                seen = trace(METHOD, dims, params, impl, mode, "fp32")
+                assert evaluate(total(cost.flops), bindings(dims, params, 4, 300)) == seen.flops
+                assert not seen.uncounted
 
 
 @forms
