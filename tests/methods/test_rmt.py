@@ -212,8 +212,7 @@ def test_a_written_out_row_of_the_two_biases():
     assert [by_distance("alibi", None, head, 16) for head in (0, 1)] == [-1, -1 / 16]
 
 
-@biases
-@pytest.mark.parametrize("variant", ["hf", "xl"])
+@pytest.mark.parametrize(("position", "variant"), [("alibi", "hf"), ("t5", "xl")])
 def test_formulas_of_biases_are_what_is_counted_where_every_corner_has_several_slabs(position, variant):
     params = RMTParams(num_memory=150, segment_len=300, variant=variant)
     for mode in METHOD.modes:
