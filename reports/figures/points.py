@@ -84,10 +84,11 @@ def stacks(table: pd.DataFrame) -> dict[tuple[str, int], tuple[float, int]]:
     """
     places: dict[tuple[str, int], tuple[float, int]] = {}
     missing = table[table["kind"] == "missing"]
-    for length, here in missing.groupby("seq_len", sort=False):
+    for _, here in missing.groupby("seq_len", sort=False):
+        length = int(here["seq_len"].iloc[0])
         columns = min(ABREAST, here["series"].nunique())
         for index, series in enumerate(dict.fromkeys(here["series"])):
-            places[str(series), int(length)] = (index % columns - (columns - 1) / 2, index // columns)
+            places[str(series), length] = (index % columns - (columns - 1) / 2, index // columns)
     return places
 
 

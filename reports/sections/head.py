@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from ctxbench.analysis.frame import MEASURED
@@ -42,8 +43,9 @@ def _doubts(report: Report) -> list[str]:
         notes.append(
             f"{len(unstable)} of {measured} measured cells did not reach the precision asked for ({shown}{more})."
         )
-    layers = report.frame.groupby("method")["num_layers"].agg(lambda column: tuple(sorted(column.unique())))
-    usual = layers.mode().iloc[0]
+    depths = report.frame.groupby("method")["num_layers"]
+    layers = {str(method): tuple(sorted(set(column))) for method, column in depths}
+    usual = Counter(layers.values()).most_common(1)[0][0]
     other = [f"{method} has {' and '.join(map(str, own))}" for method, own in layers.items() if own != usual]
     if other:
         notes.append(f"Methods differ in depth: {', '.join(other)} layers, all others {' and '.join(map(str, usual))}.")
