@@ -30,6 +30,12 @@ class Result:
 
 
 @pytest.fixture
+def for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the CPU count as Triton's: traced, they stand for a device's."""
+    monkeypatch.setattr("ctxbench.implementations._shared.ranges.native", lambda q: False)
+
+
+@pytest.fixture
 def ctxbench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Call the command line in this process: ``ctxbench("list", "methods")``."""
     from ctxbench.cli import main

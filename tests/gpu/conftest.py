@@ -51,12 +51,6 @@ def program(tmp_path: Path) -> Callable[..., list[Any]]:
 
 
 @pytest.fixture
-def for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of the CPU count as Triton's: traced, they stand for a device's."""
-    monkeypatch.setattr("ctxbench.implementations._shared.ranges.native", lambda q: False)
-
-
-@pytest.fixture
 def wrong() -> Callable[[list[list[Any]]], list[tuple[Any, ...]]]:
     """Errors beyond the tolerance of their dtype in rows ``[case, dtype, {name: error}]``; ``lse`` is float32."""
 

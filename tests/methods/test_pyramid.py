@@ -324,7 +324,9 @@ def test_formulas_equal_the_trace(impl: str, mode: str, causal: bool, shape: str
 
 
 @CELLS
-def test_formulas_equal_the_trace_at_128k(impl: str, mode: str, causal: bool) -> None:
+def test_formulas_equal_the_trace_at_128k(request: pytest.FixtureRequest, impl: str, mode: str, causal: bool) -> None:
+    if impl == "triton":
+        request.getfixturevalue("for_triton")
     length = 131072 if mode != "stream" else 8191
     traced_equal_formulas(impl, mode, TINY.replace(seq_len=length, causal=causal), PyramidParams())
 
