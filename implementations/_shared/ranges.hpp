@@ -1,28 +1,15 @@
-// What the kernels of attention over ranges of keys share: their number format of 16 bits, and ranges as Python lays them out.
+// What the kernels of attention over ranges of keys share: ranges as Python lays them out.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
+
+#include "tiles.hpp"
 
 namespace ranges {
 
-struct bfloat16 {
-    uint16_t bits;
-    operator float() const {
-        uint32_t wide = uint32_t(bits) << 16;
-        float x;
-        std::memcpy(&x, &wide, 4);
-        return x;
-    }
-    bfloat16 &operator=(float x) {  // to the nearest, ties to even; NaN stays one
-        uint32_t wide;
-        std::memcpy(&wide, &x, 4);
-        bits = x == x ? uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16) : 0x7fc0;
-        return *this;
-    }
-};
+using tiles::bfloat16;
 
 template <typename Real>
 constexpr Real LEAST = -std::numeric_limits<Real>::infinity();
