@@ -29,11 +29,12 @@ const keyOf = (plot) => {
   const stem = plot.dataset.figure.replace(new RegExp(`(-\\d+){${names.length}}$`), "");
   return [stem, ...names.map((name) => state[name] ?? "0")].join("-");
 };
-// Series that the legends show; a chart whose meta says so shows whole methods.
+// Series that the legends show; a chart whose meta says so shows whole methods, and a trace may stay. Notes go with traces.
 const linked = (spec) => {
   const byMethod = spec.layout.meta?.link === "method", visible = (series) => (byMethod ? shownMethods() : shown).has(byMethod ? methodOf.get(series) : series);
-  const data = spec.data.map((trace) => (trace.meta?.series ? { ...trace, visible: visible(trace.meta.series) } : trace));
-  const annotations = (spec.layout.annotations || []).filter((note) => !methodOf.has(note.name) || visible(note.name));
+  const data = spec.data.map((trace) => (trace.meta?.series ? { ...trace, visible: Boolean(trace.meta.stays) || visible(trace.meta.series) } : trace));
+  const staying = new Set(data.filter(({ meta }) => meta?.stays).map(({ meta }) => meta.series));
+  const annotations = (spec.layout.annotations || []).filter(({ name }) => !methodOf.has(name) || staying.has(name) || visible(name));
   return { data, layout: { ...spec.layout, annotations } };
 };
 const paint = ({ data, layout }) => {

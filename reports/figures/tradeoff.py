@@ -57,18 +57,23 @@ def front(table: pd.DataFrame) -> tuple[list[float], list[float]]:
 
 
 def interactive(table: pd.DataFrame, styles: Mapping[str, Style], shown: set[str] | None = None) -> dict[str, Any]:
-    """Plotly JSON; points on the front are filled and named, the others hollow."""
+    """Plotly JSON; points on the front are filled and named, the others hollow.
+
+    The front is that of all impls, so its points stay whatever a reader has chosen to see.
+    """
     x, y = front(table)
     traces = [scatter(x, y, [""] * len(x), mode="lines", role="ink", line={"width": 1.2, "dash": "4px,3px"},
                       hoverinfo="skip")]  # fmt: skip
-    for series, mine in table.groupby("series", sort=True):
+    for (series, ahead), mine in table.groupby(["series", table["verdict"] == FRONT], sort=True):
         style, mine = styles[str(series)], mine.sort_values("latency_s")
-        symbols = [style.marker if verdict == FRONT else f"{style.marker}-open" for verdict in mine["verdict"]]
-        traces.append(scatter(
+        trace = scatter(
             mine["latency_s"], mine["peak_bytes"], mine["hover"], mode="markers", style=style, series=str(series),
-            visible=shown is None or series in shown, symbols=symbols, x_bounds=(mine["low"], mine["high"]),
-            sizes=[10 if verdict == FRONT else 8 for verdict in mine["verdict"]],
-        ))  # fmt: skip
+            visible=ahead or shown is None or series in shown, x_bounds=(mine["low"], mine["high"]),
+            symbols=[style.marker if ahead else f"{style.marker}-open"] * len(mine),
+            sizes=[10 if ahead else 8] * len(mine),
+        )  # fmt: skip
+        trace["meta"] |= {"stays": True} if ahead else {}
+        traces.append(trace)
     times, peaks = [*table["low"], *table["latency_s"], *table["high"]], [*table["peak_bytes"]]
     nothing = [] if len(table) else [{**note(0.5, 0.5, "nothing was measured at this length"), "xref": "paper",
                                       "yref": "paper", "xanchor": "center"}]  # fmt: skip

@@ -91,6 +91,17 @@ def test_the_front_is_named_in_the_chart_and_beaten_points_are_hollow(rich):
     assert of(rich, "tradeoffs", "plot.layout.annotations.length") >= 1
 
 
+def test_every_corner_of_the_front_keeps_its_point_whatever_is_shown(rich):
+    filled = ("plot.data.slice(1).filter(t => t.visible).flatMap(t => t.x.map((x, i) => [t.marker.symbol[i], x]))"
+              ".filter(([symbol]) => !symbol.endsWith('-open')).map(([, x]) => x)")  # fmt: skip
+    rich.select_option("[name=impl]", "=reference")
+    assert of(rich, "tradeoffs", "plot.data.some(t => t.visible === false)")
+    corners = set(of(rich, "tradeoffs", "plot.data[0].x"))
+    assert corners
+    assert corners <= set(of(rich, "tradeoffs", filled))
+    rich.select_option("[name=impl]", "fastest")
+
+
 def test_the_baseline_of_the_crossovers_is_chosen(rich):
     before = of(rich, "crossovers", "JSON.stringify(plot.data.map(t => t.x))")
     assert "against dense / blocked" in rich.locator("#crossovers figcaption").first.text_content()
