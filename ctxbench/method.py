@@ -305,17 +305,17 @@ class Method:
             self._check_pick(pick)
 
     def _check_pick(self, pick: Pick) -> None:
-        """A line of the table must speak of what there is; a sketch with defects is never picked."""
-        sound = [impl.name for impl in self.impls if not impl.defects]
-        sizes = {spec.name for spec in dataclasses.fields(Dims)} | {"head_dim"}
+        """A line of the table must speak of what there is and its impl has; a sketch with defects is never picked."""
+        sound = {impl.name: impl for impl in self.impls if not impl.defects}
+        sizes, impl = {each.name for each in dataclasses.fields(Dims)} | {"head_dim"}, sound.get(pick.impl, Impl(""))
+        modes = [mode for mode in self.modes if mode in (impl.modes or MODES)]
         for what, given, known in (
-            ("impl", (pick.impl,), sound), ("device", pick.devices, ("cpu", "cuda")), ("dtype", pick.dtypes, DTYPES),
-            ("mode", pick.modes, MODES), ("size", pick.sizes, sizes),
+            ("impl", (pick.impl,), sound), ("device", pick.devices, impl.devices),
+            ("dtype", pick.dtypes, impl.dtypes or DTYPES), ("mode", pick.modes, modes), ("size", pick.sizes, sizes),
         ):  # fmt: skip
-            for name in given:
-                if name not in known:
-                    accepted = ", ".join(sorted(known))
-                    raise ValueError(f"method {self.name!r}: a pick names the {what} {name!r}; accepted are {accepted}")
+            for name in sorted(set(given) - set(known)):
+                problem = f"a pick of {pick.impl} names the {what} {name!r}; accepted are {', '.join(sorted(known))}"
+                raise ValueError(f"method {self.name!r}: {problem}")
 
     def impl(self, name: str) -> Impl:
         """Return the impl of that name; KeyError where there is none."""

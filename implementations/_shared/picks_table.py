@@ -6,6 +6,7 @@ figures and from what the kernels execute: none has been measured on a device ye
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 from ctxbench.method import Pick
@@ -22,6 +23,7 @@ NATIVE = Pick(
     "native", devices=("cpu",), dtypes=("fp32", "bf16"), modes=("forward", "stream"),
     why="kernels of our own whose scores never leave the innermost cache", measured=True,
 )  # fmt: skip
+NATIVE_FORWARD = replace(NATIVE, modes=("forward",))
 NATIVE_TRAINED = Pick(
     "native", devices=("cpu",), dtypes=("fp32",), modes=("train",), sizes={"seq_len": (4096, inf)},
     why="kernels of our own, whose backward pass makes scores once and keeps them in the innermost caches",
@@ -33,9 +35,10 @@ TILES = Pick(
 )  # fmt: skip
 IDLE = "plain products use bf16 units that the fused kernel leaves idle"
 SLABS = (
-    Pick("slabs", ("cpu",), ("bf16",), ("forward", "stream", "decode"), why=IDLE, measured=True),
+    Pick("slabs", ("cpu",), ("bf16",), ("forward", "stream"), why=IDLE, measured=True),
     Pick("slabs", ("cpu",), ("bf16",), ("train",), why=f"{IDLE}; not told apart from blocked at 2k and 4k tokens"),
 )
+SLABS_DECODED = replace(SLABS[0], modes=("decode",))
 
 # On CUDA: dependent steps first, then kernels.
 DIAGONAL = Pick(

@@ -3,7 +3,7 @@
 from ctxbench.implementations._shared.backends_table import BACKENDS
 from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations._shared.native_table import TRAINED, native_impl
-from ctxbench.implementations._shared.picks_table import DENSE, NATIVE, NATIVE_TRAINED, SLABS
+from ctxbench.implementations._shared.picks_table import DENSE, NATIVE, NATIVE_TRAINED, SLABS, SLABS_DECODED
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.method import POSITIONS, ROPE, Claim, Impl, Method, Paper
 
@@ -50,7 +50,7 @@ METHOD = Method(
         ),
         *BACKENDS,
     ),
-    picks=(NATIVE, NATIVE_TRAINED, *SLABS, *DENSE),
+    picks=(NATIVE, NATIVE_TRAINED, *SLABS, SLABS_DECODED, *DENSE),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     claims=(

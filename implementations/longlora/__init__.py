@@ -2,7 +2,7 @@
 
 from ctxbench.implementations._shared.flex_table import flex_impl
 from ctxbench.implementations._shared.native_table import TRAINED, native_impl
-from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE, NATIVE_TRAINED
+from ctxbench.implementations._shared.picks_table import KERNELS, NATIVE_FORWARD, NATIVE_TRAINED
 from ctxbench.implementations.longlora.params import LongLoRAParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -51,7 +51,7 @@ METHOD = Method(
             positions=POSITIONS,
         ),
     ),
-    picks=(NATIVE, NATIVE_TRAINED, *KERNELS),
+    picks=(NATIVE_FORWARD, NATIVE_TRAINED, *KERNELS),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(Equivalence("a group is at least twice the sequence", other="dense", params={"group": 256}),),

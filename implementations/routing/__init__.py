@@ -1,7 +1,7 @@
 """Routing Transformer: local heads beside heads whose tokens attend inside clusters found by online k-means."""
 
 from ctxbench.implementations._shared.native_table import native_impl
-from ctxbench.implementations._shared.picks_table import NATIVE, TRITON
+from ctxbench.implementations._shared.picks_table import NATIVE_FORWARD, TRITON
 from ctxbench.implementations.routing.params import RoutingParams
 from ctxbench.method import ROPE, Claim, Equivalence, Impl, Method, Paper
 
@@ -54,7 +54,7 @@ METHOD = Method(
             note="gathers the rows of a cluster inside the kernel; FLOPs of strict heads are those of blocked",
         ),
     ),
-    picks=(NATIVE, TRITON),
+    picks=(NATIVE_FORWARD, TRITON),
     cost=f"{__name__}.cost:cost",
     reach=f"{__name__}.params:reach",
     equals=(

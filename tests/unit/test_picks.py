@@ -35,6 +35,7 @@ WIDE = Method(
         Impl("absent", needs=("a-package-that-nobody-has",)),
         Impl("new", devices=("cuda",)),
         Impl("even", support=lambda dims, params, device, dtype: no("odd lengths") if dims.seq_len % 2 else True),
+        Impl("forwards", dtypes=("bf16",), modes=("forward",)),
         Impl("sketch", defects={"agreement": "planted"}),
     ),
     picks=(
@@ -91,17 +92,21 @@ def test_a_method_without_a_table_is_picked_by_what_every_table_ends_with() -> N
 @pytest.mark.parametrize(
     ("line", "accepted"),
     [
-        (Pick("fast"), "the impl 'fast'; accepted are absent, blocked, even, new, reference"),
+        (Pick("fast"), "the impl 'fast'; accepted are absent, blocked, even, forwards, new, reference"),
         (Pick("sketch"), "the impl 'sketch'"),
         (Pick("blocked", devices=("gpu",)), "the device 'gpu'; accepted are cpu, cuda"),
         (Pick("blocked", dtypes=("int8",)), "the dtype 'int8'"),
         (Pick("blocked", modes=("backward",)), "the mode 'backward'"),
+        (Pick("blocked", modes=("decode",)), "the mode 'decode'; accepted are forward, train"),
+        (Pick("forwards", modes=("train",)), "the mode 'train'; accepted are forward"),
+        (Pick("new", devices=("cpu",)), "the device 'cpu'; accepted are cuda"),
+        (Pick("forwards", dtypes=("fp32",)), "the dtype 'fp32'; accepted are bf16"),
         (Pick("blocked", sizes={"length": (1, 2)}), "the size 'length'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_line_about_what_does_not_exist_is_refused(line: Pick, accepted: str) -> None:
-    with pytest.raises(ValueError, match="method 'wide': a pick names") as caught:
+    with pytest.raises(ValueError, match=r"method 'wide': a pick of .* names") as caught:
         Method(name="wide", build=WIDE.build, impls=WIDE.impls, picks=(line,))
     assert accepted in str(caught.value)
 
@@ -110,6 +115,16 @@ def test_a_line_says_where_it_holds() -> None:
     line = Pick("x", ("cuda",), ("bf16", "fp16"), ("forward",), (True,), 90, {"seq_len": (2048, inf)})
     assert line.condition == "cuda from 9.0 on, bf16 or fp16, forward, causal, seq_len from 2048 on"
     assert Pick("x").condition == "everywhere"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_line_names_what_the_method_and_its_impl_have(method: Method) -> None:
+    for line in method.picks:
+        impl = method.impl(line.impl)
+        assert set(line.modes) <= set(method.modes) & set(impl.modes or MODES), line
+        assert set(line.dtypes) <= set(impl.dtypes or DTYPES), line
+        assert set(line.devices) <= set(impl.devices), line
+        assert set(line.causal) <= set(method.causal or (True, False)), line
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
