@@ -262,6 +262,27 @@ class AlibiBias(Bias):
         return self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
 
 
+class OfHeads(Bias):
+    """The bias of some heads of a layer."""
+
+    def __init__(self, whole: Bias, heads: slice):
+        super().__init__()
+        self.whole, self.heads = whole, heads
+
+    def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.whole.bias(distance, dtype)[self.heads]
+
+    def compact(self) -> torch.Tensor:
+        table = self.whole.compact()
+        assert table is not None  # of a bias it never is
+        return table[self.heads]
+
+
+def of_heads(position: Position, heads: slice) -> Position:
+    """What some heads of a layer are given: a rotation or nothing is the same for all of them."""
+    return OfHeads(position, heads) if isinstance(position, Bias) else position
+
+
 def slopes(num_heads: int) -> list[float]:
     """``2^(-8 i / n)`` for the first n heads, n the largest power of two; then every other slope of 2 n heads."""
     power = 1 << (num_heads.bit_length() - 1)

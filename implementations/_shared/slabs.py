@@ -17,16 +17,21 @@ from ctxbench.implementations._shared.staircase import BLOCK
 
 
 def attend_slabs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position, step: int = 1
-) -> torch.Tensor:
-    """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``; keys are ``step`` tokens apart."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position, step: int = 1,
+    before: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``; keys are ``step`` tokens apart.
+
+    ``before``: keys ahead of the first query's own; by default queries are the last rows, as a term has them always.
+    """
     T, S = q.shape[2], k.shape[2]
+    before = S - T if before is None else before
     r = position.keys(S - 1, 0 if causal else 1 - T) if isinstance(position, RelativeTerm) else None
     outputs = []
     for begin in range(0, T, BLOCK):
         end = min(begin + BLOCK, T)
-        first = S - T + begin  # position of the first query
-        keys = S - T + end if causal else S
+        first = before + begin  # position of the first query
+        keys = before + end if causal else S
         near = None if r is None else r[:, T - end : T - end + (end - begin) + keys - 1]
         operands = (q[:, :, begin:end], k[:, :, :keys], v[:, :, :keys], near, first, causal, position, step)
         if torch.is_grad_enabled():

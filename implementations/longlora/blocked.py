@@ -12,22 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ctxbench.implementations._shared.positions import Bias, Position
+from ctxbench.implementations._shared.positions import Bias, OfHeads, Position
 from ctxbench.implementations._shared.slabs import attend_slabs
 
 
-class Part(Bias):
+class Part(OfHeads):
     """The bias of some heads of a layer, and of the circle: the last ``far`` of all ``tokens`` before the first ones.
 
     What is called an offset here counts keys in that order; distances are those of the sequence.
     """
 
     def __init__(self, whole: Bias, heads: slice, far: int = 0, tokens: int = 0):
-        super().__init__()
-        self.whole, self.heads, self.far, self.tokens = whole, heads, far, tokens
-
-    def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self.whole.bias(distance, dtype)[self.heads]
+        super().__init__(whole, heads)
+        self.far, self.tokens = far, tokens
 
     def rectangle(self, queries: int, keys: int, offset: int, like: torch.Tensor, step: int = 1) -> torch.Tensor:
         own = super().rectangle(queries, keys - self.far, offset - self.far, like, step)
