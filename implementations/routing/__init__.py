@@ -18,12 +18,11 @@ METHOD = Method(
     variants=({"selection": "topw", "num_clusters": 3, "cluster_size": 5},),  # masked: test_routing, at more heads
     modes=("forward", "train", "stream", "decode"),
     causal=(True, False),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("t5", "alibi", "transformer_xl"),
-        "members of a cluster lie anywhere, so a term by distance would be gathered pair by pair; rotations are taken "
-        "before tokens are gathered",
-    ),
+    positions=("none", *ROPE, "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "its term is a product of every query with projected distances, and members of a cluster lie "
+        "anywhere: each pair would have a product of its own; t5 and alibi are a number by distance, which is gathered",
+    },
     support=f"{__name__}.params:support",
     segment="local_block",
     impls=(
@@ -41,6 +40,7 @@ METHOD = Method(
         native_impl(
             f"{__name__}.native:OPERATORS",
             modes=("forward",),
+            support=f"{__name__}.params:native_support",
             counts_as="native",
             note="clusters as ranges of sorted tokens, in C++; FLOPs of strict heads are those of blocked",
         ),

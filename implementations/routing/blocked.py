@@ -1,6 +1,7 @@
 """Attention block by block and cluster by cluster: no more than a tile of scores is alive.
 
-Local heads: fused attention, each block of queries against one copy of the blocks it sees. ``topw``: all clusters are
+Local heads: fused attention, each block of queries against one copy of the blocks it sees; with a bias by distance,
+which that adds to no score without keeping it, slabs of queries. ``topw``: all clusters are
 equally large, so a few of them at a time are gathered and are one batched product a tile; ids ascend, so causality
 inside a cluster is a triangle; the mean over a token's clusters gathers their results. ``strict``: clusters are as
 large as the contents make them, see ``clusters``. Where a token does not see itself there is a triangle too: queries
@@ -9,20 +10,25 @@ from the second on against keys up to the last but one. All backward passes comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
+from ctxbench.implementations._shared.positions import Bias, Position
 from ctxbench.implementations._shared.rows import Rows, head_by_head, rows_of, token_by_token
-from ctxbench.implementations.routing import tiles
+from ctxbench.implementations._shared.slabs import attend_slabs
+from ctxbench.implementations.routing import distances, tiles
 from ctxbench.implementations.routing.clusters import attend as strict
 from ctxbench.implementations.routing.layer import Operators, Rules
 from ctxbench.implementations.routing.routing import taken_in_rounds
 from ctxbench.implementations.routing.whole import gathered
 
 
-def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, earlier: bool) -> torch.Tensor:
+def local(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, earlier: bool, position: Position
+) -> torch.Tensor:
     """Split and joined, not sliced: the gradient of a slice is as long as what it was cut from."""
     T, S = q.shape[2], k.shape[2]
     ends = [min(end, S) for end in range(block * ((S - T) // block + 1), S + block, block)]
@@ -35,6 +41,10 @@ def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, earlier
         seen = slice(max(0, own - 1), own + (1 if earlier else 2))
         run_k, run_v = (torch.cat(pieces[seen], dim=2) for pieces in (keys, values))
         shape = queries.shape[2], run_k.shape[2]
+        if isinstance(position, Bias):
+            before = end - shape[0] - seen.start * block
+            outputs.append(attend_slabs(queries, run_k, run_v, earlier, position, before=before))
+            continue
         masked = earlier and 1 < shape[0] < shape[1]
         if masked and shape not in masks:
             masks[shape] = hidden_later(q, *shape)
@@ -52,10 +62,11 @@ def hidden_later(like: torch.Tensor, rows: int, keys: int) -> torch.Tensor:
 
 
 def topw(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules,
+    position: Position,
+) -> torch.Tensor:  # fmt: skip
     """Some clusters at a time: gather, attend, add to the tokens they came from."""
-    mixed: torch.Tensor = _Taken.apply(q, k, v, query_ids, key_ids, rules)
+    mixed: torch.Tensor = _Taken.apply(q, k, v, query_ids, key_ids, rules, distances.line_of(position, q, k))
     return mixed
 
 
@@ -73,6 +84,15 @@ class _Members:
         """Those of a few clusters at a time, ``[step, w]``."""
         return rows.number.at(ids).flatten(0, 1).split(self.step)
 
+    def biases(self, line: torch.Tensor | None, T: int, gradient: torch.Tensor | None) -> Sequence[tiles.Biases | None]:
+        """Where a few clusters at a time find their numbers, all in one line with one gradient."""
+        if line is None:
+            return [None] * -(-self.count // self.step)
+        of_line = None if gradient is None else gradient.view(-1)
+        met = (distances.of_queries(line, T, self.query_ids), self.key_ids)
+        pairs = zip(*(x.flatten(0, 1).split(self.step) for x in met), strict=True)
+        return [tiles.Biases(line.view(-1), *pair, of_line) for pair in pairs]
+
     def scratch(self, like: torch.Tensor) -> tiles.Scratch:
         """Room for the scores of a group's tile."""
         return tiles.scratch(like, min(self.step, self.count), self.size, self.size)
@@ -86,8 +106,8 @@ def _times(numbers: torch.Tensor, rows: int) -> torch.Tensor:
 class _Taken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
-        query_ids, key_ids, rules = rest
-        ctx.save_for_backward(q, k, v, query_ids, key_ids)
+        query_ids, key_ids, rules, line = rest
+        ctx.save_for_backward(q, k, v, query_ids, key_ids, line)
         ctx.rules, shared = rules, q is k and query_ids is key_ids
         members, streams = _Members(query_ids, key_ids, rules), [rows_of(x) for x in ((q, v) if shared else (q, k, v))]
         room = tiles.Gathering([x.table for x in streams], members.size, members.first, members.without)
@@ -95,9 +115,9 @@ class _Taken(torch.autograd.Function):
         met = zip(streams, chosen, strict=True)
         mixed = q.new_empty(members.query_ids.numel(), q.shape[3])
         groups = mixed.split(members.step * members.size)
-        slots, begin = [], 0
-        for out, *numbers in zip(groups, *(members.numbers(*one) for one in met), strict=True):
-            slots.append(room.attend(out, numbers).slots.flatten() + begin)
+        slots, begin, biases = [], 0, members.biases(line, q.shape[2], None)
+        for out, added, *numbers in zip(groups, biases, *(members.numbers(*one) for one in met), strict=True):
+            slots.append(room.attend(out, numbers, added).slots.flatten() + begin)
             begin += len(out)
         B, H, T, D = q.shape
         there = token_by_token(B, H, T, q.device).at(members.query_ids).flatten()
@@ -109,7 +129,7 @@ class _Taken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = gradients
-        q, k, v, query_ids, key_ids = ctx.saved_tensors
+        q, k, v, query_ids, key_ids, line = ctx.saved_tensors
         members = _Members(query_ids, key_ids, ctx.rules)
         streams = [rows_of(x) for x in (grad, q, k, v)]
         of_queries, of_keys = (head_by_head(x).at(ids) for x, ids in ((q, members.query_ids), (k, members.key_ids)))
@@ -121,15 +141,17 @@ class _Taken(torch.autograd.Function):
         met = zip(streams, (members.query_ids, members.query_ids, members.key_ids, members.key_ids), strict=True)
         numbers = (members.numbers(*one) for one in met)
         into = (x.flatten(0, 1).split(members.step) for x in (of_queries, of_keys))
-        for share, query_rows, key_rows, *at in zip(shares.split(members.step), *into, *numbers, strict=True):
+        dline = distances.gradient_of(line, ctx.needs_input_grad[6])
+        biases = members.biases(line, q.shape[2], dline)
+        each = zip(shares.split(members.step), biases, *into, *numbers, strict=True)
+        for share, added, query_rows, key_rows, *at in each:
             dmixed, queries, keys, values = (gathered(x.table, rows) for x, rows in zip(streams, at, strict=True))
             dmixed *= share
             dqueries = torch.zeros_like(queries)
             dkeys, dvalues = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
             _, *parts = tiles.others(members.without, dmixed, dqueries, dkeys, dvalues)
-            tiles.attend_backward(
-                parts, *tiles.others(members.without, dmixed, queries, keys, values), members.first, buffers
-            )
+            operands = tiles.others(members.without, dmixed, queries, keys, values)
+            tiles.attend_backward(parts, *operands, members.first, buffers, tiles.of_others(members.without, added))
             if members.without:
                 dvalues[:, 0] += dmixed[:, 0]
             for total, rows, part in zip(
@@ -137,7 +159,7 @@ class _Taken(torch.autograd.Function):
             ):
                 total.index_add_(0, rows.flatten(), part.flatten(0, 1).to(wide))
         dq, dk, dv = (total.to(x.dtype).view(x.shape) for total, x in zip(totals, (q, k, v), strict=True))
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None if dline is None else dline.to(q.dtype)
 
 
 OPERATORS = Operators(local, strict, topw, taken=taken_in_rounds)

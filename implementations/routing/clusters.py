@@ -16,33 +16,39 @@ from typing import Any, NamedTuple
 import torch
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations.routing import tiles, whole
+from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations.routing import distances, tiles, whole
 from ctxbench.implementations.routing.layer import Rules
 from ctxbench.implementations.routing.routing import balanced_pairs
 from ctxbench.implementations.routing.whole import inverse
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules,
+    position: Position,
+) -> torch.Tensor:  # fmt: skip
     """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, ids ``[B, H, T]`` and ``[B, H, S]``; result ``[B, H, T, D]``."""
-    mixed: torch.Tensor = _Clusters.apply(q, k, v, query_ids, key_ids, rules)
+    mixed: torch.Tensor = _Clusters.apply(q, k, v, query_ids, key_ids, rules, distances.line_of(position, q, k))
     return mixed
 
 
 class _Clusters(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
-        query_ids, key_ids, rules = rest
-        ctx.save_for_backward(q, k, v, query_ids, key_ids)
+        query_ids, key_ids, rules, line = rest
+        ctx.save_for_backward(q, k, v, query_ids, key_ids, line)
         ctx.rules = rules
-        out: torch.Tensor = torch.ops.ctxbench.clustered_attention(q, k, v, query_ids, key_ids, *rules)
+        out: torch.Tensor = torch.ops.ctxbench.clustered_attention(q, k, v, query_ids, key_ids, *rules, line)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dq, dk, dv = torch.ops.ctxbench.clustered_attention_backward(*gradients, *ctx.saved_tensors, *ctx.rules)
-        return dq, dk, dv, None, None, None
+        *operands, line = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[6]
+        dq, dk, dv, dline = torch.ops.ctxbench.clustered_attention_backward(
+            *gradients, *operands, *ctx.rules, line, wanted
+        )
+        return dq, dk, dv, None, None, None, dline if wanted else None
 
 
 class Run(NamedTuple):
@@ -61,6 +67,12 @@ class Run(NamedTuple):
     def cut(self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tiles.Operands:
         """This run of sorted results, queries, keys and values, as a batch of one."""
         return out[None, self.queries], q[None, self.queries], k[None, self.keys], v[None, self.keys]
+
+    def biases(self, of_head: tiles.Biases | None) -> tiles.Biases | None:
+        """This run of a head's."""
+        if of_head is None:
+            return None
+        return of_head._replace(queries=of_head.queries[None, self.queries], keys=of_head.keys[None, self.keys])
 
 
 def _run(queries: slice, keys: slice, earlier: bool, exclude_self: bool) -> Run:
@@ -94,6 +106,15 @@ class _Head:
                 self.runs.append(_run(slice(query, query + rows), slice(key, key + size), earlier, without))
             query, key = query + rows, key + size
 
+    def biases(
+        self, head: int, line: torch.Tensor | None, T: int, gradient: torch.Tensor | None
+    ) -> tiles.Biases | None:
+        """Where sorted queries ``[T]`` and keys find the numbers of this head."""
+        if line is None:
+            return None
+        of_head = None if gradient is None else gradient[head]
+        return tiles.Biases(line[head], T - 1 - self.query_order, self.key_order, of_head)
+
     def scratch(self, like: torch.Tensor) -> tiles.Scratch:
         """Room for the scores of the largest tile."""
         return tiles.scratch(like, 1, tiles.TILE, max(run.keys.stop - run.keys.start for run in self.runs))
@@ -108,21 +129,21 @@ def _heads(query_ids: torch.Tensor, key_ids: torch.Tensor, *rules: Any) -> Itera
 @torch.library.custom_op("ctxbench::clustered_attention", mutates_args=())
 def clustered_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor,
-    num_clusters: int, earlier: bool, exclude_self: bool,
+    num_clusters: int, earlier: bool, exclude_self: bool, line: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Result ``[B, H, T, D]``, stored token by token."""
+    """Result ``[B, H, T, D]``, stored token by token; ``line: [H, T + S - 1]``, see ``distances``."""
     if earlier and q.shape[2] == k.shape[2] > 1:
-        return whole.attend(q, k, v, key_ids, num_clusters, exclude_self)
+        return whole.attend(q, k, v, key_ids, num_clusters, exclude_self, line)
     out = _empty(q)
     for b, h, head in _heads(query_ids, key_ids, num_clusters, earlier, exclude_self):
         queries = q[b, h].index_select(0, head.query_order)
         keys, values = (x[b, h].index_select(0, head.key_order) for x in (k, v))
         buffer = head.scratch(q)
-        mixed = torch.empty_like(queries)
+        mixed, biases = torch.empty_like(queries), head.biases(h, line, q.shape[2], None)
         for run in head.runs:
             if run.alone:
                 mixed[run.queries.start - 1] = values[run.keys.start]
-            tiles.attend(*run.cut(mixed, queries, keys, values), run.first, buffer)
+            tiles.attend(*run.cut(mixed, queries, keys, values), run.first, buffer, run.biases(biases))
         out[b, h] = mixed.index_select(0, inverse(head.query_order))
     return out
 
@@ -130,11 +151,14 @@ def clustered_attention(
 @torch.library.custom_op("ctxbench::clustered_attention_backward", mutates_args=())
 def clustered_attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor,
-    key_ids: torch.Tensor, num_clusters: int, earlier: bool, exclude_self: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values."""
+    key_ids: torch.Tensor, num_clusters: int, earlier: bool, exclude_self: bool, line: torch.Tensor | None = None,
+    wanted: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of queries, keys and values, and of the line: empty unless it is ``wanted``."""
+    dline = distances.gradient_of(line, wanted)
     if earlier and q.shape[2] == k.shape[2] > 1:
-        return whole.attend_backward(grad, q, k, v, key_ids, num_clusters, exclude_self)
+        found = whole.attend_backward(grad, q, k, v, key_ids, num_clusters, exclude_self, line, dline)
+        return *found, _rounded(dline, q)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     for b, h, head in _heads(query_ids, key_ids, num_clusters, earlier, exclude_self):
@@ -142,16 +166,22 @@ def clustered_attention_backward(
         keys, values = (x[b, h].index_select(0, head.key_order) for x in (k, v))
         sorted_dq = torch.zeros_like(queries)
         sorted_dk, sorted_dv = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
-        buffers = head.scratch(q), head.scratch(q)
+        buffers, biases = (head.scratch(q), head.scratch(q)), head.biases(h, line, q.shape[2], dline)
         for run in head.runs:
             _, *gradients = run.cut(dmixed, sorted_dq, sorted_dk, sorted_dv)
-            tiles.attend_backward(gradients, *run.cut(dmixed, queries, keys, values), run.first, buffers)
+            met = run.cut(dmixed, queries, keys, values)
+            tiles.attend_backward(gradients, *met, run.first, buffers, run.biases(biases))
             if run.alone:
                 sorted_dv[run.keys.start] += dmixed[run.queries.start - 1]
         dq[b, h] = sorted_dq.index_select(0, inverse(head.query_order))
         for total, part in ((dk, sorted_dk), (dv, sorted_dv)):  # a decoded token meets some of the keys only
             total[b, h].index_copy_(0, head.key_order, part.to(total.dtype))
-    return dq, dk, dv
+    return dq, dk, dv, _rounded(dline, q)
+
+
+def _rounded(dline: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
+    """What an operator returns in place of None is empty."""
+    return q.new_empty(0) if dline is None else dline.to(q.dtype)
 
 
 def _empty(q: torch.Tensor) -> torch.Tensor:
@@ -165,14 +195,19 @@ def _(q: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 @clustered_attention_backward.register_fake
-def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor,
+    key_ids: torch.Tensor, num_clusters: int, earlier: bool, exclude_self: bool, line: torch.Tensor | None = None,
+    wanted: bool = False,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    dline = q.new_empty(0 if line is None or not wanted else line.shape)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dline
 
 
 @formula(torch.ops.ctxbench.clustered_attention)
 def nominal_flops(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor,
-    num_clusters: int, earlier: bool, exclude_self: bool, **_: Any,
+    num_clusters: int, earlier: bool, exclude_self: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Scores and values of the queries' pairs in equally full clusters."""
     B, H, T, D = q.shape

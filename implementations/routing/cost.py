@@ -9,8 +9,14 @@ from sympy import Expr, Integer, Max, Min, Rational, ceiling, floor
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d, h, param
 from ctxbench.cost.terms import linear, linear_parameters, tensor, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward
-from ctxbench.implementations.routing.params import RoutingParams
+from ctxbench.implementations._shared.forms import (
+    block_ffn,
+    block_parameters,
+    core_backward,
+    position_parameters,
+    slab_pairs,
+)
+from ctxbench.implementations.routing.params import BIASES, RoutingParams
 from ctxbench.implementations.routing.peaks import peak
 
 TILE = Integer(64)  # queries a tile of the blocked impl
@@ -32,7 +38,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RoutingParam
         "ffn": block_ffn(tokens),
     }
     algorithmic = {**common, **form.attention(local, routed)}
-    flops = {**common, **form.attention(*form.executed(impl, mode, local, routed))}
+    flops = {**common, **form.attention(*form.executed(impl, mode, position, local, routed))}
     if mode == "train":
         core = core_backward(impl, position)
         factors = {"local_attention": 1 + core, "routed_attention": 1 + core, "routing_scores": 1}
@@ -41,7 +47,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RoutingParam
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=block_parameters(3 * linear_parameters(d, d) + form.key_parameters()),
+        num_parameters=block_parameters(3 * linear_parameters(d, d) + form.key_parameters())
+        + position_parameters(position),
         state_bytes=L * form.state_bytes(T) if causal else Integer(0),
         peak_bytes=peak(impl, mode, causal, params) if position == "none" else None,
         depth=L,
@@ -96,14 +103,15 @@ class Form:
         """Tokens a centroid takes."""
         return Min(T, param("cluster_size") if self.params.cluster_size else ceiling(T / K))
 
-    def executed(self, impl: str, mode: str, local: Expr, routed: Expr) -> tuple[Expr, Expr]:
+    def executed(self, impl: str, mode: str, position: str, local: Expr, routed: Expr) -> tuple[Expr, Expr]:
         """Pairs that an impl multiplies, in local and in routed heads."""
         if mode == "decode":
             return (local, routed) if impl == "blocked" else (local, T + 1)
         if impl == "triton":
             return local, routed
         if impl == "blocked":
-            return self._local_runs() if self.earlier else local, self._tiles() if self._batched else routed
+            runs = self._local_slabs() if position in BIASES else self._local_runs()
+            return runs if self.earlier else local, self._tiles() if self._batched else routed
         whole, strict = floor(T / C), self.params.selection == "strict"
         rest = T - whole * C
         if mode == "stream":
@@ -124,6 +132,13 @@ class Form:
     def _local_runs(self) -> Expr:
         """The first block is a triangle, every later one is multiplied with all of two blocks and masked."""
         return triangle(Min(c, T)) + self._later_blocks(c)
+
+    def _local_slabs(self) -> Expr:
+        """With biases a block goes by slabs, each against the block before and its own up to its last query."""
+        whole = floor(T / c)
+        rest = T - whole * c
+        first = slab_pairs(Min(c, T))
+        return first + Max(whole - 1, 0) * (c**2 + slab_pairs(c)) + Min(whole, 1) * (rest * c + slab_pairs(rest))
 
     def _calls(self) -> Expr:
         """A call of one block each: the first meets itself, later ones itself and the block before."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, split_heads
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Position, of_heads, positions_for
 from ctxbench.implementations.routing.params import RoutingParams
 from ctxbench.implementations.routing.routing import Centroids, assigned, normalised, taken
 from ctxbench.method import Dims, Output, load
@@ -50,10 +50,12 @@ class Operators(NamedTuple):
     """The seam between implementations. ``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, results ``[B, H, T, D]``.
 
     Attributes:
-        local: ``(q, k, v, block, earlier)``; queries are the last T of S tokens, the first key begins a block.
-        strict: ``(q, k, v, query_ids, key_ids, rules)``, ids ``[B, H, T]`` and ``[B, H, S]``.
-        topw: ``(q, k, v, query_ids, key_ids, rules)``, ids ``[B, H, K, w]``, ascending.
+        local: ``(q, k, v, block, earlier, position)``; queries are the last T of S tokens, key 0 begins a block.
+        strict: ``(q, k, v, query_ids, key_ids, rules, position)``, ids ``[B, H, T]`` and ``[B, H, S]``.
+        topw: ``(q, k, v, query_ids, key_ids, rules, position)``, ids ``[B, H, K, w]``, ascending.
         assigned, taken: as in ``routing``.
+
+    ``position`` is that of these heads. Queries and keys are rotated; biases are the operator's to add.
     """
 
     local: Callable[..., torch.Tensor]
@@ -152,11 +154,13 @@ class RoutingAttention(nn.Module):
             old = S - self.params.kept(S)
             recent_k, recent_v = (a[:, :, old:].clone() if old else a for a in (k, v))
             state = state._replace(local_k=recent_k, local_v=recent_v)
-        return self.operators.local(q, k, v, self.params.local_block, self.rules.earlier), state
+        position = of_heads(self.position, slice(self.local))
+        return self.operators.local(q, k, v, self.params.local_block, self.rules.earlier, position), state
 
     def _attend_in_clusters(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int, state: State | None
     ) -> tuple[torch.Tensor, State | None]:
+        position = of_heads(self.position, slice(self.local, None))
         q = normalised(q)
         k = q if self.params.shared else normalised(k)
         if self.params.selection == "topw":
@@ -164,14 +168,14 @@ class RoutingAttention(nn.Module):
             query_ids = self.operators.taken(q, self.means, w)
             key_ids = query_ids if self.params.shared else self.operators.taken(k, self.means, w)
             q, k = self._rotated(q, k, before)
-            return self.operators.topw(q, k, v, query_ids, key_ids, self.rules), state
+            return self.operators.topw(q, k, v, query_ids, key_ids, self.rules, position), state
         query_ids = key_ids = self.operators.assigned(q, self.means)
         q, k = self._rotated(q, k, before)
         if state is not None:
             k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)
             key_ids = torch.cat((state.ids, key_ids), dim=2)
             state = state._replace(k=k, v=v, ids=key_ids)
-        return self.operators.strict(q, k, v, query_ids, key_ids, self.rules), state
+        return self.operators.strict(q, k, v, query_ids, key_ids, self.rules, position), state
 
     def _rotated(self, q: torch.Tensor, k: torch.Tensor, before: int) -> tuple[torch.Tensor, torch.Tensor]:
         """After the choice of clusters, which is by contents alone, and before tokens are gathered."""

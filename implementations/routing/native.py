@@ -16,6 +16,7 @@ from torch.nn.functional import embedding_bag
 from ctxbench.cost.formulas import formula
 from ctxbench.implementations._shared import ranges_native
 from ctxbench.implementations._shared.lines import PLAIN, SLOPE, Placed
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations._shared.ranges import Line, Range, attend
 from ctxbench.implementations._shared.rows import head_by_head, rows_of, token_by_token
 from ctxbench.implementations.routing.clusters import nominal_flops
@@ -24,15 +25,18 @@ from ctxbench.implementations.routing.routing import taken_in_rounds
 from ctxbench.implementations.routing.whole import inverse
 
 
-def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, earlier: bool) -> torch.Tensor:
+def local(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, earlier: bool, position: Position
+) -> torch.Tensor:
     """The keys from the block before the query's: a range that moves in steps of a block."""
     before, end = Line(block, block, base=-block), Line(base=1) if earlier else Line(block, block, base=2 * block)
     return attend(q, [Range(k, v, before, end)], offset=k.shape[2] - q.shape[2])[0]
 
 
 def strict(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules,
+    position: Position,
+) -> torch.Tensor:  # fmt: skip
     """Whole sequences: queries and keys are the same tokens."""
     mixed: torch.Tensor = _sorted(q, k, v, query_ids, key_ids, *rules)
     return mixed
@@ -78,8 +82,9 @@ def _gathered(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def topw(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules,
+    position: Position,
+) -> torch.Tensor:  # fmt: skip
     """Ids ascend, so causality inside a cluster is a triangle; a token gets the mean over its clusters."""
     B, H, T, D = q.shape
     members, w = query_ids.flatten(0, 1), query_ids.shape[3]

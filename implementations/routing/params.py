@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ctxbench.implementations._shared import native_table
 from ctxbench.implementations.routing import launch
 from ctxbench.method import YES, Dims, Params, Support, no, param
+
+BIASES = ("t5", "alibi")
+RANKS = (
+    "this kernel knows the ranks of a cluster's tokens, not how far apart they stand; blocked adds biases by distance"
+)
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,17 @@ def support(dims: Dims, params: RoutingParams, mode: str) -> Support:
 
 
 def triton_support(dims: Dims, params: RoutingParams, device: str, dtype: str) -> Support:
-    """What the kernels hold in registers."""
+    """What the kernels hold in registers, and know of a pair."""
+    if dims.position in BIASES:
+        return no(f"{dims.position}: {RANKS}")
     return launch.support(dims, params.num_clusters, dtype)
+
+
+def native_support(dims: Dims, params: RoutingParams, device: str, dtype: str) -> Support:
+    """A compiler, and what the kernel knows of a pair."""
+    if dims.position in BIASES:
+        return no(f"{dims.position}: {RANKS}")
+    return native_table.support(dims, params, device, dtype)
 
 
 def reach(dims: Dims, params: RoutingParams, i: int) -> set[int]:

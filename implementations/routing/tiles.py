@@ -23,6 +23,40 @@ def others(exclude_self: bool, out: torch.Tensor, q: torch.Tensor, k: torch.Tens
     return (out[:, 1:], q[:, 1:], k[:, :-1], v[:, :-1]) if exclude_self else (out, q, k, v)
 
 
+class Biases(NamedTuple):
+    """What is added to the scores of runs of tokens that lie anywhere: to each pair its number of a line.
+
+    Attributes:
+        line: by distance, of one head after the other, flat.
+        queries, keys: ``[n, R]`` and ``[n, M]``, whose sum is where a pair finds its number.
+        gradient: receives that of the line, at least in single precision; None where nobody wants it.
+    """
+
+    line: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+    gradient: torch.Tensor | None = None
+
+    def read(self, tile: Tile, scores: torch.Tensor) -> None:
+        """Write the numbers of all pairs of a tile."""
+        torch.index_select(self.line, 0, self._places(tile), out=scores.view(-1))
+
+    def add_gradient(self, tile: Tile, scores: torch.Tensor) -> None:
+        """Add the scores' gradient to that of the line."""
+        if self.gradient is not None:
+            self.gradient.scatter_add_(0, self._places(tile), scores.flatten().to(self.gradient.dtype))
+
+    def _places(self, tile: Tile) -> torch.Tensor:
+        return (self.queries[:, tile.rows, None] + self.keys[:, None, : tile.keys]).flatten()
+
+
+def of_others(exclude_self: bool, biases: Biases | None) -> Biases | None:
+    """Those of the :func:`others`."""
+    if biases is None or not exclude_self:
+        return biases
+    return biases._replace(queries=biases.queries[:, 1:], keys=biases.keys[:, :-1])
+
+
 class Tile(NamedTuple):
     """Queries ``rows`` against the first ``keys`` keys; ``corner``: the first of them that is masked, None: none is."""
 
@@ -79,14 +113,16 @@ class Attention:
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int | None, buffer: Scratch):
         self.scale = q.shape[2] ** -0.5
         self.tiles = [
-            (q[:, tile.rows], k[:, : tile.keys].transpose(1, 2), v[:, : tile.keys], *_scores(q, tile, buffer))
+            (tile, q[:, tile.rows], k[:, : tile.keys].transpose(1, 2), v[:, : tile.keys], *_scores(q, tile, buffer))
             for tile in tiles(q.shape[1], k.shape[1], first)
         ]
 
-    def into(self, out: Iterable[torch.Tensor]) -> None:
+    def into(self, out: Iterable[torch.Tensor], biases: Biases | None) -> None:
         """Write the tiles of the result, ``[n, span, D]`` each."""
-        for (query, key, value, p, corner, hidden), result in zip(self.tiles, out, strict=True):
-            p.baddbmm_(query, key, beta=0, alpha=self.scale)
+        for (tile, query, key, value, p, corner, hidden), result in zip(self.tiles, out, strict=True):
+            if biases is not None:
+                biases.read(tile, p)
+            p.baddbmm_(query, key, beta=0 if biases is None else 1, alpha=self.scale)
             if hidden is not None:
                 corner.add_(hidden)
             torch.softmax(p, dim=2, out=p)
@@ -106,7 +142,7 @@ class Gathering:
         self.buffer = scratch(tables[0], 1, TILE, rows)
         self.plans: dict[tuple[int, int], tuple[list[torch.Tensor], Attention, Layout]] = {}
 
-    def attend(self, out: torch.Tensor, numbers: Sequence[torch.Tensor]) -> Layout:
+    def attend(self, out: torch.Tensor, numbers: Sequence[torch.Tensor], biases: Biases | None) -> Layout:
         """Results ``out: [runs * length, D]`` of runs whose rows have these numbers, ``[runs, length]`` a table."""
         runs, length = numbers[0].shape
         if (runs, length) not in self.plans:
@@ -117,7 +153,7 @@ class Gathering:
         results = layout.cut(out)
         if self.alone:
             results.pop(0).copy_(gathered[-1][:, :1])
-        attention.into(results)
+        attention.into(results, of_others(self.alone, biases))
         return layout
 
     def _plan(self, runs: int, length: int) -> tuple[list[torch.Tensor], Attention, Layout]:
@@ -129,25 +165,28 @@ class Gathering:
 
 
 def attend(
-    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int | None, buffer: Scratch
-) -> None:
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int | None, buffer: Scratch,
+    biases: Biases | None,
+) -> None:  # fmt: skip
     """Write the result of one run, ``q: [1, R, D]``, ``k, v: [1, M, D]``, into ``out: [1, R, D]``."""
-    Attention(q, k, v, first, buffer).into(out.split(TILE, dim=1) if q.shape[1] else ())
+    Attention(q, k, v, first, buffer).into(out.split(TILE, dim=1) if q.shape[1] else (), biases)
 
 
 def attend_backward(
     gradients: Sequence[torch.Tensor], dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, first: int | None, buffers: tuple[Scratch, Scratch],
+    v: torch.Tensor, first: int | None, buffers: tuple[Scratch, Scratch], biases: Biases | None,
 ) -> None:  # fmt: skip
     """Write ``dq`` and add to ``dk`` and ``dv``; five products where the forward pass has two."""
     dq, dk, dv = gradients
     scale = q.shape[2] ** -0.5
     for tile in tiles(q.shape[1], k.shape[1], first):
         rows, seen = tile.rows, slice(0, tile.keys)
-        p = _probabilities(q, k, tile, buffers[0])
+        p = _probabilities(q, k, tile, buffers[0], biases)
         _add_product(dv[:, seen], p.transpose(1, 2), dout[:, rows], 1.0)
         ds = _shaped(buffers[1].scores, p.shape).baddbmm_(dout[:, rows], v[:, seen].transpose(1, 2), beta=0)
         torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
+        if biases is not None:
+            biases.add_gradient(tile, ds)
         _add_product(dk[:, seen], ds.transpose(1, 2), q[:, rows], scale)
         dq[:, rows].baddbmm_(ds, k[:, seen], beta=0, alpha=scale)
 
@@ -161,9 +200,14 @@ def _scores(q: torch.Tensor, tile: Tile, buffer: Scratch) -> tuple[torch.Tensor,
     return p, p[:, :-1, tile.corner :], buffer.hidden[: rows - 1, : rows - 1]
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, tile: Tile, buffer: Scratch) -> torch.Tensor:
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, tile: Tile, buffer: Scratch, biases: Biases | None
+) -> torch.Tensor:
     p, corner, hidden = _scores(q, tile, buffer)
-    p.baddbmm_(q[:, tile.rows], k[:, : tile.keys].transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
+    if biases is not None:
+        biases.read(tile, p)
+    beta = 0 if biases is None else 1
+    p.baddbmm_(q[:, tile.rows], k[:, : tile.keys].transpose(1, 2), beta=beta, alpha=q.shape[2] ** -0.5)
     if hidden is not None:
         corner.add_(hidden)
     return torch.softmax(p, dim=2, out=p)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.routing.choosing import add_up, best_tokens, chosen, clustered, nearest, runs
 from ctxbench.implementations.routing.gathered import Lists, gathered, gathered_backward
 from ctxbench.implementations.routing.layer import Operators, Rules
@@ -24,8 +25,9 @@ def taken(vectors: torch.Tensor, means: torch.Tensor, w: int) -> torch.Tensor:
 
 
 def strict(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules,
+    position: Position,
+) -> torch.Tensor:  # fmt: skip
     """Charged for equally full clusters, as ``blocked`` is."""
     T, S, (clusters, earlier, without_self) = q.shape[2], k.shape[2], rules
     pairs = balanced_pairs(S, clusters, earlier) - balanced_pairs(S - T, clusters, earlier) - T * without_self
@@ -34,8 +36,9 @@ def strict(
 
 
 def topw(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ids: torch.Tensor, key_ids: torch.Tensor, rules: Rules,
+    position: Position,
+) -> torch.Tensor:  # fmt: skip
     """All clusters are equally full, so the charge is exact."""
     K, w = query_ids.shape[2:]
     pairs = K * (w * (w + 1) // 2 - w * rules.exclude_self if rules.earlier else w * w)

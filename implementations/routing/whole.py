@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ctxbench.implementations._shared.rows import rows_of
-from ctxbench.implementations.routing import tiles
+from ctxbench.implementations.routing import distances, tiles
 
 ALIKE = 0.8  # of the largest cluster of a batch: smaller ones wait for the next, since padding is multiplied too
 ALIGNED = 16  # tokens that padded clusters are a multiple of: rows of scores then begin at whole vectors
@@ -34,6 +34,12 @@ class Batch(NamedTuple):
         """Write clusters ``[n, M, D]`` to their places in ``into: [B * H * T, D]``."""
         for cluster, (start, stop) in zip(padded, self.places, strict=True):
             into[start:stop] = cluster[: stop - start]
+
+    def biases(self, of_all: tiles.Biases | None) -> tiles.Biases | None:
+        """Those of its clusters."""
+        if of_all is None:
+            return None
+        return of_all._replace(queries=of_all.queries[self.positions], keys=of_all.keys[self.positions])
 
     def real(self) -> torch.Tensor:
         """Which positions pad nothing, ``[n, M]``."""
@@ -67,6 +73,14 @@ class Clusters:
             yield Batch(torch.minimum(begin + torch.arange(M, device=self.order.device), last - 1), places)
             first = stop
 
+    def biases(self, line: torch.Tensor | None, gradient: torch.Tensor | None) -> tiles.Biases | None:
+        """Where tokens in the order find their numbers, as queries and as keys, ``[B * H * T]`` each."""
+        if line is None:
+            return None
+        queries = distances.of_queries(line, self.order.shape[1], self.order)
+        of_line = None if gradient is None else gradient.view(-1)
+        return tiles.Biases(line.view(-1), queries.flatten(), self.order.flatten(), of_line)
+
     def by_token(self) -> torch.Tensor:
         """Where each token stands in the order of all heads, ``[B * H * T]``."""
         head = torch.arange(len(self.order), device=self.order.device)[:, None]
@@ -74,17 +88,19 @@ class Clusters:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, num_clusters: int, exclude_self: bool
-) -> torch.Tensor:
-    """``q, k, v: [B, H, T, D]``, ``ids: [B, H, T]``; result ``[B, H, T, D]``, stored token by token."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, num_clusters: int, exclude_self: bool,
+    line: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """``q, k, v: [B, H, T, D]``, ``ids: [B, H, T]``, ``line: [H, 2 T - 1]``; ``[B, H, T, D]``, by token."""
     clusters, streams = Clusters(ids, num_clusters), [rows_of(x) for x in ((q, v) if q is k else (q, k, v))]
     numbers, batches = [x.number.at(clusters.order).flatten() for x in streams], list(clusters.batches())
     room = tiles.Gathering([x.table for x in streams], batches[0].positions.shape[1], 1, exclude_self)
     mixed = q.new_empty(sum(batch.positions.numel() for batch in batches), q.shape[3])
-    slots, begin = [], 0
+    slots, begin, biases = [], 0, clusters.biases(line, None)
     for batch in batches:
         out = mixed[begin : begin + batch.positions.numel()]
-        slots.append(room.attend(out, [number[batch.positions] for number in numbers]).slots.flatten() + begin)
+        layout = room.attend(out, [number[batch.positions] for number in numbers], batch.biases(biases))
+        slots.append(layout.slots.flatten() + begin)
         begin += len(out)
     real = torch.cat([batch.real().flatten() for batch in batches])
     found = torch.empty_like(numbers[0])
@@ -95,12 +111,13 @@ def attend(
 
 def attend_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor,
-    num_clusters: int, exclude_self: bool,
+    num_clusters: int, exclude_self: bool, line: torch.Tensor | None, dline: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values for ``grad: [B, H, T, D]``."""
+    """Gradients of queries, keys and values for ``grad: [B, H, T, D]``; that of the line is added to ``dline``."""
     clusters, wide = Clusters(ids, num_clusters), torch.promote_types(q.dtype, torch.float32)
     streams = [rows_of(x) for x in (grad, q, k, v)]
     numbers = [x.number.at(clusters.order).flatten() for x in streams]
+    biases = clusters.biases(line, dline)
     totals = [torch.empty_like(q, memory_format=torch.contiguous_format).flatten(0, 2) for _ in range(3)]
     for batch in clusters.batches():
         dmixed, queries, keys, values = (
@@ -112,7 +129,8 @@ def attend_backward(
         _, *parts = tiles.others(exclude_self, dmixed, dqueries, dkeys, dvalues)
         n, M, _ = queries.shape
         buffers = tiles.scratch(q, n, M, M), tiles.scratch(q, n, M, M)
-        tiles.attend_backward(parts, *tiles.others(exclude_self, dmixed, queries, keys, values), 1, buffers)
+        added = tiles.of_others(exclude_self, batch.biases(biases))
+        tiles.attend_backward(parts, *tiles.others(exclude_self, dmixed, queries, keys, values), 1, buffers, added)
         if exclude_self:
             dvalues[:, 0] += dmixed[:, 0]
         for total, part in zip(totals, (dqueries, dkeys, dvalues), strict=True):

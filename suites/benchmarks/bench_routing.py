@@ -24,6 +24,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.routing import METHOD, blocked, native, reference
 from ctxbench.implementations.routing.layer import Operators, Rules
 from ctxbench.implementations.routing.params import RoutingParams
@@ -31,7 +32,7 @@ from ctxbench.implementations.routing.routing import assigned, normalised
 from ctxbench.method import Dims
 from ctxbench.suites.benchmarks.ratios import Comparison
 
-HEADS, WIDTH = 4, 64
+HEADS, WIDTH, PLAIN = 4, 64, Position()
 IMPLS = {"reference": reference.OPERATORS, "blocked": blocked.OPERATORS, "native": native.OPERATORS}
 SIZES = ((8192, 16), (12288, 48))  # tokens and clusters of the published enwik8 models
 
@@ -48,7 +49,7 @@ def topw(operators: Operators, q: torch.Tensor, v: torch.Tensor, means: torch.Te
     """What the package computes: keys are normalised queries, no token sees itself."""
     clusters, k = means.shape[1], normalize(q, dim=-1)
     ids = operators.taken(k, means, q.shape[2] // clusters)
-    return operators.topw(q, k, v, ids, ids, Rules(clusters, earlier=True, exclude_self=True))
+    return operators.topw(q, k, v, ids, ids, Rules(clusters, earlier=True, exclude_self=True), PLAIN)
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def strict(operators: Operators, q: torch.Tensor, v: torch.Tensor, means: torch.
     """The causal form."""
     k = normalised(q)
     ids = assigned(k, means)
-    return operators.strict(k, k, v, ids, ids, Rules(means.shape[1], earlier=True, exclude_self=False))
+    return operators.strict(k, k, v, ids, ids, Rules(means.shape[1], earlier=True, exclude_self=False), PLAIN)
 
 
 def published(means: torch.Tensor, length: int) -> Callable[..., torch.Tensor] | None:

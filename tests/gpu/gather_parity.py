@@ -16,6 +16,7 @@ from flash_parity import TILES, relative
 from interpreted import INTERPRETED, Counted, check_integers, mine, spare
 
 from ctxbench.implementations._shared import ranges
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.compressive_memory import METHOD as COMPRESSIVE_MEMORY
 from ctxbench.implementations.memorizing import METHOD as MEMORIZING
 from ctxbench.implementations.memorizing import reference as memorizing_reference
@@ -32,6 +33,7 @@ from ctxbench.implementations.routing.layer import Rules
 from ctxbench.method import Dims, Method
 from ctxbench.workload import DTYPES
 
+PLAIN = Position()
 Errors = dict[str, float]
 Check = Callable[[torch.dtype], Errors]
 
@@ -69,8 +71,8 @@ def in_clusters(
         rest = key_ids if queries == keys else key_ids[:, :, keys - queries :], key_ids
         rules = Rules(num_clusters, earlier, without_self)
         return against(
-            lambda q, k, v: routing.strict(q, k, v, *rest, rules),
-            lambda q, k, v: routing_reference.strict(q, k, v, *rest, rules),
+            lambda q, k, v: routing.strict(q, k, v, *rest, rules, PLAIN),
+            lambda q, k, v: routing_reference.strict(q, k, v, *rest, rules, PLAIN),
             {"q": q, "k": k, "v": v},
         )
 
@@ -85,8 +87,8 @@ def in_taken(tokens: int, w: int, earlier: bool, without_self: bool, shared: boo
         numbers = ids if shared else [each.int() for each in ids]
         rules = Rules(3, earlier, without_self)
         return against(
-            lambda q, k, v: routing.topw(q, k, v, *numbers, rules),
-            lambda q, k, v: routing_reference.topw(q, k, v, *ids, rules),
+            lambda q, k, v: routing.topw(q, k, v, *numbers, rules, PLAIN),
+            lambda q, k, v: routing_reference.topw(q, k, v, *ids, rules, PLAIN),
             operands,
         )
 
@@ -97,8 +99,8 @@ def in_blocks(queries: int, keys: int, earlier: bool) -> Check:
     def check(dtype: torch.dtype) -> Errors:
         operands = {"q": draw(dtype, 1, queries, 1, 16), **{name: draw(dtype, 1, keys, 1, 16) for name in "kv"}}
         return against(
-            lambda q, k, v: routing.local(q, k, v, 10, earlier),
-            lambda q, k, v: routing_reference.local(q, k, v, 10, earlier),
+            lambda q, k, v: routing.local(q, k, v, 10, earlier, PLAIN),
+            lambda q, k, v: routing_reference.local(q, k, v, 10, earlier, PLAIN),
             operands,
         )
 

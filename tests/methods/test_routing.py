@@ -13,6 +13,7 @@ from torch.nn.functional import layer_norm, normalize
 from ctxbench.cost import big_o, evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations.routing import METHOD, blocked, reference
 from ctxbench.implementations.routing.cost import Form
 from ctxbench.implementations.routing.layer import Rules, routed_vectors
@@ -43,6 +44,7 @@ from ctxbench.testing.behaviour import (
 from ctxbench.testing.costs import flops_equal_formula, parameters_equal_formula, state_bytes_equal_formula
 from ctxbench.testing.gradients import gradcheck
 
+PLAIN = Position()
 GOLDEN = Path(__file__).parents[1] / "golden" / "routing.npz"
 OPERATORS = {"reference": reference.OPERATORS, "blocked": blocked.OPERATORS}
 FORMS = {  # the kit's own cases are strict, with a local and a routed head
@@ -90,7 +92,7 @@ def test_topw_equals_the_package(name: str, impl: str) -> None:
     q, v = leaves["q"], leaves["v"]
     k = normalize(q, dim=-1) if shared else leaves["k"]
     ids = [taken(normalize(x, dim=-1), tensors["means"], window) for x in (q, k)]
-    y = OPERATORS[impl].topw(q, k, v, *ids, Rules(clusters, bool(shared), bool(shared)))
+    y = OPERATORS[impl].topw(q, k, v, *ids, Rules(clusters, bool(shared), bool(shared)), PLAIN)
     times = cluster_sizes(ids[0].flatten(2).int(), length).double()  # by token: clusters that took it
     assert bool((times == 0).any()) == (name != "balanced")
     compare(y * (times / (times + 1e-5))[..., None], tensors, leaves)
@@ -103,7 +105,7 @@ def test_strict_equals_the_package_where_clusters_are_balanced(impl: str) -> Non
     k = normalize(leaves["q"], dim=-1)
     ids = assigned(k, tensors["means"])
     assert cluster_sizes(ids, 4).eq(4).all()
-    y = OPERATORS[impl].strict(leaves["q"], k, leaves["v"], ids, ids, Rules(4, True, True))
+    y = OPERATORS[impl].strict(leaves["q"], k, leaves["v"], ids, ids, Rules(4, True, True), PLAIN)
     compare(y / (1 + 1e-5), tensors, leaves)
 
 
@@ -132,7 +134,7 @@ def test_local_heads_equal_the_package(name: str, impl: str) -> None:
     tensors = golden(name)
     leaves = {key: tensors[key].requires_grad_() for key in ("q", "k", "v")}
     _, block, causal = map(int, tensors["sizes"])
-    compare(OPERATORS[impl].local(*leaves.values(), block, bool(causal)), tensors, leaves)
+    compare(OPERATORS[impl].local(*leaves.values(), block, bool(causal), PLAIN), tensors, leaves)
 
 
 @pytest.mark.parametrize("impl", OPERATORS)
@@ -236,7 +238,7 @@ def test_load_tells_what_the_nominal_count_does_not() -> None:
     """All tokens in one cluster: the result is that of dense attention, the work k times the balanced one."""
     q, v = torch.randn(2, 1, 2, 64, 8, dtype=torch.float64)
     one, even = torch.full((1, 2, 64), 2, dtype=torch.int32), torch.arange(64).expand(1, 2, 64) % 4
-    y = blocked.OPERATORS.strict(q, q, v, one, one, Rules(4, True, False))
+    y = blocked.OPERATORS.strict(q, q, v, one, one, Rules(4, True, False), PLAIN)
     dense = torch.nn.functional.scaled_dot_product_attention(q, q, v, is_causal=True)
     torch.testing.assert_close(y, dense, rtol=0, atol=1e-13)
     assert cluster_sizes(one, 4).tolist() == [[[0, 0, 64, 0]] * 2]
