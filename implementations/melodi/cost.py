@@ -54,7 +54,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
     """One impl in one mode. ``stream`` takes a window a call."""
     if impl == "graph":
         return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
-    impl = "triton" if impl == "diagonal_triton" else impl  # the same products in another order
+    diagonal = impl == "diagonal_triton"  # the same products in another order
+    impl = "triton" if diagonal else impl
     visible = kernels(impl) == "triton"
     call = windows(mode)
     has_long = Integer(1 if params.long_slots else 0)
@@ -84,15 +85,16 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         if visible:  # its short-term memory neither
             flops["attention"] -= L * attention(first * S) * (core_backward(impl) - Rational(DQ_ALONE))
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
-    # What training keeps where rotations are, or in 16 bits, which is all that slabs compute in, has no form yet.
-    unknown = mode == "train" and (position in ROPE or impl == "slabs")
+    # Without a form: what a diagonal holds of several layers at once, and what training keeps of kernels, where
+    # rotations are, or in 16 bits, which is all that slabs compute in.
+    unknown = diagonal or (mode == "train" and (position in ROPE or impl == "slabs" or visible))
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(position, params),
         state_bytes=L * (2 * tensor(B, S, d) + 3 * tensor(B, T - W * floor(T / W), d))
         + has_long * 2 * tensor(B, Min(M, P * floor(T / W)), d),
-        peak_bytes=None if unknown or visible else peak(impl, mode, params),
+        peak_bytes=None if unknown else peak("kernels" if visible else impl, mode, params, position),
         depth=L if mode == "decode" else ceiling(T / W) + L - 1,
     )
 

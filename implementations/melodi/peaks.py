@@ -5,14 +5,17 @@ A row is ``B n d`` elements of ``n`` tokens. Tensors of a few rows of one token 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
-from ctxbench.cost.terms import largest, tensor, when_ffn
+from ctxbench.cost.terms import largest, tensor
+from ctxbench.implementations._shared.forms import T5_DISTANCES, rotation_tables
 from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
 from ctxbench.implementations.melodi.params import MelodiParams
+from ctxbench.method import ROPE
 
 W, U, S, M, P = (param(name) for name in ("window", "summary_tokens", "short_slots", "long_slots", "long_per_window"))
 NULLS = 2  # of slabs, in place of all empty slots
@@ -21,22 +24,38 @@ ROWS = W + U
 
 
 class Form(NamedTuple):
-    """What decides the structure of a peak: the impl; 0 or 1: a long-term memory, a norm in the last mixing."""
+    """What decides the structure of a peak: the impl; 0 or 1: a long-term memory, a norm in the last mixing.
+
+    ``position``: of the operator of ``kernels``, which makes no matrix of biases.
+    """
 
     impl: str
     has_long: int
     norm_last: int
+    position: str = ""
 
     @property
     def reference(self) -> bool:
         """Whether all scores are kept."""
         return self.impl == "reference"
 
+    @property
+    def kernels(self) -> bool:
+        """Whether the operator of ``ranges`` attends, with no copies and no biases of pairs."""
+        return self.impl == "kernels"
 
-def peak(impl: str, mode: str, params: MelodiParams) -> Expr:
-    """Bytes of one impl in one mode."""
+    def biases(self, rows: Expr, keys: Expr) -> Expr:
+        """Bytes of all layers' biases; of kernels, tables by distance."""
+        if not self.kernels:
+            return L * bias(rows, keys)
+        distances = {"t5": T5_DISTANCES, "alibi": 2 * keys - 1}.get(self.position, 0)
+        return L * Max(e, 4) * h * distances
+
+
+def peak(impl: str, mode: str, params: MelodiParams, position: str = "") -> Expr:
+    """Bytes of one impl in one mode; ``kernels`` are those of ``native`` and ``triton``."""
     same = params.summary_tokens == params.short_slots > 0
-    form = Form(impl, 1 if params.long_slots else 0, 1 if same else 0)
+    form = Form(impl, 1 if params.long_slots else 0, 1 if same else 0, position)
     return {"forward": _forward, "stream": _stream, "decode": _decode, "train": _train}[mode](form)
 
 
@@ -70,12 +89,17 @@ def _layer(form: Form, rows: Expr, windows: Expr, fill: Expr | int = 0, kept: in
     ``kept``: 1 where keys and values outlive the call.
     """
     keys = S + fill + rows
-    operands = row(rows) + 2 * row(keys)  # q, k, v
+    operands = row(rows) + 2 * row(keys if kept or not form.kernels else rows)  # q, k, v
     seen = tensor(B, h, rows, keys)
     there = filled(windows)
     if form.reference:
         own = 3 * seen + bias(rows, keys) / e
         memory = 2 * row(M) + row(M - there) + 2 * tensor(B, h, rows, M) + row(rows)
+    elif form.kernels:  # beside what was mixed: the result, what is left of it, or the two together
+        turned = 1 if form.position in ROPE else 0
+        own = (1 + turned) * row(rows) + Max(e, 4) * B * h * rows + turned * rotation_tables(rows)
+        memory = 3 * row(rows) + some(windows) * 2 * Max(e, 4) * B * h * rows
+        own = largest(own, _unit(rows) - operands)
     else:
         is_partly = some(windows) * (1 - Min(floor(windows / sympify(FULL)), 1))
         if form.impl == "slabs":
@@ -85,8 +109,8 @@ def _layer(form: Form, rows: Expr, windows: Expr, fill: Expr | int = 0, kept: in
             nulls, beside = 1, 4 * B * h * rows
         memory = is_partly * 2 * row(there + nulls) + 2 * row(rows) + beside
     attending = operands + (largest(own, memory) if form.has_long else own)
-    feeding = 2 * row(rows) + when_ffn(2 * tensor(B, rows, f)) + 2 * kept * row(keys)
-    return largest(attending, feeding)
+    feeding = largest(2 * row(rows) + 2 * tensor(B, rows, f), 3 * row(rows)) + 2 * kept * row(keys)
+    return largest(attending, feeding)  # the network, or the output projection and the sum
 
 
 def _kept(form: Form, rows: Expr, windows: Expr) -> Expr:
@@ -99,15 +123,30 @@ def _kept(form: Form, rows: Expr, windows: Expr) -> Expr:
 
 
 def _scaling(form: Form, rows: Expr, kept: Expr) -> Expr:
-    """Unit keys beside queries and the norm: in 16 bits they and their length are made in 32.
+    """Unit keys beside the buffers of slabs.
 
     ``kept``: buffers of the windows before; those of this one are there if a layer below has used them.
     """
     if form.impl != "slabs":
         return Integer(0)
     below = some(L - 1) * scratch(rows, S + rows, masked=False)
-    unit = 4 * row(rows) + (4 - Min(e, 4)) * 4 * B * rows * d + Max(e, 4) * B * h * rows
-    return unit + largest(kept, below)
+    return _unit(rows) + largest(kept, below)
+
+
+def _unit(rows: Expr) -> Expr:
+    """Unit keys beside queries, the norm and what they are made of; in 16 bits they and their length are made in 32."""
+    return 4 * row(rows) + (4 - Min(e, 4)) * 4 * B * rows * d + Max(e, 4) * B * h * rows
+
+
+def _in_turn(form: Form, below: Expr, after: Expr, one: Callable[[Form], Expr]) -> Expr:
+    """``one`` of the long layer or of the last, whichever holds more.
+
+    ``below``: what every layer that is done leaves. ``after``: what the long one adds to it, once it is below.
+    """
+    if not form.has_long:
+        return (L - 1) * below + one(form)
+    above = Min(L - 1 - floor(L / 2), 1)  # a layer above the long one
+    return largest(floor(L / 2) * below + one(form), (L - 1) * below + above * after + one(form._replace(has_long=0)))
 
 
 def _closing(form: Form, windows: Expr) -> Expr:
@@ -120,21 +159,24 @@ def _forward(form: Form) -> Expr:
     closed = floor((T - 1) / W)
     rest = T - W * closed
     before = closed - 1
+
+    def whole(form: Form) -> Expr:
+        return largest(_layer(form, ROWS, before), _closing(form, before))
+
     in_closed = some(closed) * (
         (before + some(U + L - 1)) * row(ROWS)
-        + L * bias(ROWS, S + ROWS)
+        + form.biases(ROWS, S + ROWS)
         + _memories(form, before)
-        + 2 * (L - 1) * row(S)
         + largest(
-            _kept(form, ROWS, before) + largest(_layer(form, ROWS, before), _closing(form, before)),
-            _scaling(form, ROWS, some(before) * _kept(form, ROWS, before - 1)),
+            _kept(form, ROWS, before) + _in_turn(form, 2 * row(S), 2 * row(filled(closed)), whole),
+            2 * (L - 1) * row(S) + _scaling(form, ROWS, some(before) * _kept(form, ROWS, before - 1)),
         )
     )
     earlier = some(closed) * _kept(form, ROWS, before)
     in_rest = (
         closed * row(ROWS)
         + some(L - 1) * row(rest)
-        + L * bias(rest, S + rest)
+        + form.biases(rest, S + rest)
         + _memories(form, closed)
         + largest(
             largest(earlier, _kept(form, rest, closed)) + _layer(form, rest, closed), _scaling(form, rest, earlier)
@@ -149,24 +191,31 @@ def _stream(form: Form) -> Expr:
     whole = floor(T / W)
     rest = T - W * whole
     before = whole - 1
+
+    def closing(form: Form) -> Expr:
+        return largest(_layer(form, ROWS, before), _closing(form, before))
+
+    def open_(form: Form) -> Expr:
+        return _layer(form, rest, whole, kept=1)
+
     in_whole = some(whole) * (
         (some(U + L - 1)) * row(ROWS)
         + some(before) * row(W)
-        + L * bias(ROWS, S + ROWS)
+        + form.biases(ROWS, S + ROWS)
         + _memories(form, before)
-        + 2 * (L - 1) * row(S)
         + largest(
-            _kept(form, ROWS, before) + largest(_layer(form, ROWS, before), _closing(form, before)),
-            _scaling(form, ROWS, Integer(0)),
+            _kept(form, ROWS, before) + _in_turn(form, 2 * row(S), 2 * row(filled(whole)), closing),
+            2 * (L - 1) * row(S) + _scaling(form, ROWS, Integer(0)),
         )
     )
-    in_rest = some(rest) * (
-        some(L - 1) * row(rest)
-        + some(whole) * row(W)
-        + L * bias(rest, S + rest)
+    in_rest = some(rest) * (  # what a layer reads is kept by the one below
+        some(whole) * row(W)
+        + form.biases(rest, S + rest)
         + _memories(form, whole)
-        + (L - 1) * (2 * row(S + rest) + row(rest))
-        + largest(_kept(form, rest, whole) + _layer(form, rest, whole, kept=1), _scaling(form, rest, Integer(0)))
+        + largest(
+            _kept(form, rest, whole) + _in_turn(form, 2 * row(S + rest) + row(rest), Integer(0), open_),
+            (L - 1) * (2 * row(S + rest) + row(rest)) + _scaling(form, rest, Integer(0)),
+        )
     )
     return largest(in_whole, in_rest)
 
@@ -182,7 +231,7 @@ def _decode(form: Form) -> Expr:
     close = ends * (_closing(form, windows) + row(ROWS))
     in_last = (L - 1) * new + largest(_layer(form._replace(has_long=0), rows, windows, fill, kept=1), (1 - ends) * keep)
     in_middle = floor(L / 2) * new + largest(_layer(form, rows, windows, fill, kept=1), close)
-    return L * bias(rows, keys) + some(L - 1) * row(rows) + largest(in_last, in_middle)
+    return form.biases(rows, keys) + some(L - 1) * row(rows) + largest(in_last, in_middle)
 
 
 def _train(form: Form) -> Expr:
