@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from sympy import Expr, Integer, Max, Min, ceiling, floor, sympify
 
-from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
+from ctxbench.cost.symbols import B, L, T, d, e, f, h
 from ctxbench.cost.terms import largest, tensor, when_ffn
-from ctxbench.implementations._shared.biased_window_forms import BLOCK, block_pairs
+from ctxbench.implementations._shared.biased_window_forms import block_pairs
 from ctxbench.implementations._shared.forms import stack_peak
-from ctxbench.implementations._shared.tournament import GROUP, padded
 from ctxbench.implementations.memorizing.params import FROM_TOP, MemorizingParams
-from ctxbench.implementations.memorizing.sizes import FEW, PANEL, ROWS, SLAB
-
-M, S, W, K = (param(name) for name in ("memory_len", "segment_len", "window", "top_k"))
-WHOLE = floor(T / S)
-REST = T - WHOLE * S
+from ctxbench.implementations.memorizing.peak_calls import decode, stream, train
+from ctxbench.implementations.memorizing.peak_parts import (
+    REST,
+    WHOLE,
+    K,
+    M,
+    S,
+    W,
+    bias_of_band,
+    row,
+    scores_of_band,
+    slabs,
+)
+from ctxbench.implementations.memorizing.sizes import FEW, PANEL
 
 
 def peak(impl: str, mode: str, params: MemorizingParams, position: str) -> Expr | None:
@@ -26,22 +34,21 @@ def peak(impl: str, mode: str, params: MemorizingParams, position: str) -> Expr 
     if impl == "triton":
         return _kernels_forward(params) if mode == "forward" else None
     selects = params.lookup == "topk" and params.top_k < params.memory_len
+    if impl != "reference" and mode == "train":
+        return train(impl, params, position)
+    if impl != "reference" and mode != "forward":
+        return (stream if mode == "stream" else decode)(impl, params, position)
     if mode == "decode":
-        return _decode() if impl == "reference" else None
+        return _decode()
     if impl == "native":
-        return _native_forward(params, position) if selects and mode == "forward" else None
+        return _native_forward(params, position) if selects else None
     if impl == "blocked":
-        return _blocked_forward(params) if selects and mode == "forward" else None
+        return _blocked_forward(params) if selects else None
     if mode == "forward":
         return _forward(selects)
     if mode == "stream":
         return _stream(selects)
     return _train() if selects else None
-
-
-def row(tokens: Expr | int) -> Expr:
-    """Bytes of ``tokens`` tokens of every batch row."""
-    return tensor(B, tokens, d)
 
 
 def _lookup(n: Expr | int, m: Expr, selects: bool) -> Expr:
@@ -86,7 +93,7 @@ def _native_forward(params: MemorizingParams, position: str) -> Expr:
     window = _window_of_kernels()
     if position != "none":
         window += tensor(h, 2 * W - 1)  # the bias as a table
-    packed = Min(1, floor(T / (FEW + 1))) * ceiling(T / PANEL) * PANEL * d / h * e
+    packed = Min(1, floor(T / (FEW + 1))) * ceiling(T / PANEL) * PANEL * d / h * Max(e, 4)
     mixing = largest(window, 7 * row(T) - tensor(h), 6 * row(T) + packed - tensor(h))
     return _beside_gate(mixing, largest(6 * row(T) + tensor(B, h, T), Min(L - 1, 1) * window))
 
@@ -113,10 +120,10 @@ def _blocked_forward(params: MemorizingParams) -> Expr:
             continue
         known = 5 * row(T) + tensor(h)
         last = largest(filled, WHOLE - 1) if filled == full else Integer(filled)
-        memory.append(Min(Max(WHOLE - filled, 0), 1) * (known + row(last * S) + _slabs(S, m, params.top_k)))
+        memory.append(Min(Max(WHOLE - filled, 0), 1) * (known + row(last * S) + slabs(S, m, params.top_k)))
         ragged = Min(REST, 1) * Min(Max(WHOLE - filled + 1, 0), 1)
         ragged *= 1 if filled == full else Min(Max(filled + 1 - WHOLE, 0), 1)
-        memory.append(ragged * (known + row(WHOLE * S) + _slabs(largest(REST, 1), m, params.top_k)))
+        memory.append(ragged * (known + row(WHOLE * S) + slabs(largest(REST, 1), m, params.top_k)))
     memory.append(band + 2 * tensor(h))  # beside the gate and what it leaves
     above = Min(L - 1, 1) * (band + row(T))
     return largest(stack_peak(T, 7 * row(T) + tensor(h)), above, with_memory + largest(*memory))
@@ -127,34 +134,7 @@ def _band() -> Expr:
 
     Heads of several batch rows are copied to stand in one line.
     """
-    n = Min(BLOCK, T)
-    whole = floor(T / n)
-    rest = T - whole * n
-    pairs = largest(n * (Min(whole * n - n, W - 1) + n), rest * (Min(whole * n, W - 1) + rest))
-    return (5 + 3 * Min(B - 1, 1)) * row(T) + tensor(h, W) + tensor(h, n, W + n) + 2 * tensor(B, h) * pairs
-
-
-def _slabs(n: Expr, m: int, top_k: int) -> Expr:
-    """A lookup of n queries among m pairs: what is found, a slab of scores, its keys, and the tournament over it.
-
-    Each round but the innermost holds a maximum a group; the innermost, what it chose from. From the second slab on,
-    what was found in the one before is still there.
-    """
-    width, rounds = padded(m, top_k), 0
-    while m > GROUP ** (rounds + 1) * top_k:
-        rounds += 1
-    rows = Min(n, max(ROWS, SLAB // width))
-    heads = Min(B * h, largest(1, floor(SLAB / (rows * width))))
-    found = row(n) + (4 + e) * B * h * n * K
-    if rounds:
-        inside = (48 + 6 * e) * K + e * sum(width // GROUP**turn for turn in range(1, rounds))
-    else:
-        inside = (8 + 2 * e) * K
-    several = Min(1, largest(floor(B * h / heads), floor(n / rows)) - 1)
-    batched = Min(B - 1, 1)  # heads of several batch rows are copied to stand in one line, those of one are not
-    copies = batched * (row(n) + 2 * row(m)) + (1 - batched) * heads * m * d / h * e
-    slab = tensor(heads, rows, width) + copies
-    return found + slab + heads * rows * (inside + several * (8 + e) * K) + (8 * GROUP if rounds else 0)
+    return (5 + 3 * Min(B - 1, 1)) * row(T) + tensor(h, W) + bias_of_band(T) + 2 * scores_of_band(T, T)
 
 
 def _stream(selects: bool) -> Expr:
