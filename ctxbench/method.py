@@ -189,7 +189,8 @@ class Impl:
         needs: distributions this impl imports, checked without importing them.
         devices: device types it runs on.
         dtypes, modes, positions: what it runs in and takes; empty means all that the device, or the method, has.
-        without: why it has not another of the method's modes, a clause without a full stop; it need not name all.
+        without: why it has not another of the method's modes or positions, a clause without a full stop; it need not
+            name all.
         support: ``f(dims, params, device, dtype) -> Support`` or its ``"module:attribute"``, for anything finer.
         defects: for ``as_written`` only: what the literal sketch gets wrong, as ``{probe: explanation}``. A probe is
             one of ``agreement, causality, batch_independence, receptive_field, state``. Such an impl is not compared
@@ -406,7 +407,8 @@ class Method:
             why = f": {impl.without[mode]}" if mode in impl.without else ""
             return no(f"{impl.name} has the modes {', '.join(impl.modes)}, not {mode}{why}")
         if impl.positions and dims.position not in impl.positions:
-            return no(f"{impl.name} takes the positions {', '.join(impl.positions)}, not {dims.position}")
+            why = f": {impl.without[dims.position]}" if dims.position in impl.without else ""
+            return no(f"{impl.name} takes the positions {', '.join(impl.positions)}, not {dims.position}{why}")
         check = load(impl.support)
         return check(dims, params, device, dtype) if check else YES
 

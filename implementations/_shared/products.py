@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ctxbench.implementations._shared.placed import Placed, add_gradient, biases
 from ctxbench.implementations._shared.products_table import Plan, Slab, plan
 
 
@@ -33,7 +34,7 @@ class Rule(NamedTuple):
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = True, bias: torch.Tensor | None = None,
-    scale: float | None = None, strict: bool = False, first: torch.Tensor | None = None,
+    scale: float | None = None, strict: bool = False, first: torch.Tensor | None = None, placed: Placed | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """``q: [B, H, n, D]``, ``k, v: [B, H, K, D]``, result ``[B, H, n, D]``, stored as ``[B, n, H, D]``.
 
@@ -48,15 +49,19 @@ def attend(
         strict: no query sees its own key, the last of those it would see, which a bias has to hide. A query that sees
             none gets 0.
         first: scores of the first keys, ``[N]``, in place of their products with any query; no gradient.
+        placed: the bias of the first P keys, which lie elsewhere in every row of the batch; all queries see them, and
+            ``bias`` is that of the other K - P.
     """
     if causal and k.shape[2] < q.shape[2]:
         raise ValueError(f"every query has a key of its own, received {q.shape[2]} queries and {k.shape[2]} keys")
     if strict and not (causal and bias is not None):
         raise ValueError("only a bias of causal attention can hide the queries' own keys: give one, or strict=False")
     rule = Rule(causal, strict, q.shape[3] ** -0.5 if scale is None else scale)
+    if placed is not None and bias is None:
+        raise ValueError("the keys behind those that are placed need a bias too")
     kept = _KEPT.get()
     arena, future = (None, None) if kept is None else kept.buffers(_Sizes.of(q, k, rule), q, causal and bias is None)
-    return _Products.apply(q, k, v, bias, first, arena, future, rule)
+    return _Products.apply(q, k, v, bias, first, *(placed or (None, None, 0)), arena, future, rule)
 
 
 def everything(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -147,10 +152,11 @@ class _Scratch:
     """Buffers that every part and slab use again."""
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, first: torch.Tensor | None, rule: Rule,
-        arena: torch.Tensor | None = None, future: torch.Tensor | None = None,
+        self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, first: torch.Tensor | None,
+        placed: Placed | None, rule: Rule, arena: torch.Tensor | None = None, future: torch.Tensor | None = None,
     ):  # fmt: skip
-        self.bias, self.first, self.rule = bias, first, rule
+        self.bias, self.first, self.placed, self.rule = bias, first, placed, rule
+        self.ahead = 0 if placed is None else placed.places.shape[1]
         (self.cuts, fit), *counts, r = sizes = _Sizes.of(q, k, rule)
         self.parts = list(parts(q.shape[0], q.shape[1], fit))
         arena = q.new_empty(sizes.total) if arena is None else arena[: sizes.total]
@@ -172,8 +178,10 @@ class _Scratch:
         g, r, m = query.shape[0], query.shape[1], slab.keys
         scores, biased = shaped(self.scores, (g, r, m)), self.bias is not None
         if self.bias is not None:
-            tile = self.bias[part.heads, slab.begin : slab.end, :m]
-            scores.view(-1, *tile.shape).copy_(tile)
+            behind, front = self.by_head(scores, part)
+            behind.copy_(self.bias[part.heads, slab.begin : slab.end, : m - self.ahead])
+            if self.placed is not None:
+                front.copy_(biases(self.of(part, slab), r, scores.dtype))
         scores.baddbmm_(query, keys.transpose(1, 2), beta=int(biased), alpha=self.rule.scale)
         if self.future is not None:
             scores[:, :, m - r :].add_(self.future[:r, :r])
@@ -183,6 +191,17 @@ class _Scratch:
         if self.rule.strict and slab.begin == 0 and m == r:  # nothing comes before the first query
             scores[:, 0] = 0
         return scores
+
+    def by_head(self, scores: torch.Tensor, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores ``[g, r, m]`` of keys behind those that are placed, ``[b, h, r, m - P]``, and of these."""
+        whole = scores.view(-1, part.heads.stop - part.heads.start, *scores.shape[1:])
+        return whole[..., self.ahead :], whole[..., : self.ahead]
+
+    def of(self, part: Part, slab: Slab) -> Placed:
+        """What is placed, for a part and the queries from a slab's first on."""
+        assert self.placed is not None
+        bias, places, first = self.placed
+        return Placed(bias[part.heads], places[part.rows], first + slab.begin)
 
 
 def hidden(rows: int, like: torch.Tensor) -> torch.Tensor:
@@ -206,13 +225,15 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
-        first: torch.Tensor | None, arena: torch.Tensor | None, future: torch.Tensor | None, rule: Rule,
+        first: torch.Tensor | None, compact: torch.Tensor | None, places: torch.Tensor | None, begin: int,
+        arena: torch.Tensor | None, future: torch.Tensor | None, rule: Rule,
     ) -> torch.Tensor:  # fmt: skip
-        ctx.save_for_backward(q, k, v, bias, first)
-        ctx.rule = rule
+        ctx.save_for_backward(q, k, v, bias, first, compact, places)
+        ctx.rule, ctx.begin = rule, begin
+        placed = None if compact is None or places is None else Placed(compact, places, begin)
         B, H, n, D = q.shape
         out = q.new_empty(B, n, H, D).transpose(1, 2)
-        scratch = _Scratch(q, k, bias, first, rule, arena, future)
+        scratch = _Scratch(q, k, bias, first, placed, rule, arena, future)
         for part in scratch.parts:
             asking, known, told, answers = (part.of(x) for x in (q, k, v, out))
             for slab in scratch.cuts:
@@ -227,12 +248,14 @@ class _Products(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = gradients
-        q, k, v, bias, first = ctx.saved_tensors
-        scratch, scale = _Scratch(q, k, bias, first, ctx.rule), ctx.rule.scale
+        q, k, v, bias, first, compact, places = ctx.saved_tensors
+        placed = None if compact is None else Placed(compact, places, ctx.begin)
+        scratch, scale = _Scratch(q, k, bias, first, placed, ctx.rule), ctx.rule.scale
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         # Every slab adds to the keys: sum in at least single precision.
         wide = torch.promote_types(q.dtype, torch.float32)
         dbias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[3] else None
+        dtable = torch.zeros_like(compact) if ctx.needs_input_grad[5] else None
         dkeys, dvalues = (torch.empty_like(scratch.keys, dtype=wide) for _ in range(2))
         product, drows, dscores = (torch.empty_like(a) for a in (scratch.keys, scratch.queries, scratch.scores))
         for part in scratch.parts:
@@ -251,13 +274,16 @@ class _Products(torch.autograd.Function):
                 torch._softmax_backward_data(ds, p, 2, p.dtype, grad_input=ds)
                 if first is not None:
                     ds[:, :, : len(first)] = 0
+                behind, front = scratch.by_head(ds, part)
                 if dbias is not None:
-                    tile = dbias[part.heads, rows, : slab.keys]
-                    tile += ds.view(-1, *tile.shape).sum(dim=0, dtype=wide)
+                    tile = dbias[part.heads, rows, : slab.keys - scratch.ahead]
+                    tile += behind.sum(dim=0, dtype=wide)
+                if dtable is not None:
+                    add_gradient(dtable[part.heads], scratch.of(part, slab), front)
                 by_key[:, : slab.keys] += columns.baddbmm_(ds.transpose(1, 2), query, beta=0, alpha=scale)
                 dout.baddbmm_(ds, keys, beta=0, alpha=scale)
                 place = to_query[:, :, rows]
                 place.copy_(dout.view(place.shape))
             for place, total in ((to_key, by_key), (to_value, by_value)):
                 place.copy_(total.view(place.shape))
-        return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype), None, None, None, None
+        return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype), None, dtable, *[None] * 5

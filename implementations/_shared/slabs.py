@@ -12,20 +12,24 @@ import torch
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from ctxbench.implementations._shared.placed import Placed, biases
 from ctxbench.implementations._shared.positions import Position, RelativeTerm
 from ctxbench.implementations._shared.staircase import BLOCK
 
 
 def attend_slabs(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, position: Position, step: int = 1,
-    before: int | None = None,
+    before: int | None = None, places: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``; keys are ``step`` tokens apart.
 
     ``before``: keys ahead of the first query's own; by default queries are the last rows, as a term has them always.
+    ``places: [B, P]``: of a bias, where the first P keys lie instead, which every query sees; the next key is at 0.
     """
     T, S = q.shape[2], k.shape[2]
     before = S - T if before is None else before
+    placed = 0 if places is None else places.shape[1]
+    compact = position.compact() if placed else None
     r = position.keys(S - 1, 0 if causal else 1 - T) if isinstance(position, RelativeTerm) else None
     outputs = []
     for begin in range(0, T, BLOCK):
@@ -33,7 +37,8 @@ def attend_slabs(
         first = before + begin  # position of the first query
         keys = before + end if causal else S
         near = None if r is None else r[:, T - end : T - end + (end - begin) + keys - 1]
-        operands = (q[:, :, begin:end], k[:, :, :keys], v[:, :, :keys], near, first, causal, position, step)
+        front = None if compact is None or places is None else Placed(compact, places, first - placed)
+        operands = (q[:, :, begin:end], k[:, :, :keys], v[:, :, :keys], near, first, causal, position, step, front)
         if torch.is_grad_enabled():
             outputs.append(checkpoint(_attend_slab, *operands, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -43,15 +48,20 @@ def attend_slabs(
 
 def _attend_slab(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, r: torch.Tensor | None, first: int, causal: bool,
-    position: Position, step: int,
+    position: Position, step: int, placed: Placed | None,
 ) -> torch.Tensor:  # fmt: skip
     """``q: [B, H, n, D]`` from position ``first`` on, ``k, v: [B, H, K, D]``, ``r: [H, c, D]`` or None."""
     n, K, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
     if r is None:
         scores = (q * scale) @ k.transpose(2, 3)
-        bias = position.rectangle(n, K, first, like=q, step=step)
-        if bias is not None:
-            scores = scores + bias
+        if placed is not None:
+            P, behind = placed.places.shape[1], position.rectangle(n, K - placed.places.shape[1], placed.first, like=q)
+            assert behind is not None
+            scores[:, :, :, :P] += biases(placed, n, q.dtype)
+            scores[:, :, :, P:] += behind
+        else:
+            bias = position.rectangle(n, K, first, like=q, step=step)
+            scores = scores if bias is None else scores + bias
     else:
         assert isinstance(position, RelativeTerm)
         by_distance = ((q + position.position_bias[:, None]) * scale) @ r.transpose(1, 2)  # [B, H, n, c]

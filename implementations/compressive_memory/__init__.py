@@ -1,10 +1,16 @@
 """Compressive memory: segments that retrieve items from a memory of recent tokens and learned compressions."""
 
-from ctxbench.implementations._shared.native_table import native_impl
+from ctxbench.implementations._shared.native_table import WITHOUT, native_impl
 from ctxbench.implementations._shared.picks_table import NATIVE, SLABS, TRITON
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
+
+WITHOUT_BIAS = dict.fromkeys(
+    ("t5", "alibi"),
+    "its kernels have distances from keys of consecutive tokens, and every row of the batch retrieves elsewhere; "
+    "blocked takes it",
+)
 
 METHOD = Method(
     name="compressive_memory",
@@ -19,28 +25,31 @@ METHOD = Method(
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("t5", "alibi", "transformer_xl"),
-        "every row of the batch retrieves items at distances of its own, and fused attention takes no term by distance",
-    ),
+    positions=("none", *ROPE, "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "its term is a product of every query with a projected row for each distance, and every row "
+        "of the batch retrieves at distances of its own; t5 and alibi add a number by distance",
+    },
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="segment after segment, keeps all scores"),
         Impl(
             "blocked",
             run=f"{__name__}.blocked:attend",
-            note="all segments choose at once and are stacked into the batch of one fused attention",
+            note="all segments choose at once and are stacked into the batch of one fused attention; with a bias, "
+            "slabs of queries",
         ),
         slabs_impl(
             f"{__name__}.slabs:attend", note="plain products by slabs of queries: the schedule of blocked, for bf16"
         ),
-        native_impl(f"{__name__}.triton:attend"),
+        native_impl(f"{__name__}.triton:attend", positions=("none", *ROPE), without={**WITHOUT, **WITHOUT_BIAS}),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",
             needs=("triton",),
             devices=("cuda",),
             modes=("forward", "train", "stream"),
+            positions=("none", *ROPE),
+            without=WITHOUT_BIAS,
             support=f"{__name__}.params:triton_support",
             note="the schedule of blocked; one softmax spans retrieved and own keys where they lie",
         ),
@@ -69,8 +78,8 @@ METHOD = Method(
         "one question a segment, by the segment before and through a learned map (source document: the whole input)",
         "each batch row chooses for itself",
         "values of what is retrieved are weighted by its similarity, which trains the map and the compression",
-        "positions: a retrieved row stands where its token stood, an entry where the last of its tokens did; what is "
-        "chosen does not depend on them",
+        "positions, and the distances of a bias: a retrieved row stands where its token stood, an entry where the last "
+        "of its tokens did; what is chosen does not depend on them",
         "rows in memory carry no gradient (source document: their graphs)",
         "the layer around it, causal attention inside segments and a network, is ours: the sketch has none",
     ),

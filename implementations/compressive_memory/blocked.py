@@ -1,7 +1,8 @@
 """All segments at once: memory, questions and choice depend on the layer's input alone, not on what it computes.
 
 Compressions of the whole call are one product. Then every segment chooses among the items that it has in memory, and
-segments that read equally many are stacked into the batch of one fused attention.
+segments that read equally many are stacked into the batch of one fused attention. Such an attention is called as
+``fused(q, k, v, position, found, places)``: see :func:`fused`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
-from ctxbench.implementations.compressive_memory.layer import State, kept
-
-Found = tuple[torch.Tensor, torch.Tensor]  # keys and values of retrieved items, ``[B, H, k n, D]``
+from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations._shared.products_table import SCORES
+from ctxbench.implementations._shared.slabs import attend_slabs
+from ctxbench.implementations._shared.staircase import BLOCK
+from ctxbench.implementations.compressive_memory.layer import Found, State, kept
 
 
 def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch.Tensor, State | None]:
@@ -55,7 +58,8 @@ def _attend_piece(
     q, own_k, own_v = _own(layer, x, state.tokens % layer.params.segment_len)
     k, v = torch.cat((state.k, own_k), dim=2), torch.cat((state.v, own_v), dim=2)
     recent = torch.cat((state.recent, x.detach()), dim=1)
-    return merge_heads(fused(q, k, v)), State(state.compressed, recent, k, v, state.tokens + x.shape[1])
+    mixed = merge_heads(fused(q, k, v, layer.position, None, state.places))
+    return mixed, State(state.compressed, recent, k, v, state.places, state.tokens + x.shape[1])
 
 
 def _own(layer: Any, x: torch.Tensor, fill: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,19 +68,29 @@ def _own(layer: Any, x: torch.Tensor, fill: int) -> tuple[torch.Tensor, torch.Te
     return layer.position.rotate(q, fill), layer.position.rotate(k, fill), v
 
 
-def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: Found | None = None) -> torch.Tensor:
-    """The last key is the last query's own; what is ``found`` stands in front and is seen by all."""
+def fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: Position, found: Found | None,
+    places: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """The last key is the last query's own; what is ``found`` stands in front and is seen by all.
+
+    ``places``: of a bias by distance, where the retrieved rows in front stand, ``[B, k n]``; the next key stands at 0.
+    """
     k, v = joined(k, v, found)
     m, K = q.shape[2], k.shape[2]
+    if places is not None:  # the fused kernel adds no bias by itself
+        rows = max(1, SCORES // (q.shape[1] * min(m, BLOCK) * K))  # of the batch: as many as a slab's scores may be
+        each = zip(*(x.split(rows) for x in (q, k, v, places)), strict=True)
+        return torch.cat([attend_slabs(*part, True, position, places=at) for *part, at in each])
     visible = torch.ones(m, K, dtype=torch.bool, device=q.device).tril(K - m) if m > 1 else None
     return scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
-def joined(k: torch.Tensor, v: torch.Tensor, found: Found | None) -> Found:
+def joined(k: torch.Tensor, v: torch.Tensor, found: Found | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Own keys and values behind what is ``found``."""
     if found is None:
         return k, v
-    return torch.cat((found[0], k), dim=2), torch.cat((found[1], v), dim=2)
+    return torch.cat((found.k, k), dim=2), torch.cat((found.v, v), dim=2)
 
 
 def _attend_segments(
@@ -95,28 +109,28 @@ def _attend_segments(
     memory = _Memory(layer, compressed, recent, begin)
 
     segments = x.unflatten(1, (count, S))  # [B, w, S, d_model]
-    outputs, k, v = [], state.k, state.v
+    outputs, found = [], Found(state.k, state.v, state.places)
     # The state has already read for the first segment.
     for (first, _, _), run in groupby(range(count), key=lambda s: (s == 0, *memory.form(begin + s * S))):
         numbers = list(run)
         if not first:
-            k, v = memory.read([begin + s * S for s in numbers])
-        out = _attend_stacked(layer, segments[:, numbers[0] : numbers[-1] + 1].flatten(0, 1), (k, v), fused)
+            found = memory.read([begin + s * S for s in numbers])
+        out = _attend_stacked(layer, segments[:, numbers[0] : numbers[-1] + 1].flatten(0, 1), found, fused)
         outputs.append(out.unflatten(0, (len(x), -1)).flatten(1, 2))
     mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     end = begin + count * S
     if not turn:
-        return mixed, State(compressed, recent, k, v, end)
-    k, v = memory.read([end])
+        return mixed, State(compressed, recent, *found, end)
+    found = memory.read([end])
     surplus = compressed.shape[1] - params.compressed(end) * n
-    return mixed, State(compressed[:, surplus:], recent[:, recent.shape[1] - params.recent(end) * n :], k, v, end)
+    return mixed, State(compressed[:, surplus:], recent[:, recent.shape[1] - params.recent(end) * n :], *found, end)
 
 
 def _attend_stacked(
     layer: Any, x: torch.Tensor, found: Found, fused: Callable[..., torch.Tensor]
 ) -> torch.Tensor:  # fmt: skip
     """Segments as batch rows, ``[B w, S, d_model]``, with what each retrieved."""
-    return merge_heads(fused(*_own(layer, x, 0), found))
+    return merge_heads(fused(*_own(layer, x, 0), layer.position, found, found.places))
 
 
 class _Memory:
@@ -135,8 +149,8 @@ class _Memory:
         """How many items the segment that begins there reads, and whether compressed ones are among its choices."""
         return self.params.retrieved(tokens), self.params.compressed(tokens) > 0
 
-    def read(self, begins: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[B w, H, k n, D]`` that segments of one form retrieve."""
+    def read(self, begins: list[int]) -> Found:
+        """What segments of one form retrieve, each a row of the batch: keys and values ``[B w, H, k n, D]``."""
         layer, params = self.layer, self.params
         with_compressed = self.form(begins[0])[1]
         items = torch.cat((self.compressed, self.recent), dim=1) if with_compressed else self.recent

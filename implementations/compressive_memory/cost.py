@@ -9,7 +9,13 @@ from sympy import Expr, Integer, Min, ceiling, floor
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward
+from ctxbench.implementations._shared.forms import (
+    block_ffn,
+    block_parameters,
+    core_backward,
+    position_parameters,
+    slab_pairs,
+)
 from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.compressive_memory import peaks
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
@@ -26,22 +32,27 @@ from ctxbench.implementations.compressive_memory.sizes import (
     retrieved_before,
 )
 
+PLACE = 4  # bytes of the place of a retrieved row, from which a bias has its distance
+
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: CompressiveMemoryParams) -> Cost | None:
     """One impl in one mode; None for the sketch, whose work depends on what it finds most similar."""
     if impl == "as_written":
         return None
-    own = {"slabs": own_pairs, "triton": triangle}.get(impl, lambda n: n * n)
+    biased = position in ("t5", "alibi")
+    by_slabs = {"blocked": slab_pairs} if biased else {}
+    own = {"slabs": own_pairs, "triton": triangle, **by_slabs}.get(impl, lambda n: n * n)
     flops, algorithmic = _forward(mode, params, own), _forward(mode, params, triangle)
     if mode == "train":
         core = core_backward(impl)
         flops, algorithmic = (_trained(*pair, params) for pair in ((flops, core), (algorithmic, Integer(2))))
-    state = made(T, WHOLE * S) + 2 * (retrieved(WHOLE) * N + REST)
+    found = retrieved(WHOLE) * N
+    state = tensor(B, made(T, WHOLE * S) + 2 * (found + REST), d)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
-        num_parameters=block_parameters(5 * d * d + 2 + _compressor(params)),
-        state_bytes=L * tensor(B, state, d),
+        num_parameters=block_parameters(5 * d * d + 2 + _compressor(params)) + position_parameters(position),
+        state_bytes=L * (state + (PLACE * B * found if biased else 0)),
         peak_bytes=peaks.peak(impl, mode, params) if position == "none" else None,
         depth=L if mode == "decode" or (impl != "reference" and mode != "stream") else L * ceiling(T / S),
     )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, linear
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, split_heads
-from ctxbench.implementations._shared.positions import Position, Rotary, positions_for
+from ctxbench.implementations._shared.positions import Bias, Position, Rotary, positions_for
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.method import Dims, Output, load
 
@@ -23,13 +23,23 @@ class State(NamedTuple):
     ``compressed: [B, w n, d_model]`` and ``recent: [B, r n + fill, d_model]`` are entries and tokens as the layer's
     norm leaves them, the segment's own tokens last; ``k, v: [B, H, k n + fill, D]`` belong to the retrieved items and
     the segment's own tokens, k rotated where the position encoding rotates, counted from the segment's beginning.
+    ``places: [B, k n]`` int32, where it adds a bias by distance instead: where the retrieved rows stand, counted alike.
     """
 
     compressed: torch.Tensor
     recent: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    places: torch.Tensor | None
     tokens: int
+
+
+class Found(NamedTuple):
+    """Keys and weighted values ``[B, H, k n, D]`` of retrieved items, and ``places`` as in the state."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    places: torch.Tensor | None
 
 
 class CompressiveMemory(nn.Module):
@@ -75,8 +85,8 @@ class CompressiveMemory(nn.Module):
         items = rows.unflatten(1, (-1, params.item_len))  # [B, W, n, d_model]
         question = self.mean(state.recent[:, state.recent.shape[1] - params.segment_len :])
         found, gate, chosen = self.retrieve(question, items, self.mean(items, dim=2))
-        k, v = self.read(found, gate, self.places(chosen[:, None], *params.numbers(state.tokens), [state.tokens]))
-        return State(compressed, recent, k, v, state.tokens)
+        places = self.places(chosen[:, None], *params.numbers(state.tokens), [state.tokens])
+        return State(compressed, recent, *self.read(found, gate, places), state.tokens)
 
     @staticmethod
     def mean(rows: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -109,8 +119,10 @@ class CompressiveMemory(nn.Module):
         gate = self.gate.to(similarity.dtype)
         return torch.sigmoid(gate[0] * similarity + gate[1])
 
-    def places(self, chosen: torch.Tensor, compressed: range, recent: range, begins: list[int]) -> torch.Tensor | int:
-        """Where rows of chosen items stand, ``[B w, 1, k n]`` for all heads; 0 where no encoding asks for it.
+    def places(self, chosen: torch.Tensor, compressed: range, recent: range, begins: list[int]) -> torch.Tensor | None:
+        """Where rows of chosen items stand, ``[B w, k n]``; None where no encoding asks for it.
+
+        An entry stands where the last of the tokens it is made of did, whatever the encoding does with it.
 
         Args:
             chosen: for each of w segments, which of the compressed and then the recent items it reads, ``[B, w, k]``.
@@ -118,20 +130,21 @@ class CompressiveMemory(nn.Module):
             recent: numbers of the recent items.
             begins: first tokens of the segments, from which positions count.
         """
-        if not isinstance(self.position, Rotary):
-            return 0
+        if not isinstance(self.position, (Rotary, Bias)):
+            return None
         places = torch.tensor(self.params.places(compressed, recent), device=chosen.device)[chosen]
         begin = torch.tensor(begins, device=chosen.device)[:, None, None]
-        return (places - begin).flatten(0, 1).flatten(1)[:, None]
+        return (places - begin).flatten(0, 1).flatten(1)
 
-    def read(
-        self, found: torch.Tensor, gate: torch.Tensor, places: torch.Tensor | int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and weighted values ``[B, H, k n, D]`` of items ``[B, k, n, d_model]`` with rows at ``places``."""
+    def read(self, found: torch.Tensor, gate: torch.Tensor, places: torch.Tensor | None) -> Found:
+        """Items ``[B, k, n, d_model]`` with rows at ``places``: a rotation uses these up, a bias keeps them."""
         rows = found.flatten(1, 2)
-        k = self.position.rotate(split_heads(self.k(rows), self.num_heads), places)
+        k = split_heads(self.k(rows), self.num_heads)
         v = (self.v(rows).unflatten(1, found.shape[1:3]) * gate[:, :, None, None]).flatten(1, 2)
-        return k, split_heads(v, self.num_heads)
+        if places is not None:
+            k = self.position.rotate(k, places[:, None])  # for all heads
+        kept = None if places is None or not isinstance(self.position, Bias) else places.int()
+        return Found(k, split_heads(v, self.num_heads), kept)
 
     def init_state(self, batch_size: int) -> State:
         return self._state(batch_size, 0, torch.zeros)
@@ -148,9 +161,15 @@ class CompressiveMemory(nn.Module):
         def tensor(*shape: int) -> torch.Tensor:
             return make(batch_size, *shape, device=weight.device, dtype=weight.dtype)
 
-        cached = (H, params.retrieved(begin) * n + fill, d_model // H)
+        found = params.retrieved(begin)
+        cached = (H, found * n + fill, d_model // H)
         compressed, recent = params.compressed(begin) * n, params.recent(begin) * n + fill
-        return State(tensor(compressed, d_model), tensor(recent, d_model), tensor(*cached), tensor(*cached), context)
+        places = None
+        if isinstance(self.position, Bias):  # of the last items in memory
+            last = torch.tensor(params.places(*params.numbers(begin)), dtype=torch.int32, device=weight.device)
+            places = (last.view(-1, n)[len(last) - found :].flatten() - begin).repeat(batch_size, 1)
+        rows = tensor(compressed, d_model), tensor(recent, d_model)
+        return State(*rows, tensor(*cached), tensor(*cached), places, context)
 
 
 def kept(state: State) -> State:
@@ -160,7 +179,8 @@ def kept(state: State) -> State:
         part = part.detach()
         return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
-    return State(exact(state.compressed), exact(state.recent), exact(state.k), exact(state.v), state.tokens)
+    places = None if state.places is None else exact(state.places)
+    return State(exact(state.compressed), exact(state.recent), exact(state.k), exact(state.v), places, state.tokens)
 
 
 def build(dims: Dims, params: CompressiveMemoryParams, impl: str, device: str, dtype: torch.dtype) -> nn.Module:

@@ -42,6 +42,11 @@ def attend_piece(layer: Any, x: torch.Tensor, state: State) -> tuple[torch.Tenso
     m, K = q.shape[2], k.shape[2]
     future = torch.ones(m, K, dtype=torch.bool, device=x.device).triu(K - m + 1)
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # [B, H, m, K]
+    if state.places is not None:  # distances of each batch row's own choice, and of its own tokens
+        own = torch.arange(fill + m, device=x.device)
+        places = torch.cat((state.places, own.expand(len(x), -1)), dim=1)
+        bias = layer.position.bias(places[:, None] - own[fill:, None], q.dtype)  # [H, B, m, K]
+        scores = scores + bias.transpose(0, 1)
     mixed = scores.masked_fill(future, float("-inf")).softmax(dim=3) @ v
     recent = torch.cat((state.recent, x.detach()), dim=1)
-    return merge_heads(mixed), State(state.compressed, recent, k, v, state.tokens + m)
+    return merge_heads(mixed), State(state.compressed, recent, k, v, state.places, state.tokens + m)

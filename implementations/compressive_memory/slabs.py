@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from ctxbench.implementations._shared import products
-from ctxbench.implementations.compressive_memory.blocked import Found, joined, schedule
-from ctxbench.implementations.compressive_memory.layer import State
+from ctxbench.implementations._shared.placed import Placed
+from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations.compressive_memory.blocked import joined, schedule
+from ctxbench.implementations.compressive_memory.layer import Found, State
 
 
 def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch.Tensor, State | None]:
@@ -16,6 +19,18 @@ def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch
     return schedule(layer, x, state, keep, fused)
 
 
-def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: Found | None = None) -> torch.Tensor:
-    """The last key is the last query's own; what is ``found`` stands in front and is seen by all."""
-    return products.attend(q, *joined(k, v, found))
+def fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: Position, found: Found | None,
+    places: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """The last key is the last query's own; what is ``found`` stands in front and is seen by all. As in ``blocked``."""
+    k, v = joined(k, v, found)
+    compact = position.compact()
+    if places is None or compact is None:
+        return products.attend(q, k, v)
+    m, own = q.shape[2], k.shape[2] - places.shape[1]
+    bias = position.rectangle(m, own, own - m, like=q)
+    assert bias is not None
+    future = torch.ones(m, own, dtype=torch.bool, device=q.device).triu(own - m + 1)
+    placed = Placed(compact, places, own - m)
+    return products.attend(q, k, v, bias=bias.masked_fill(future, -math.inf), placed=placed)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ctxbench.implementations._shared import ranges
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations._shared.ranges import Line, Range
-from ctxbench.implementations.compressive_memory.blocked import Found, schedule
-from ctxbench.implementations.compressive_memory.layer import State
+from ctxbench.implementations.compressive_memory.blocked import schedule
+from ctxbench.implementations.compressive_memory.layer import Found, State
 
 
 def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch.Tensor, State | None]:
@@ -17,8 +18,11 @@ def attend(layer: Any, x: torch.Tensor, state: State, keep: bool) -> tuple[torch
     return schedule(layer, x, state, keep, fused)
 
 
-def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: Found | None = None) -> torch.Tensor:
-    """One softmax over what is ``found``, all of it, and the own keys up to the query's, as in ``blocked``."""
+def fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: Position, found: Found | None,
+    places: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """One softmax over what is ``found``, all of it, and the own keys up to the query's, as in ``blocked``; no bias."""
     own = Range(k, v, high=Line(base=1))
-    seen = [own] if found is None or not found[0].shape[2] else [Range(*found), own]
+    seen = [own] if found is None or not found.k.shape[2] else [Range(found.k, found.v), own]
     return ranges.attend(q, seen, offset=k.shape[2] - q.shape[2])[0]

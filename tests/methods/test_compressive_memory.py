@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,13 +54,24 @@ def turned(vector: torch.Tensor, place: int) -> torch.Tensor:
     return torch.cat((number.real, number.imag))
 
 
-def oracle(module: torch.nn.Module, x: torch.Tensor, params: Parameters, rotate: bool) -> torch.Tensor:
+def by_distance(position: str, table: torch.Tensor | None, head: int, away: int) -> torch.Tensor | float:
+    """What is added to the score of a key ``away`` tokens before its query, of two heads, as the papers say."""
+    if position == "alibi":
+        return -(2.0 ** (-4 * (head + 1))) * away
+    if table is None:
+        return 0.0
+    bucket = away if away < 16 else min(31, 16 + int(math.log(away / 16) / math.log(128 / 16) * 16))
+    return table[bucket, head]
+
+
+def oracle(module: torch.nn.Module, x: torch.Tensor, params: Parameters, position: str) -> torch.Tensor:
     """The equations for one sequence ``[T, d]``: items as lists of rows with the token each stands at, counted from
     the sequence's beginning; one query and one key at a time.
     """
     S, n, c = params.segment_len, params.item_len, params.rate
     for layer in module.layers:
         mixer, H = layer.mixer, layer.mixer.num_heads
+        table = mixer.position.table.weight if position == "t5" else None
         D = x.shape[1] // H
         a, out = layer.norm_mixer(x), torch.zeros_like(x)
         recent, compressed, found = [], [], []
@@ -87,9 +99,10 @@ def oracle(module: torch.nn.Module, x: torch.Tensor, params: Parameters, rotate:
                     part = slice(head * D, (head + 1) * D)
                     q = mixer.q.weight[part] @ a[i]
                     k = [mixer.k.weight[part] @ row for row, _, _ in keys]
-                    if rotate:
+                    if position == "rope":
                         q, k = turned(q, i), [turned(key, place) for key, (_, place, _) in zip(k, keys, strict=True)]
-                    scores = torch.stack([q @ key / math.sqrt(D) for key in k])
+                    added = [by_distance(position, table, head, i - place) for _, place, _ in keys]
+                    scores = torch.stack([q @ key / math.sqrt(D) + b for key, b in zip(k, added, strict=True)])
                     values = [weight * (mixer.v.weight[part] @ row) for row, _, weight in keys]
                     out[i, part] = sum(p * value for p, value in zip(scores.softmax(0), values, strict=True))
         x = x + mixer.o(out)
@@ -97,17 +110,24 @@ def oracle(module: torch.nn.Module, x: torch.Tensor, params: Parameters, rotate:
     return x
 
 
-@forms
-@pytest.mark.parametrize("position", ["none", "rope"])
+def settings(*positions: str, biased: tuple[str, ...] = ("reads_both", "only_compressed")) -> list[Any]:
+    """Every form with each position, but biases with a few alone."""
+    cases = [(name, position) for position in positions for name in FORMS]
+    cases += [(name, position) for position in ("t5", "alibi") for name in biased]
+    return [pytest.param(FORMS[name], position, id=f"{name}-{position}") for name, position in cases]
+
+
+@pytest.mark.parametrize(("params", "position"), settings("none", "rope"))
 def test_reference_equals_a_loop_over_single_pairs(params, position):
     module, again = (build("reference", params, position=position) for _ in range(2))
     x = tokens(27, batch=1)
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = module(mine).y, oracle(again, theirs[0], params, rotate=position == "rope")[None]
+    y, expected = module(mine).y, oracle(again, theirs[0], params, position)[None]
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     (y * x.cos()).sum().backward()
     (expected * x.cos()).sum().backward()
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-10)
+    assert len(list(module.parameters())) == 2 * (4 + 1 + 1 + 8 + 4 * (params.compressed_len > 0)) + (position == "t5")
     for ours, oracles in zip(module.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(gradient(ours), gradient(oracles), rtol=0, atol=1e-10)
 
@@ -136,8 +156,7 @@ def test_blocked_equals_reference_with_all_gradients(params, length, position):
 
 
 @impls
-@forms
-@pytest.mark.parametrize("position", ["none", "rope"])
+@pytest.mark.parametrize(("params", "position"), settings("none", "rope", biased=("few_of_a_segment",)))
 def test_streaming_equals_the_whole_sequence_for_any_cut(impl, params, position):
     module, x = build(impl, params, position=position), tokens()
     draw = random.Random(impl)
@@ -153,10 +172,10 @@ def test_streaming_equals_the_whole_sequence_for_any_cut(impl, params, position)
 
 
 @impls
-@forms
-def test_state_has_the_declared_size_after_every_token_and_is_a_value(impl, params):
-    module, x = build(impl, params), tokens()
-    formula = METHOD.cost_of(impl, "stream", True, "none", params).state_bytes
+@pytest.mark.parametrize(("params", "position"), settings("none", biased=("few_of_a_segment",)))
+def test_state_has_the_declared_size_after_every_token_and_is_a_value(impl, params, position):
+    module, x = build(impl, params, position=position), tokens()
+    formula = METHOD.cost_of(impl, "stream", True, position, params).state_bytes
     state = module.init_state(2)
     for t in range(LENGTH):
         before = map_state(torch.clone, state)
@@ -174,7 +193,7 @@ def test_state_has_the_declared_size_after_every_token_and_is_a_value(impl, para
 
 
 def shapes(state: State) -> tuple:
-    return (*((part.shape, part.dtype) for part in state[:4]), state.tokens)
+    return (*((part.shape, part.dtype) for part in state[:5] if part is not None), state.tokens)
 
 
 @impls

@@ -11,6 +11,7 @@ from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
 from ctxbench.implementations._shared import fused, products, products_table
+from ctxbench.implementations._shared.placed import Placed
 from ctxbench.implementations._shared.products_forms import backward_scratch, product_pairs, scratch
 from ctxbench.implementations.melodi import reference as melodi_reference
 from ctxbench.implementations.melodi import slabs as melodi_slabs
@@ -93,6 +94,33 @@ def test_scores_of_the_first_keys_are_what_is_given_and_ask_for_no_gradient():
     pairs = zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (mine, theirs)), strict=True)
     for ours, other in pairs:
         torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("budget", [1 << 21, 1000], ids=["one part", "a head"])
+@pytest.mark.parametrize("table", [True, False], ids=["table", "slopes"])
+def test_first_keys_may_lie_elsewhere_in_every_row_of_the_batch(table, budget, monkeypatch):
+    """Against the whole rectangle with each pair's number by a loop; all gradients, that of the table too."""
+    monkeypatch.setattr(products_table, "SCORES", budget)
+    n, K, P, first, farthest = 300, 312, 7, 5, 9
+    inputs, places = operands(n, K), torch.randint(-400, 300, (2, P), dtype=torch.int32)
+    behind = torch.randn(3, n, K - P, dtype=torch.float64)
+    behind = behind.masked_fill(~seen(n, K - P, True, False), -math.inf).requires_grad_()
+    compact = torch.randn((3, 2 * farthest + 1) if table else (3,), dtype=torch.float64).requires_grad_(table)
+    away = torch.tensor([[[place - first - i for place in row] for i in range(n)] for row in places.tolist()])
+    if table:
+        front = torch.stack([compact[:, away[b].clamp(-farthest, farthest) + farthest] for b in range(2)])
+    else:
+        front = torch.stack([-compact[:, None, None] * away[b].abs() for b in range(2)])
+    whole = torch.cat((front, behind.expand(2, -1, -1, -1)), dim=3)
+    mine = products.attend(*inputs, bias=behind, placed=Placed(compact, places, first))
+    theirs = expected(*inputs, True, whole, None)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    of, grad = [*inputs, behind, *[compact] * table], torch.randn_like(theirs)
+    pairs = zip(*(torch.autograd.grad(y, of, grad) for y in (mine, theirs)), strict=True)
+    for ours, other in pairs:
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-11)
+    with pytest.raises(ValueError, match="need a bias too"):
+        products.attend(*inputs, placed=Placed(compact, places, first))
 
 
 def test_calls_share_buffers_that_grow_and_none_where_gradients_are_asked_for():
