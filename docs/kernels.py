@@ -31,10 +31,12 @@ parameter changes without being compiled again; others compile a part of these r
 Forms of attention: `band` is one range with a bound on both sides; `steps` is three ranges between lines of any kind;
 `slopes` and `table` are a band with ALiBi or T5's bias (kernel `table`: its gradient); `hidden` is a band with keys
 hidden by position, `groups` one with four query heads a head of keys; `lists` are lists of blocks of 64, `lists-table`
-those with T5's bias. `relative` is Transformer-XL's term over all segments (`entries`: with compressed ones in front;
-kernel `dr`: gradient of distances), `decode` one query over parts of a long cache and the merge of the parts,
-`clusters` attention inside clusters with results by token or by slot, the choice of clusters and the sum over them,
-`memory` the search for the best pairs of a memory, `bank` the gate of a read; its width is the model's.
+those with T5's bias. Kernel `turned` is forward of queries that it rotates first, `turn`, by form `rows`, rotates keys:
+its tile is rows x channels, and there is nothing to multiply. `relative` is Transformer-XL's term over all segments
+(`entries`: with compressed ones in front; kernel `dr`: gradient of distances), `decode` one query over parts of a long
+cache and the merge of the parts, `clusters` attention inside clusters with results by token or by slot, the choice of
+clusters and the sum over them, `memory` the search for the best pairs of a memory, `bank` the gate of a read; its width
+is the model's.
 
 Kernels `gather` and `spread` pool keys and values into the cells of all levels, and add cells to their tokens; the form
 is the pool factor and the number of coarse levels, `ragged` where the last cell may hold fewer tokens. Their tile is

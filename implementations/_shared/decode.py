@@ -11,7 +11,7 @@ others are overwritten in turn and the oldest of them lies at ``start``. Nothing
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from ctxbench.implementations._shared.decode_table import FEW, WIDEST, chunk, co
 from ctxbench.implementations._shared.flash_table import chunk as chunk_of_channels
 from ctxbench.implementations._shared.flash_table import padded
 from ctxbench.implementations._shared.ranges import native
+
+if TYPE_CHECKING:
+    from ctxbench.implementations._shared.turning import Unturned
 
 
 @torch.library.custom_op("ctxbench::decode", mutates_args=())
@@ -75,8 +78,8 @@ def _decode_fake(
 
 
 def decode(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: int | None = None, *, start: int = 0, sinks: int = 0,
-    causal: bool = True, scale: float | None = None,
+    q: torch.Tensor | Unturned, k: torch.Tensor, v: torch.Tensor, keys: int | None = None, *, start: int = 0,
+    sinks: int = 0, causal: bool = True, scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Softmax attention of few queries, the last of which stands at the last key. Gives no gradients.
 
@@ -97,6 +100,7 @@ def decode(
     Raises:
         ValueError: for shapes, dtypes or places the kernels do not take.
     """
+    q = q if isinstance(q, torch.Tensor) else q.turned()
     if v.shape != k.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(
             "q, k and v must agree in batch and width, and the heads of q be a multiple of those of k and v, received "
@@ -117,7 +121,7 @@ def decode(
     return _decode(q, k, v, keys, start, sinks, causal, q.shape[3] ** -0.5 if scale is None else scale)
 
 
-def is_decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def is_decoding(q: torch.Tensor | Unturned, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether a call has few queries beside its keys, nobody asks for gradients, and there are kernels for it."""
     few = not native(q) and q.shape[2] <= FEW and k.shape[2] >= 2 * FEW + q.shape[2]
     return few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))

@@ -57,6 +57,8 @@ HEAVY = {
     (90, "dkv", 4, 64): Config(32, 32, 8, 2),
     (90, "dq", 4, 128): Config(16, 16, 8, 1),
     (80, "dq", 4, 128): Config(16, 32, 4, 1),
+    (90, "turned", 2, 256): Config(64, 32, 8, 2),
+    (90, "turned", 4, 64): Config(64, 16, 4, 2),
 }
 # Where dK and dV would spill with a loop over the query heads that share a head of keys.
 GROUPED = {
@@ -77,6 +79,7 @@ OF_TABLE = {
     2: {256: Config(32, 32, 4, 1), 512: Config(16, 16, 4, 1)},
     4: {256: Config(16, 16, 4, 1), 512: Config(16, 16, 8, 1), 1024: Config(16, 16, 4, 1)},
 }
+TURN_HEADS = 4  # of a batch that a program turns one after the other, by angles that it reads once
 # Channels that products of rows take at a time, by bytes and width, where operands with all of them would spill.
 CHUNKS = {(4, 256): 32}
 MOST_HEADS = 65535  # blocks along the second axis of a grid
@@ -95,16 +98,23 @@ def chunk(width: int, itemsize: int) -> int:
     return CHUNKS.get((itemsize, padded(width)), padded(width))
 
 
+def turn_rows(width: int) -> int:
+    """Rows of a tile of the kernel that turns keys: as many pairs of channels for each width."""
+    return 4096 // padded(width)
+
+
 def config(
     kernel: str, width: int, itemsize: int, architecture: int, heavy: bool = False, grouped: bool = False
 ) -> Config:
     """The shipped launch parameters of one kernel; KeyError for a head or dtype the template does not take.
 
-    ``heavy``: there is more than one range, or a bias, or hidden keys. ``grouped``: query heads share a head of keys.
+    ``turned`` is ``forward`` of queries that it turns first. ``heavy``: there is more than one range, or a bias, or
+    hidden keys. ``grouped``: query heads share a head of keys.
     """
     if kernel == "table":
         return OF_TABLE[itemsize][max(256, padded(width) * itemsize)]
-    usual = CONFIGS[architecture][itemsize, padded(width)][KERNELS.index(kernel)]
+    launched = "forward" if kernel == "turned" else kernel
+    usual = CONFIGS[architecture][itemsize, padded(width)][KERNELS.index(launched)]
     if kernel == "dkv" and grouped:
         usual = GROUPED.get((architecture, itemsize, padded(width)), usual)
     return HEAVY.get((architecture, kernel, itemsize, padded(width)), usual) if heavy else usual

@@ -2,7 +2,7 @@
 
 A layer holds one :class:`Position` and calls it in two places, whatever the encoding is::
 
-    q, k = (self.position.rotate(x, offset) for x in (q, k))       # before any gather, shift or cache
+    q, k = self.position.both(q, k, offset)                        # before any gather, shift or cache
     bias = self.position.bias(distance, q.dtype)                   # None, or [H, *distance.shape], distance = j - i
     scores = q @ k.mT * head_dim**-0.5 (+ bias)
 
@@ -55,6 +55,14 @@ class Position(nn.Module):
     def rotate(self, x: torch.Tensor, positions: Positions, step: int = 1) -> torch.Tensor:
         """Queries or keys ``[..., T, D]`` at T positions, or at those that begin with one integer, ``step`` apart."""
         return x
+
+    def queries(self, q: torch.Tensor, positions: Positions, step: int = 1) -> Any:
+        """Queries as the impl's attention takes them: rotated, unless it does that by itself, see ``turning``."""
+        return self.rotate(q, positions, step)
+
+    def both(self, q: torch.Tensor, k: torch.Tensor, positions: Positions, step: int = 1) -> tuple[Any, torch.Tensor]:
+        """Queries, and rotated keys, ``[..., T, D]`` at the same positions."""
+        return self.queries(q, positions, step), self.rotate(k, positions, step)
 
     def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the scores of keys ``distance = j - i`` away: ``[H, *distance.shape]``, or None."""
@@ -321,19 +329,19 @@ def sinusoids(distance: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=-1)[..., :width]
 
 
-def positions_for(dims: Dims, layers: int | None = None) -> list[Position]:
+def positions_for(dims: Dims, layers: int | None = None, rotary: type[Rotary] = Rotary) -> list[Position]:
     """One :class:`Position` a layer; what has no weights of its own, and T5's table, is one object for all."""
     count = dims.num_layers if layers is None else layers
     if dims.position == "transformer_xl":
         return [RelativeTerm(dims) for _ in range(count)]
-    return [_shared(dims)] * count
+    return [_shared(dims, rotary)] * count
 
 
-def _shared(dims: Dims) -> Position:
+def _shared(dims: Dims, rotary: type[Rotary]) -> Position:
     if dims.position == "none":
         return Position()
     if dims.position == "t5":
         return T5Bias(dims)
     if dims.position == "alibi":
         return AlibiBias(dims)
-    return Rotary(dims.head_dim, dims.position, max(1.0, dims.seq_len / ORIGINAL_LENGTH))
+    return rotary(dims.head_dim, dims.position, max(1.0, dims.seq_len / ORIGINAL_LENGTH))

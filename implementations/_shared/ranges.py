@@ -1,6 +1,7 @@
 """Fused attention of queries over up to three ranges of keys under one softmax: the operator around its kernels.
 
-They are ``flash``'s in Triton, and for CPU tensors ``ranges_native``'s in C++.
+They are ``flash``'s in Triton, or ``flash_turned``'s for queries that are to be turned by their positions, and for CPU
+tensors ``ranges_native``'s in C++.
 
 Row i of the queries stands at position ``p = i + offset``. Of each range it sees the keys from ``low`` to before
 ``high``, two lines over p (see ``lines``):
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -38,6 +39,9 @@ from ctxbench.implementations._shared.flash_table import (
 )
 from ctxbench.implementations._shared.lines import PLAIN, SLOPES, TABLE, Line, Placed, place, placed_pairs
 
+if TYPE_CHECKING:
+    from ctxbench.implementations._shared.turning import Unturned
+
 __all__ = ["Line", "Range", "attend"]
 
 
@@ -54,13 +58,14 @@ class Range(NamedTuple):
 
 
 def attend(
-    q: torch.Tensor, ranges: Sequence[Range], *, offset: int = 0, scale: float | None = None,
+    q: torch.Tensor | Unturned, ranges: Sequence[Range], *, offset: int = 0, scale: float | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Softmax attention of ``q`` over all keys that ``ranges`` show, as one softmax.
 
     Args:
-        q: ``[B, H, T, D]``, any strides; float32, float16 or bfloat16, on CPU float32, bfloat16 or float64.
+        q: ``[B, H, T, D]``, any strides; float32, float16 or bfloat16, on CPU float32, bfloat16 or float64. Unturned
+            queries are turned where they are read; the keys must be already.
         ranges: one to three; H is a multiple of each one's H_kv.
         offset: position of the first query, at least 0.
         scale: of the scores; None for ``D ** -0.5``.
@@ -75,6 +80,9 @@ def attend(
     Raises:
         ValueError: for shapes, dtypes or lines the kernels do not take.
     """
+    angles: list[torch.Tensor] = []
+    if not isinstance(q, torch.Tensor):
+        q, angles = q.x, [q.cos, q.sin]
     _check(q, ranges, offset)
     if bias is not None:
         _check_bias(q, ranges, bias)
@@ -87,7 +95,10 @@ def attend(
         lines += (kind, one.every, (one.start or 0) - offset, one.since is None)
     since = [(one.since - offset).int() for one in ranges if one.since is not None]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return _attend(q, [one.k for one in ranges], [one.v for one in ranges], bias, since, lines, scale)
+    keys, values = [one.k for one in ranges], [one.v for one in ranges]
+    keep = bool(angles) and torch.is_grad_enabled() and any(x.requires_grad for x in (q, *keys, *values))
+    out, lse, _turned = _attend(q, keys, values, bias, since, lines, scale, angles, keep)
+    return out, lse
 
 
 def _check_bias(q: torch.Tensor, ranges: Sequence[Range], bias: torch.Tensor) -> None:
@@ -123,7 +134,7 @@ def _check(q: torch.Tensor, ranges: Sequence[Range], offset: int) -> None:
             raise ValueError(f"q, k and v must be all {names}, received {q.dtype}, {k.dtype}, {v.dtype}")
 
 
-def native(q: torch.Tensor) -> bool:
+def native(q: torch.Tensor | Unturned) -> bool:
     """Whether the kernels in C++ take these queries; Triton's interpreter reads tensors of the CPU too.
 
     Meta tensors stand for those of the CPU, see ``cost.shadow``.
@@ -221,38 +232,51 @@ def _farthest(bias: torch.Tensor | None) -> int:
 @torch.library.custom_op("ctxbench::attend", mutates_args=())
 def _attend(
     q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor | None,
-    since: list[torch.Tensor], lines: list[int], scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    since: list[torch.Tensor], lines: list[int], scale: float, angles: list[torch.Tensor], keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Output and log-sum-exp; and the turned queries, where ``angles`` turn them and ``keep`` asks for them."""
     q = _rows(q)
     B, H, T, _D = q.shape
-    out, lse = _attend_fake(q, keys, values, bias, since, lines, scale)
+    out, lse, turned = _attend_fake(q, keys, values, bias, since, lines, scale, angles, keep)
     if not out.numel():
-        return out, lse
+        return out, lse, turned
     if native(q):
         ranges_native.attend(q, out, lse, bias, _as_native(q, keys, values, since, lines), _farthest(bias), scale)
     else:
-        from ctxbench.implementations._shared import flash  # Triton is a package of its own
+        from ctxbench.implementations._shared import flash, flash_turned  # Triton is a package of its own
 
         ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
-        chosen, options = _options("forward", q, kinds)
+        chosen, options = _options("turned" if angles else "forward", q, kinds)
+        grid, biases = (-(-T // chosen.rows), B * H), lse if bias is None else bias
+        options |= {"KINDS": kinds, "RANGES": len(kinds)}
         with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'
-            flash.forward_kernel[-(-T // chosen.rows), B * H](
-                q, out, lse, lse if bias is None else bias, tuple(ranges), *_strides(q, out), H, T, _farthest(bias),
-                scale, KINDS=kinds, RANGES=len(kinds), **options,
-            )  # fmt: skip
-    return out, lse
+            if angles:
+                flash_turned.turned_kernel[grid](
+                    q, *angles, turned if keep else out, out, lse, biases, tuple(ranges), *_strides(q, out),
+                    angles[0].stride(0), H, T, _farthest(bias), scale, **options,
+                )  # fmt: skip
+            else:
+                flash.forward_kernel[grid](
+                    q, out, lse, biases, tuple(ranges), *_strides(q, out), H, T, _farthest(bias), scale, **options
+                )
+    return out, lse, turned
 
 
 @torch.library.custom_op("ctxbench::attend_backward", mutates_args=())
 def _attend_backward(
     grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, keys: list[torch.Tensor],
     values: list[torch.Tensor], bias: torch.Tensor | None, since: list[torch.Tensor], out: torch.Tensor,
-    lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool],
+    lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool], angles: list[torch.Tensor],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """DQ, that of a table of biases, and dK and dV of each range, as far as ``wanted``: the table first."""
+    """DQ, that of a table of biases, and dK and dV of each range, as far as ``wanted``: the table first.
+
+    ``angles``: those by which ``q`` was turned, if it was: dQ is turned back by them.
+    """
     q, grad = _rows(q), _rows(grad)
     B, H, T, _D = q.shape
-    gradients = _attend_backward_fake(grad, grad_lse, q, keys, values, bias, since, out, lse, lines, scale, wanted)
+    gradients = _attend_backward_fake(
+        grad, grad_lse, q, keys, values, bias, since, out, lse, lines, scale, wanted, angles
+    )
     if not out.numel():
         return [x.zero_() for x in gradients]
     through = None if grad_lse is None else grad_lse.contiguous()
@@ -260,7 +284,7 @@ def _attend_backward(
         ranges = _as_native(q, keys, values, since, lines)
         _backward_native(grad, through, q, bias, ranges, out, lse, scale, wanted, gradients)
         return gradients
-    from ctxbench.implementations._shared import flash, flash_bias
+    from ctxbench.implementations._shared import flash, flash_bias, turning
 
     dq, delta = gradients[0], torch.empty_like(lse)
     through, biases = lse if through is None else through, lse if bias is None else bias
@@ -272,6 +296,8 @@ def _attend_backward(
             q, out, grad, lse, through, delta, biases, dq, tuple(ranges), *_strides(q, out, grad, dq), *shared,
             KINDS=kinds, RANGES=len(kinds), THROUGH_LSE=grad_lse is not None, **options,
         )  # fmt: skip
+        if angles:
+            turning.launch(dq, dq, *angles, back=True)
         if bias is not None and wanted[0]:
             chosen, options = _options("table", q, kinds)
             tiles = -(-T // chosen.rows)
@@ -322,39 +348,46 @@ def _backward_native(
 @_attend.register_fake
 def _attend_fake(
     q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor | None,
-    since: list[torch.Tensor], lines: list[int], scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    since: list[torch.Tensor], lines: list[int], scale: float, angles: list[torch.Tensor], keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return _like(q), lse, _like(q) if keep else q.new_empty(0)
 
 
 @_attend_backward.register_fake
 def _attend_backward_fake(
     grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, keys: list[torch.Tensor],
     values: list[torch.Tensor], bias: torch.Tensor | None, since: list[torch.Tensor], out: torch.Tensor,
-    lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool],
+    lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool], angles: list[torch.Tensor],
 ) -> list[torch.Tensor]:  # fmt: skip
     table = [torch.empty_like(bias)] if bias is not None and wanted[0] else []
     pairs = (_like(x) for k, v, want in zip(keys, values, wanted[1:], strict=True) if want for x in (k, v))
     return [_like(q), *table, *pairs]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, keys, values, bias, since, ctx.lines, ctx.scale = inputs
-    ctx.ranges = len(keys)
-    ctx.save_for_backward(q, bias, *output, *keys, *values, *since)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    q, keys, values, bias, since, ctx.lines, ctx.scale, angles, _keep = inputs
+    out, lse, turned = output
+    ctx.ranges, ctx.hidden = len(keys), len(since)
+    ctx.mark_non_differentiable(turned)
+    ctx.save_for_backward(turned if angles else q, bias, out, lse, *keys, *values, *since, *angles)
     ctx.set_materialize_grads(False)  # most callers drop the log-sum-exp
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None, _: None) -> tuple[Any, ...]:
     q, bias, out, lse, *held = ctx.saved_tensors
-    keys, values, since = held[: ctx.ranges], held[ctx.ranges : 2 * ctx.ranges], held[2 * ctx.ranges :]
+    keys, values, rest = held[: ctx.ranges], held[ctx.ranges : 2 * ctx.ranges], held[2 * ctx.ranges :]
+    since, angles = rest[: ctx.hidden], rest[ctx.hidden :]
     grad = torch.zeros_like(out) if grad is None else grad
     wanted = [ctx.needs_input_grad[3], *(k or v for k, v in zip(*ctx.needs_input_grad[1:3], strict=True))]
-    dq, *rest = _attend_backward(grad, grad_lse, q, keys, values, bias, since, out, lse, ctx.lines, ctx.scale, wanted)
+    dq, *rest = _attend_backward(
+        grad, grad_lse, q, keys, values, bias, since, out, lse, ctx.lines, ctx.scale, wanted, angles
+    )
     table = rest.pop(0) if wanted[0] else None
     pairs = iter(zip(rest[::2], rest[1::2], strict=True))
     each = [next(pairs) if want else (None, None) for want in wanted[1:]]
-    return dq, [dk for dk, _dv in each], [dv for _dk, dv in each], table, [None] * len(since), None, None
+    nothing = [None] * len(since), None, None, [None] * len(angles), None
+    return dq, [dk for dk, _dv in each], [dv for _dk, dv in each], table, *nothing
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
@@ -362,7 +395,7 @@ _attend.register_autograd(_differentiate, setup_context=_save)
 
 @formula(torch.ops.ctxbench.attend)
 def _attend_flops(
-    q: Any, keys: Any, values: Any, bias: Any, since: Any, lines: list[int], scale: float, **_: Any
+    q: Any, keys: Any, values: Any, bias: Any, since: Any, lines: list[int], scale: float, *rest: Any, **_: Any
 ) -> int:
     """Two products over the visible pairs; tiles out of sight are skipped. Keys hidden by ``since`` are multiplied."""
     return sum(_range_flops(q, k, one) for k, one in zip(keys, _shown(lines), strict=True))
@@ -371,7 +404,7 @@ def _attend_flops(
 @formula(torch.ops.ctxbench.attend_backward)
 def _attend_backward_flops(
     grad: Any, grad_lse: Any, q: Any, keys: Any, values: Any, bias: Any, since: Any, out_: Any, lse: Any,
-    lines: list[int], scale: float, wanted: list[bool], **_: Any,
+    lines: list[int], scale: float, wanted: list[bool], *rest: Any, **_: Any,
 ) -> int:  # fmt: skip
     """Seven products: scores and their gradient in both kernels, then dQ, dK and dV; three where dQ alone is wanted.
 

@@ -110,6 +110,15 @@ def attended(
     return work * heads
 
 
+def turned(rows: int, width: int, itemsize: int, heads: int, together: int = 1) -> Work:
+    """Rows of so many heads turned by their angles, which are read once for some heads ``together``.
+
+    Attention that turns its queries does this beside what it ``attended``.
+    """
+    row = rows * width * itemsize * heads
+    return Work(loaded=row + rows * width * NUMBER * -(-heads // together), stored=row)
+
+
 def listed(
     kernel: str, chosen: Config, queries: int, keys: int, size: int, entries: int, last: int, width: int,
     itemsize: int, *, heads: int = 1, batch: int = 1, bias: int = PLAIN, farthest: int = 0,

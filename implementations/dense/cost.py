@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sympy import Expr, Integer, Min, Rational, floor
+from sympy import Expr, Integer, Min, Piecewise, Rational, floor
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h
@@ -19,6 +19,7 @@ from ctxbench.cost.terms import (
 )
 from ctxbench.implementations._shared import relative_table
 from ctxbench.implementations._shared.backends_table import NAMES
+from ctxbench.implementations._shared.decode_table import FEW
 from ctxbench.implementations._shared.forms import (
     block_parameters,
     block_terms,
@@ -78,12 +79,13 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Params) -> C
         algorithmic = {term: (2 if term == "distances" else 3) * forward for term, forward in algorithmic.items()}
         flops = {term: factor.get(term, 3) * forward for term, forward in flops.items()}
     known = position in ("none", *ROPE) and impl not in ("slabs", "flex", *NAMES)
+    rotation = ("turned" if own == "triton" else "rotated") if position in ROPE else ""
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + position_parameters(position),
         state_bytes=2 * L * tensor(B, T, d),
-        peak_bytes=_peak(impl, mode, causal, position in ROPE) if known else None,
+        peak_bytes=_peak(impl, mode, causal, rotation) if known else None,
         depth=L,
     )
 
@@ -123,25 +125,32 @@ def _first_chunk_saving() -> Expr:
     return first * (first - 1) / 2
 
 
-def _peak(impl: str, mode: str, causal: bool, rotates: bool) -> Expr:
+def _peak(impl: str, mode: str, causal: bool, rotation: str) -> Expr:
+    """``rotation``: queries and keys are both ``rotated``, or queries ``turned`` by the kernel that reads them."""
     if mode == "forward":
-        mixing = _mixing(impl, T, T, causal, fresh_keys=True)
-        return stack_peak(T, largest(mixing, rotating(T)) if rotates else mixing)
+        return stack_peak(T, _rotated(_mixing(impl, T, T, causal, fresh_keys=True), T, rotation))
     if mode == "train":
-        return _train_peak(impl, causal, rotates)
+        return _train_peak(impl, causal, rotation)
     if mode == "decode":
-        return _call_peak(impl, Integer(1), T + 1, rotates, Integer(0), Integer(0))
+        return _call_peak(impl, Integer(1), T + 1, rotation, Integer(0), Integer(0))
     whole, rest = floor(T / C) * C, T - floor(T / C) * C
     return largest(
-        _present(whole) * _streamed_call_peak(impl, C, whole, rotates),
-        _present(rest) * _streamed_call_peak(impl, rest, T, rotates),
+        _present(whole) * _streamed_call_peak(impl, C, whole, rotation),
+        _present(rest) * _streamed_call_peak(impl, rest, T, rotation),
     )
 
 
-def _streamed_call_peak(impl: str, tokens: Expr, keys: Expr, rotates: bool) -> Expr:
+def _rotated(mixing: Expr, tokens: Expr, rotation: str) -> Expr:
+    """The mixer at its worst: while it rotates, or with the tables that queries wait with to be turned."""
+    if rotation == "turned":
+        return mixing + rotation_tables(tokens)
+    return largest(mixing, rotating(tokens)) if rotation else mixing
+
+
+def _streamed_call_peak(impl: str, tokens: Expr, keys: Expr, rotation: str) -> Expr:
     """The caches before and after the call are alive together, and so is the output of the call before it."""
     before = 2 * tensor(B, keys - tokens, d)
-    return _call_peak(impl, tokens, keys, rotates, L * before, _present(keys - tokens) * tensor(B, C, d))
+    return _call_peak(impl, tokens, keys, rotation, L * before, _present(keys - tokens) * tensor(B, C, d))
 
 
 def _present(count: Expr) -> Expr:
@@ -149,11 +158,16 @@ def _present(count: Expr) -> Expr:
     return Min(count, 1)
 
 
-def _call_peak(impl: str, tokens: Expr, keys: Expr, rotates: bool, before: Expr, earlier: Expr) -> Expr:
+def _call_peak(impl: str, tokens: Expr, keys: Expr, rotation: str, before: Expr, earlier: Expr) -> Expr:
     row, after = tensor(B, tokens, d), 2 * tensor(B, keys, d)
     mixing = _mixing(impl, tokens, keys, causal=True, fresh_keys=False)
     feed = when_ffn(2 * row + 2 * tensor(B, tokens, f))
-    worst = largest(after + mixing, after + feed, *[rotating(tokens)] * rotates)  # rotated before they are cached
+    if rotation == "turned":
+        mixing = _rotated(mixing, tokens, rotation)
+        if tokens == 1:  # beside the log-sum-exp the turned query, where its keys are split
+            mixing += Piecewise((4 * B * h, keys > 2 * FEW), (0, True))
+    early = [rotating(tokens)] * (rotation == "rotated")  # before they are cached
+    worst = largest(after + mixing, after + feed, *early)
     return before + earlier + (L - 1) * after + worst + Min(L - 1, 1) * row
 
 
@@ -172,7 +186,7 @@ def _mixing(impl: str, tokens: Expr, keys: Expr, causal: bool, fresh_keys: bool)
     return own + 2 * scores + mask + largest(mask, row + copied)
 
 
-def _train_peak(impl: str, causal: bool, rotates: bool) -> Expr:
+def _train_peak(impl: str, causal: bool, rotation: str) -> Expr:
     """The top layer's backward pass, in its FFN or in its attention.
 
     Holds while a layer's activations outweigh its weights, about T > d: then lower layers free more than their
@@ -181,9 +195,9 @@ def _train_peak(impl: str, causal: bool, rotates: bool) -> Expr:
     row, hidden, statistics = tensor(B, T, d), tensor(B, T, f), 2 * e * B * T
     scores, mask = tensor(B, h, T, T), T * T if causal else Integer(0)
     core = 4 * B * h * T if impl in FUSED else scores + mask  # log-sum-exp; probabilities and mask
-    tables = 2 * rotation_tables(T) if rotates else Integer(0)
+    tables = {"rotated": 2, "turned": 1}.get(rotation, 0) * rotation_tables(T)
     # Of rotated queries the fused kernels' output has heads apart, which merging copies.
-    merged = row if rotates and impl in FUSED else Integer(0)
+    merged = row if rotation == "rotated" and impl in FUSED else Integer(0)
     kept = (
         core + tables + merged + 6 * row + statistics + when_ffn(2 * row + 2 * hidden + statistics)
     )  # norm q k v o, output; FFN's

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.method import Dims, Output, Params, load
 
 
@@ -34,7 +35,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, state: Cache | None = None) -> Output:
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         past = 0 if state is None else state.k.shape[2]
-        q, k = self.position.rotate(q, past), self.position.rotate(k, past)
+        q, k = self.position.both(q, k, past)
         if state is not None:
             state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
             k, v = state
@@ -54,6 +55,6 @@ def build(dims: Dims, params: Params, impl: str, device: str, dtype: torch.dtype
 
     operator = load(METHOD.impl(impl).run)
     layers: list[nn.Module] = [
-        PreNormBlock(Attention(dims, operator, position), dims) for position in positions_for(dims)
+        PreNormBlock(Attention(dims, operator, position), dims) for position in positions_of(dims, impl)
     ]
     return Stack(layers).to(device, dtype)

@@ -37,7 +37,7 @@ METHOD = Method(
             run="ctxbench.implementations._shared.window_blocks:attend",
             note="blocks of 64 queries against the run of keys they see; probabilities are recomputed in backward",
         ),
-        native_impl("ctxbench.implementations._shared.window_ranges:attend"),
+        native_impl("ctxbench.implementations._shared.window_ranges:attend", counts_as=""),
         Impl(
             "triton",
             run="ctxbench.implementations._shared.window_ranges:attend",

@@ -20,6 +20,7 @@ from ctxbench.implementations._shared import flex_forms
 from ctxbench.implementations._shared.forms import (
     block_parameters,
     block_terms,
+    kernels,
     position_parameters,
     slab_pairs,
     trained,
@@ -34,7 +35,8 @@ w = param("window")
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerParams) -> Cost:
     """One impl in one mode; ``as_written`` executes every pair and has one set of projections."""
-    form = Form(causal, params)
+    turns = impl == "triton" and position in ROPE  # its kernels rotate queries as they read them
+    impl, form = kernels(impl), Form(causal, params)
     tokens, own = T, form.own_projections(T)
     visible, executed = over_heads(Form.visible, causal, params), over_heads(lambda f: f.executed(impl), causal, params)
     if mode == "decode":
@@ -52,8 +54,8 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
         algorithmic, flops = trained(algorithmic), trained(flops, impl, position)
     kept = 2 * tensor(B, over_heads(lambda f: f.kept(T), causal, params), d)
     rotates = position in ROPE
-    turned = rotates and not params.positions and mode != "stream"
-    known = (position == "none" or turned) and not dilates_some(params) and impl != "flex"
+    rotated = rotates and not params.positions and mode != "stream"
+    known = (position == "none" or rotated) and not dilates_some(params) and impl != "flex"
     if impl == "triton":
         known = known and params.dilation == 1 and not params.positions
     elif params.positions:
@@ -64,7 +66,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongformerPa
         num_parameters=block_parameters((7 if form.separate else 4) * linear_parameters(d, d))
         + position_parameters(position),
         state_bytes=L * (kept + form.beside_the_band()) if causal else Integer(0),
-        peak_bytes=peak(impl, mode, causal, params, rotates) if known else None,
+        peak_bytes=peak(impl, mode, causal, params, rotates, turns) if known else None,
         depth=L,
     )
 

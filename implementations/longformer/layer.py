@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Bias, Position, positions_for
+from ctxbench.implementations._shared.positions import Bias, Position
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations._shared.window import GlobalRows, Pattern, Scattered
 from ctxbench.implementations.longformer.params import LongformerParams
 from ctxbench.method import Dims, Output, load
@@ -53,7 +54,7 @@ class LongformerAttention(nn.Module):
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
         T, before = x.shape[1], 0 if state is None else state.tokens
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
-        q, k = self.position.rotate(q, before), self.position.rotate(k, before)
+        q, k = self.position.both(q, k, before)
         scattered = self._scattered(k, v, before, state)
         keys, values = (self._join(new, state, name) for new, name in ((k, "k"), (v, "v")))
         del k, v
@@ -110,7 +111,7 @@ class LongformerAttention(nn.Module):
             return [
                 GlobalRows(q[:, heads][:, :, here], a[:, :, :seen], b[:, :, :seen], at) for (heads, _), a, b in parts
             ]
-        own_q = self.position.rotate(split_heads(self.global_q(x[:, here]), self.num_heads), at)
+        own_q = self.position.queries(split_heads(self.global_q(x[:, here]), self.num_heads), at)
         keys = x[:, : max(0, seen - before)]
         own_k, own_v = (split_heads(project(keys), self.num_heads) for project in (self.global_k, self.global_v))
         own_k = self.position.rotate(own_k, before)
@@ -168,5 +169,5 @@ def build(dims: Dims, params: LongformerParams, impl: str, device: str, dtype: t
     def mixer(position: Position) -> nn.Module:
         return seam(dims, params) if impl == "as_written" else LongformerAttention(dims, params, seam, position)
 
-    layers: list[nn.Module] = [PreNormBlock(mixer(position), dims) for position in positions_for(dims)]
+    layers: list[nn.Module] = [PreNormBlock(mixer(position), dims) for position in positions_of(dims, impl)]
     return Stack(layers).to(device, dtype)

@@ -17,9 +17,13 @@ BLOCK, SPAN = 64, 1024  # queries whose scores are alive together, queries copie
 w, g, step = param("window"), param("num_global"), param("dilation")
 
 
-def peak(impl: str, mode: str, causal: bool, params: LongformerParams, rotates: bool = False) -> Expr:
-    """Bytes above parameters, inputs and incoming state."""
-    sizes = Kernels(impl, causal, params) if impl == "triton" else Sizes(impl, causal, params)
+def peak(
+    impl: str, mode: str, causal: bool, params: LongformerParams, rotates: bool = False, turns: bool = False
+) -> Expr:
+    """Bytes above parameters, inputs and incoming state. ``turns``: attention rotates its queries by itself."""
+    sizes = Kernels(impl, causal, params, turns) if impl == "triton" else Sizes(impl, causal, params)
+    if turns and mode in ("forward", "train"):
+        return sizes.forward() if mode == "forward" else sizes.train()
     if mode == "forward":
         return rotated(sizes.forward(), mode, sizes.beside) if rotates else sizes.forward()
     if mode == "train":
@@ -148,30 +152,36 @@ class Sizes:
 class Kernels(Sizes):
     """Bytes of what the Triton impl keeps, without scattered globals and dilation: exactly the traced ones."""
 
-    def __init__(self, impl: str, causal: bool, params: LongformerParams):
+    def __init__(self, impl: str, causal: bool, params: LongformerParams, turns: bool = False):
         super().__init__(impl, causal, params)
-        self.some = int(params.num_global > 0)  # whether there are global rows
+        self.turns, self.some = int(turns), int(params.num_global > 0)  # whether there are global rows
+        self.apart = self.some * int(params.separate_global)  # whether they have projections of their own
+        self.tables = self.turns * rotation_tables(T + self.apart * Min(g, T))  # with which queries wait to be turned
         self.head, self.rest = tensor(B, Min(g, T), d), tensor(B, self.local, d)
         seen = self.head if causal else self.row
         self.of_head = 2 * seen * self.some  # gradients of the keys and values that global rows see
-        self.own = (self.head + 2 * seen) * int(params.separate_global) * self.some
+        self.own = (self.head + 2 * seen) * self.apart
         # What a linear map saves of a part of several sequences is a copy: x for global queries, keys and values.
-        self.sliced = Min(B - 1, 1) * self.head * int(params.separate_global) * self.some * (3 if causal else 1)
+        self.sliced = Min(B - 1, 1) * self.head * self.apart * (3 if causal else 1)
 
     def forward(self) -> Expr:
         """Norm, queries, keys, values; global rows, the others and both together, or all rows with log-sum-exps."""
-        return stack_peak(T, 6 * self.row + self.own if self.some else 5 * self.row + 4 * B * h * T)
+        mixing = 6 * self.row + self.own if self.some else 5 * self.row + 4 * B * h * T
+        return stack_peak(T, mixing + self.tables)
 
     def train(self) -> Expr:
         """The top layer's backward pass, in its feed-forward network or in the attention of what is not global."""
         statistics, hidden = 2 * e * B * T, tensor(B, T, f)
         kept = 4 * B * h * T + (6 + self.some) * self.row + self.own + self.sliced + statistics
         kept += when_ffn(2 * self.row + 2 * hidden + statistics)
+        kept += self.turns * (rotation_tables(T + self.turned) - self.apart * self.head)  # turned: the others alone
         in_ffn = when_ffn(kept + hidden + e * (d * f + d))
         # Norm, q, k, v, output and its gradient; of the others results and gradients of q, k, v; of the prefix those of
         # global queries, and of keys and values from either side.
         attending = 6 * self.row + 4 * self.rest + 4 * B * h * self.local + self.sliced
         attending += self.some * 3 * self.head + self.of_head if self.some else Integer(0)
+        # Turned queries and their tables go with the launch that read them: global rows' go first.
+        attending += self.turns * (rotation_tables(T + self.turned - self.apart * Min(g, T)) - self.some * self.head)
         weights = e * (d * d + d) + when_ffn(self.row + e * (2 * d * f + f + 3 * d))
         return (L - 1) * kept + largest(in_ffn, attending + statistics + weights)
 
@@ -201,6 +211,8 @@ class Kernels(Sizes):
     def decode(self) -> Expr:
         """The last layer: joined keys and values, and the new state unless they are it."""
         one, new = tensor(B, 1, d), self._kept(T + 1)
-        inside = 2 * tensor(B, Min(T, g + self.left) + 1, d) + 3 * one + largest(one, self._cut(T + 1))
+        # Where queries turn, their tables, and the turned one beside log-sum-exps.
+        inside = 2 * tensor(B, Min(T, g + self.left) + 1, d) + 3 * one + self.turns * rotation_tables(1)
+        inside += largest(one + self.turns * 4 * B * h, self._cut(T + 1))
         feed = when_ffn(new + 2 * tensor(B, 1, f) + 2 * one)
         return (L - 1) * new + largest(inside, feed) + Min(L - 1, 1) * one

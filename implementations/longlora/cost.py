@@ -43,8 +43,10 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: LongLoRAPara
         core = core_backward(impl, position)
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
         flops = {term: forward * (1 + core if term == "attention" else 3) for term, forward in flops.items()}
-    most = None if impl == "flex" or biased else peak(kernels(impl), mode, group)
-    if most is not None and position in ROPE:
+    rotates = position in ROPE
+    turns = rotates and impl == "triton"  # the kernels turn queries as they read them
+    most = None if impl == "flex" or biased else peak(kernels(impl), mode, group, turns)
+    if most is not None and rotates and not turns:
         most = rotated(most, mode)
     return Cost(
         algorithmic=algorithmic,

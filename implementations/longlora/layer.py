@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.longlora.params import LongLoRAParams, group_size
 from ctxbench.method import Dims, Output, load
 
@@ -27,7 +28,7 @@ class ShiftedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, state: None = None) -> Output:
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
-        q, k = (self.position.rotate(part, 0) for part in (q, k))  # true positions, before any shift
+        q, k = self.position.both(q, k, 0)  # true positions, before any shift
         mixed = self.operator(q, k, v, group_size(x.shape[1], self.params), self.params.wrap, self.position)
         del q, k, v
         return Output(self.o(merge_heads(mixed)))
@@ -39,6 +40,6 @@ def build(dims: Dims, params: LongLoRAParams, impl: str, device: str, dtype: tor
 
     operator = load(METHOD.impl(impl).run)
     layers: list[nn.Module] = [
-        PreNormBlock(ShiftedAttention(dims, params, operator, position), dims) for position in positions_for(dims)
+        PreNormBlock(ShiftedAttention(dims, params, operator, position), dims) for position in positions_of(dims, impl)
     ]
     return Stack(layers).to(device, dtype)

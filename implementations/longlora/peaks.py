@@ -9,18 +9,19 @@ from sympy import Expr, Min, ceiling, floor
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h
 from ctxbench.cost.terms import largest, tensor, when_ffn
-from ctxbench.implementations._shared.forms import stack_peak
+from ctxbench.implementations._shared.forms import rotation_tables, stack_peak
 
 ROW = tensor(B, T, d)
 PLAIN, SHIFTED = ceiling(h / 2), floor(h / 2)  # heads
 
 
-def peak(impl: str, mode: str, group: Expr) -> Expr:
-    """Bytes of one impl in one mode, without what rotations add."""
+def peak(impl: str, mode: str, group: Expr, turns: bool = False) -> Expr:
+    """Bytes of one impl in one mode, without what rotations add, but where attention ``turns`` its queries."""
     if impl == "blocked":
         return _blocked_train(group) if mode == "train" else stack_peak(T, _blocked_mixing(group))
     if impl == "triton":
-        return _triton_train() if mode == "train" else stack_peak(T, _triton_mixing())
+        tables = int(turns) * rotation_tables(T)
+        return _triton_train(tables) if mode == "train" else stack_peak(T, _triton_mixing() + tables)
     return _reference_train(group) if mode == "train" else stack_peak(T, _reference_mixing(group))
 
 
@@ -62,16 +63,18 @@ def _blocked_train(group: Expr) -> Expr:
     return (L - 1) * kept + largest(in_ffn, in_attention)
 
 
-def _triton_train() -> Expr:
+def _triton_train(tables: Expr) -> Expr:
     """As of the blocked impl, but nothing is copied, and both halves are kept beside their concatenation."""
     statistics = 2 * e * B * T
-    kept = 4 * B * h * T + 6 * ROW + ROW * _some(SHIFTED) + statistics
+    kept = tables + 4 * B * h * T + 6 * ROW + ROW * _some(SHIFTED) + statistics
     kept += when_ffn(2 * ROW + 2 * tensor(B, T, f) + statistics)
     in_ffn = when_ffn(kept + tensor(B, T, f) + e * (d * f + d))
     # Norm q k v, output and its gradient; output and gradients of q, k, v of the plain half, then these as wholes.
     in_attention = 6 * ROW + 4 * ROW * PLAIN / h + 3 * ROW * _some(SHIFTED) + 4 * B * PLAIN * T
     in_attention += statistics + e * (d * d + d)
     in_attention += when_ffn(ROW + e * (2 * d * f + f + 3 * d))
+    if tables != 0:  # turned queries of a half go with the launch that read them
+        in_attention += tables - ROW * SHIFTED / h
     return (L - 1) * kept + largest(in_ffn, in_attention)
 
 

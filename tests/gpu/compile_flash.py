@@ -3,7 +3,8 @@
 ``python compile_flash.py [--list] [ARCHITECTURE:ITEMSIZE:WIDTH[/FORM] ...]``; without targets the whole shipped table.
 A band is bounded on both sides, which holds every path of its other forms; ``steps`` is the most that one softmax
 spans, the others are a band with a bias, with keys hidden by their positions, with four heads a head of keys, and lists
-of blocks, without a bias and with a table of them.
+of blocks, without a bias and with a table of them. Where there is no bias, queries may be ``turned``; ``turn`` turns
+keys, by form ``rows``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from machine import DTYPES, Compilation, Made, compilation, described, main
 
-from ctxbench.implementations._shared import flash, flash_bias, flash_lists, flash_table, lines
+from ctxbench.implementations._shared import flash, flash_bias, flash_lists, flash_table, flash_turned, lines
 
 FORMS = {  # kinds of the lines of each range
     "band": ((lines.SLOPE, lines.SLOPE, lines.PLAIN, 1),),
@@ -26,17 +27,18 @@ FORMS = {  # kinds of the lines of each range
     "lists-table": ((lines.OPEN, lines.OPEN, lines.TABLE, 1),),
 }
 # All other pointers have the dtype of the cell, all other integers are strides.
-POINTERS = dict.fromkeys(("LSE", "GRAD_LSE", "DELTA", "BIASES", "SUMS"), "*fp32") | dict.fromkeys(
+POINTERS = dict.fromkeys(("LSE", "GRAD_LSE", "DELTA", "BIASES", "SUMS", "COS", "SIN"), "*fp32") | dict.fromkeys(
     ("OFFSETS", "LISTED"), "*i32"
 )
-SIZES = ("heads", "T", "S", "farthest", "size", "ahead")
+SIZES = ("heads", "T", "S", "farthest", "size", "ahead", "count")
 LISTED_BLOCK = 64  # tokens of a block of lists
+TURNED = ("band", "steps", "hidden")  # forms whose queries may be turned
 
 
 def of_kernel(kernel: str, width: int, itemsize: int, architecture: int, form: str) -> tuple[Any, Compilation]:
     """One kernel for ranges with lines and biases of the kinds of a form (dK and dV: of the first), at its tiles."""
     kinds, heavy, dtype = FORMS[form], form not in ("band", "groups"), DTYPES[itemsize]
-    function = getattr(flash_bias if kernel == "table" else flash, f"{kernel}_kernel")
+    function = getattr({"table": flash_bias, "turned": flash_turned}.get(kernel, flash), f"{kernel}_kernel")
     chosen = flash_table.config(kernel, width, itemsize, architecture, heavy, grouped=form == "groups")
     if form.startswith("lists"):
         function, table = getattr(flash_lists, f"listed_{kernel}_kernel"), form == "lists-table"
@@ -60,11 +62,27 @@ def of_kernel(kernel: str, width: int, itemsize: int, architecture: int, form: s
     return chosen, made
 
 
+def of_turn(width: int, itemsize: int, architecture: int) -> Made:
+    """The kernel that turns keys, at its tile."""
+    constants = {"D": width, "HALF": flash_table.padded(width) // 2, "HEADS": flash_table.TURN_HEADS, "BACK": False}
+    constants["ROWS"] = flash_table.turn_rows(width)
+    made = compilation(flash_turned.turn_kernel, constants, DTYPES[itemsize], POINTERS, SIZES, architecture, 4, 3)
+    return described("turn", "rows", architecture, itemsize, width, (constants["ROWS"], width), made)
+
+
 def asked(item: str) -> Iterator[Made]:
     target, _, form = item.partition("/")
     form = form or "band"
     architecture, itemsize, width = map(int, target.split(":"))
-    for kernel in (*flash_table.KERNELS, "table") if form.endswith("table") else flash_table.KERNELS:
+    if form == "rows":
+        yield of_turn(width, itemsize, architecture)
+        return
+    kernels = flash_table.KERNELS
+    if form.endswith("table"):
+        kernels += ("table",)
+    elif form in TURNED:
+        kernels += ("turned",)
+    for kernel in kernels:
         chosen, made = of_kernel(kernel, width, itemsize, architecture, form)
         yield described(kernel, form, architecture, itemsize, width, chosen[:2], made)
 
@@ -73,6 +91,7 @@ def everything() -> Iterator[str]:
     """Every line of the tables of launch parameters, in the form that it was made for."""
     for architecture, table in flash_table.CONFIGS.items():
         yield from (f"{architecture}:{size}:{width}" for size, width in table)
+        yield from (f"{architecture}:{size}:{width}/rows" for size, width in table)
         for size, limits in flash_table.OF_TABLE.items():
             yield from (f"{architecture}:{size}:{limit // size}/table" for limit in limits)
     for architecture, size, width in {(key[0], *key[2:]): None for key in flash_table.HEAVY}:

@@ -14,15 +14,17 @@ from interpreted import INTERPRETED, Counted, check_integers, mine, spare
 
 from ctxbench.implementations._shared import ranges as kernels
 from ctxbench.implementations._shared.flash_table import Config
+from ctxbench.implementations._shared.positions import Rotary, Tables, turn
 from ctxbench.implementations._shared.ranges import Line, Range
+from ctxbench.implementations._shared.turning import Unturned, turned
 from ctxbench.implementations.dense import triton
 from ctxbench.workload import DTYPES
 
 LONGER = 1 if INTERPRETED else 7  # lengths and lines, where tiles have up to 128 rows
 SOME = ("causal", "window and cache", "fewer keys than queries", "segments, memory, state", "wide heads, padded")
 # Small tiles, so that short sequences have edges on both sides and tiles that need no mask.
-TILES = {"forward": Config(32, 16, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(16, 32, 4, 1),
-         "table": Config(16, 16, 4, 1)}  # fmt: skip
+TILES = {"forward": Config(32, 16, 4, 1), "turned": Config(32, 16, 4, 1), "dq": Config(16, 32, 4, 1),
+         "dkv": Config(16, 32, 4, 1), "table": Config(16, 16, 4, 1)}  # fmt: skip
 OWN = Line(base=1)  # one past the query's own key
 
 
@@ -60,6 +62,13 @@ CASES = {  # query heads, queries, offset, width, and of each range: key heads, 
 BIASED = {"slopes": ("causal", "both sides", "segments, memory, state"),
           "table of 7": ("causal", "full", "cache", "both sides", "wide heads"),
           "table of 30": ("segments, memory, state", "grouped heads", "window and cache", "one query")}  # fmt: skip
+# With keys turned by their kernel and queries by that which attends: rule, width and tokens from query to query.
+TURNED = {
+    "causal": ("rope", 64, 1), "one query": ("rope", 16, 1), "cache": ("rope_linear", 18, 1),
+    "full": ("rope_ntk", 128, 2), "segments, memory, state": ("rope_yarn", 16, 5),
+    "grouped heads": ("rope_yarn_rotation", 32, 1), "from some position on": ("rope", 24, 1),
+    "crossing lines": ("rope", 16, 7), "wide heads": ("rope_yarn", 256, 1), "wide heads, padded": ("rope", 136, 3),
+}  # fmt: skip
 
 
 def bounds(line, positions, keys, otherwise):
@@ -139,7 +148,15 @@ def drawn_bias(kind: str, heads: int) -> torch.Tensor | None:
     return torch.randn(heads, 2 * LONGER * int(kind.split()[-1]) + 1)
 
 
-def parity(heads, queries, offset, width, *each, dtype, kind=""):
+def rotations(kind, step, offset, queries, width, each, dtype):
+    """Tables of the queries and of the keys of each range, as kernels take them and in float64; none without a kind."""
+    rope, exact = Rotary(width, kind or "rope", 4.0).to(torch.get_default_device()), torch.float64
+    places = [(offset * step, queries, step), *((of * step, keys, 1) for of, keys, *_ in each)]
+    given = [rope.tables(start, length, dtype, apart) for start, length, apart in places] if kind else []
+    return given, [Tables(cos.to(exact), sin.to(exact)) for cos, sin in given]
+
+
+def parity(heads, queries, offset, width, *each, dtype, kind="", rope="", step=1):
     torch.manual_seed(0)
     batch = 2 if heads * len(each) < 4 else 1
     q = torch.randn(batch, queries, heads, width).transpose(1, 2)  # heads as a layer splits them
@@ -153,17 +170,27 @@ def parity(heads, queries, offset, width, *each, dtype, kind=""):
     if kind.startswith("table"):
         operands, exact = [*operands, bias.requires_grad_()], [*exact, exact_bias.requires_grad_()]
 
-    def ranges(of):
+    angles, exact_angles = rotations(rope, step, offset, queries, width, each, dtype)
+
+    def ranges(of, angles, turn):
+        held = [turn(x, angles[1 + at // 2]) if angles and at % 2 == 0 else x for at, x in enumerate(of[1:])]
         first, *others = (
-            Range(*of[1 + 2 * which :][:2], low, high, since=rising(keys, *rise) if rise else None)
+            Range(*held[2 * which :][:2], low, high, since=rising(keys, *rise) if rise else None)
             for which, (_, keys, low, high, *rise) in enumerate(each)
         )
         return [first._replace(start=3, every=2 if kind == "slopes" else 1), *others]
 
     scale = 0.2
-    out, lse = kernels.attend(operands[0], ranges(operands), offset=offset, scale=scale, bias=bias)
+    asking = Unturned(operands[0], *angles[0]) if rope else operands[0]
+    out, lse = kernels.attend(asking, ranges(operands, angles, turned), offset=offset, scale=scale, bias=bias)
     assert out.stride() == operands[0].stride()
-    expected, expected_lse = written_out(exact[0], ranges(exact), offset, scale, exact_bias)
+    asking = turn(exact[0], exact_angles[0]) if rope else exact[0]
+    expected, expected_lse = written_out(asking, ranges(exact, exact_angles, turn), offset, scale, exact_bias)
+    if rope:
+        with torch.no_grad():  # where nobody asks for gradients, turned queries are kept nowhere
+            again = kernels.attend(Unturned(operands[0], *angles[0]), ranges(operands, angles, turned), offset=offset,
+                                   scale=scale)  # fmt: skip
+        assert torch.equal(out, again[0])
     grad, grad_lse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
     received = torch.autograd.grad((out, lse), operands, (grad, grad_lse), retain_graph=not INTERPRETED)
     if not INTERPRETED:  # the same bits every time
@@ -173,7 +200,8 @@ def parity(heads, queries, offset, width, *each, dtype, kind=""):
     truth = torch.autograd.grad(
         (expected, expected_lse[there]), exact, (grad.double(), grad_lse.double()[there]), materialize_grads=True
     )
-    names = ["out", "lse", "dq", *(f"d{of}{which}" for which in range(len(each)) for of in "kv"), "dtable"][
+    of_rows = "lse of rounded rows" if rope else "lse"  # turned, they are rounded to their dtype again
+    names = ["out", of_rows, "dq", *(f"d{of}{which}" for which in range(len(each)) for of in "kv"), "dtable"][
         : 2 + len(received)
     ]
     pairs = zip(names, (out, lse, *received), (expected, expected_lse, *truth), strict=True)
@@ -233,6 +261,7 @@ def module() -> dict[str, float]:
 def main() -> None:
     runs = [(name, "", "fp32") for name in CASES] + [(name, "", "fp16") for name in SOME]
     runs += [(name, kind, "fp32") for kind, names in BIASED.items() for name in names]
+    runs += [(name, "rope", "fp32") for name in TURNED] + [(name, "rope", "fp16") for name in ("causal", "wide heads")]
     spare()
     counted = Counted()
     if INTERPRETED:
@@ -243,11 +272,19 @@ def main() -> None:
     for name, kind, dtype in runs:
         check_integers(dtype == "fp16")
         heads, queries, offset, width, *each = CASES[name] if INTERPRETED else longer(*CASES[name])
-        widths = (width,) if INTERPRETED else (width, 48, 128, 256) if dtype == "fp32" else (width, 64, 96, 128, 256)
+        rope, turned_width, step = TURNED[name] if kind == "rope" else ("", width, 1)
+        given = {"rope": rope, "step": step} if rope else {"kind": kind}
+        widths = (
+            (turned_width,)
+            if INTERPRETED or rope
+            else (width, 48, 128, 256)
+            if dtype == "fp32"
+            else (width, 64, 96, 128, 256)
+        )
         for channels in widths:
             if not mine():
                 continue
-            errors = parity(heads, queries, offset, channels, *each, dtype=DTYPES[dtype], kind=kind)
+            errors = parity(heads, queries, offset, channels, *each, dtype=DTYPES[dtype], **given)
             print(json.dumps([f"{name}, {channels} {kind}", dtype, errors]))
     for dtype in ("fp32", "fp16"):
         if mine():
@@ -256,7 +293,8 @@ def main() -> None:
         if mine():
             print(json.dumps([name, "fp32", check()]))
     if INTERPRETED:
-        counted.all_of("flash.forward", "flash.dq", "flash.dkv", "flash_bias.table")
+        counted.all_of("flash.forward", "flash.dq", "flash.dkv", "flash_bias.table", "flash_turned.turned",
+                       "flash_turned.turn")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -170,7 +170,11 @@ def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None
         return of_relative(name.removesuffix("_kernel").removeprefix("relative_"), given)
     if module == "cells":
         return pooled(name, given)
-    if module not in ("flash", "flash_bias", "flash_lists"):
+    if name == "turn_kernel":
+        x = given["X"]
+        heads = given["count"], given["HEADS"]
+        return tiles.turned(given["T"], x.shape[3], x.element_size(), *heads)
+    if module not in ("flash", "flash_bias", "flash_lists", "flash_turned"):
         return None
     q, chosen = given["Q"], Config(given["ROWS"], given["COLUMNS"], 0, 0)
     batch, heads, queries, width = q.shape
@@ -193,10 +197,12 @@ def expected(module: str, name: str, given: dict[str, Any]) -> tiles.Work | None
         _group, keys, *bounds, _every, ahead, _since = described[8:]
         low, high = (lines.Placed(kind, *line) for kind, line in zip((low, high), bounds, strict=True))
         ranges.append(tiles.Keys(keys, low, high, bias, ahead, bool(known)))
-    return tiles.attended(
-        kernel, chosen, queries, ranges, width, q.element_size(), heads=batch * heads, group=given.get("GROUP", 1),
-        farthest=given["farthest"], through_lse=bool(given.get("THROUGH_LSE")),
+    work = tiles.attended(
+        "forward" if kernel == "turned" else kernel, chosen, queries, ranges, width, q.element_size(),
+        heads=batch * heads, group=given.get("GROUP", 1), farthest=given["farthest"],
+        through_lse=bool(given.get("THROUGH_LSE")),
     )  # fmt: skip
+    return work + tiles.turned(queries, width, q.element_size(), batch * heads) if kernel == "turned" else work
 
 
 def of_relative(kernel: str, given: dict[str, Any]) -> tiles.Work:

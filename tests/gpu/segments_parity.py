@@ -20,8 +20,7 @@ from ctxbench.registry import discover
 from ctxbench.testing import LAWS
 from ctxbench.testing.case import Case
 
-TILES = {"forward": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(16, 16, 4, 1),
-         "table": Config(16, 16, 4, 1)}  # fmt: skip
+TILES = dict.fromkeys(("forward", "turned", "dq", "dkv", "table"), Config(16, 16, 4, 1))
 FORMS = {  # method, position, layers, parameters, lengths
     "rmt": ("rmt", "none", 2, {"num_memory": 3, "segment_len": 14}, (31,)),
     "rmt, memory tokens that see each other": (

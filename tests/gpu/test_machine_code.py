@@ -18,15 +18,15 @@ PROGRAMS = ("flash", "relative", "decode", "gather", "cells")
 # widths that are padded, which are not on the page.
 COMPILED = {
     "flash": ["90:2:64", "90:2:128", "80:4:64", "90:2:256", "90:2:128/steps", "90:2:128/table", "80:4:64/slopes",
-              "80:2:128/groups", "90:2:128/lists", "90:2:96"],
+              "80:2:128/groups", "90:2:128/lists", "90:2:96", "90:2:64/rows"],
     "relative": ["90:2:64", "80:2:64/entries", "90:4:128/entries"],
     "decode": ["90:2:128", "80:4:256"],
     "gather": ["90:2:128", "80:4:128/slots", "90:4:16/tokens", "90:2:64/gate", "90:2:96/tokens"],
     "cells": ["90:2:64/4-2", "90:2:-512/3-5", "80:4:64/22-2"],
 }  # fmt: skip
 PADDED = "96"
-OF_FLASH = ("band", "steps", "slopes", "table", "hidden", "groups", "lists", "lists-table")
-WITHOUT_PRODUCTS = ("merge", "taken", "add", "picked", "gather", "spread")
+OF_FLASH = ("band", "steps", "slopes", "table", "hidden", "groups", "lists", "lists-table", "rows")
+WITHOUT_PRODUCTS = ("merge", "taken", "add", "picked", "gather", "spread", "turn")
 UNPIPELINED = (*WITHOUT_PRODUCTS, "search")  # nothing to bring ahead, or a loop with a loop inside
 DOCS = Path(__file__).parents[2] / "docs"
 
