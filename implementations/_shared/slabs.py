@@ -24,6 +24,7 @@ def attend_slabs(
     """``q: [B, H, T, D]``, ``k, v: [B, H, S, D]``, result ``[B, H, T, D]``; keys are ``step`` tokens apart.
 
     ``before``: keys ahead of the first query's own; by default queries are the last rows, as a term has them always.
+    More than S - T where queries stand beyond keys that all of them see.
     ``places: [B, P]``: of a bias, where the first P keys lie instead, which every query sees; the next key is at 0.
     """
     T, S = q.shape[2], k.shape[2]
