@@ -64,6 +64,13 @@ def attend(
     return _Products.apply(q, k, v, bias, first, *(placed or (None, None, 0)), arena, future, rule)
 
 
+def hiding_later_keys(bias: torch.Tensor) -> torch.Tensor:
+    """A bias ``[H, n, K]`` in place as causal ``attend`` takes it: the last query sees every key."""
+    n, K = bias.shape[1:]
+    future = torch.ones(n, K, dtype=torch.bool, device=bias.device).triu_(K - n + 1)
+    return bias.masked_fill_(future, -math.inf)
+
+
 def everything(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The same where every query sees every key."""
     return attend(q, k, v, causal=False)

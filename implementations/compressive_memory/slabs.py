@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -31,6 +30,4 @@ def fused(
     m, own = q.shape[2], k.shape[2] - places.shape[1]
     bias = position.rectangle(m, own, own - m, like=q)
     assert bias is not None
-    future = torch.ones(m, own, dtype=torch.bool, device=q.device).triu(own - m + 1)
-    placed = Placed(compact, places, own - m)
-    return products.attend(q, k, v, bias=bias.masked_fill(future, -math.inf), placed=placed)
+    return products.attend(q, k, v, bias=products.hiding_later_keys(bias), placed=Placed(compact, places, own - m))

@@ -19,15 +19,18 @@ METHOD = Method(
     segment="segment_len",
     modes=("forward", "train", "stream", "decode"),
     causal=(True,),
-    positions=("none", *ROPE),
-    without_positions=dict.fromkeys(
-        ("t5", "alibi", "transformer_xl"),
-        "items do have a distance by their place in the memory, but both looks are fused calls, which take no term by "
-        "distance",
-    ),
+    positions=("none", *ROPE, "t5", "alibi"),
+    without_positions={
+        "transformer_xl": "its term is a product of every query with distances that it projects itself: each look "
+        "would need projections and two vectors of its own; t5 and alibi add a number by distance",
+    },
     impls=(
         Impl("reference", run=f"{__name__}.reference:attend", note="all scores, with a mask, segment after segment"),
-        Impl("blocked", run=f"{__name__}.blocked:attend", note="fused attention; the same loop over segments"),
+        Impl(
+            "blocked",
+            run=f"{__name__}.blocked:attend",
+            note="fused attention, or slabs of queries under a bias; the same loop over segments",
+        ),
         slabs_impl(f"{__name__}.slabs:attend"),
         native_impl(f"{__name__}.triton:attend"),
         Impl(
@@ -65,6 +68,7 @@ METHOD = Method(
             run=f"{__name__}.as_written:SketchStack",
             modes=("forward", "train", "stream"),
             positions=("none",),
+            without=dict.fromkeys((*ROPE, "t5", "alibi"), "the sketch has no positions"),
             defects={
                 "agreement": "the gate is computed and forgotten, so that the memory holds bare outputs; no mask; the "
                 "second norm is applied only where there is a memory",
@@ -84,7 +88,8 @@ METHOD = Method(
         "the gate is used: an item is g * output + (1 - g) * mean of the memory (source document: computed, unused)",
         "the memory is a state that comes in and goes out, detached between calls (source document: on the module)",
         "a memory changes when a segment is complete, not by the pieces in which it arrives",
-        "positions: a segment counts from 0, its memory up to -1 by the place of an item, whatever time it came from",
+        "positions, and the distances of a bias in both looks: a segment counts from 0, its memory up to -1 by the "
+        "place of an item, whatever time it came from; one table of T5, or one set of slopes, serves both looks",
         "the norm after the second look is always applied (source document: only where there is a memory)",
     ),
     claims=(

@@ -7,7 +7,14 @@ from sympy import Eq, Expr, Integer, Min, Piecewise, ceiling, floor, sympify
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor, triangle
-from ctxbench.implementations._shared.forms import block_ffn, block_parameters, core_backward, replayed
+from ctxbench.implementations._shared.forms import (
+    block_ffn,
+    block_parameters,
+    core_backward,
+    position_parameters,
+    replayed,
+    slab_pairs,
+)
 from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.implementations.segment_recurrent.peaks import peak
@@ -23,16 +30,18 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: SegmentRecur
     diagonal = impl.startswith("diagonal")
     forward = _terms(mode, "visible")
     kernels = {"diagonal_triton": "triton", "diagonal": "blocked"}.get(impl, impl)
-    how = _alignment(params) if kernels == "blocked" else "visible" if kernels == "triton" else kernels
+    how = {"triton": "visible", "blocked": _alignment(params)}.get(kernels, kernels)
+    if kernels == "blocked" and position in ("t5", "alibi"):
+        how = "biased"
     flops = _terms(mode, how)
     if mode == "train":
-        core = core_backward(kernels)
+        core = core_backward(kernels, position)
         flops = _trained(flops, 1 + core, params)
         forward = _trained(forward, Integer(3), params)
     return Cost(
         algorithmic=forward,
         flops=flops,
-        num_parameters=_parameters(),
+        num_parameters=_parameters() + position_parameters(position),
         state_bytes=_state_bytes(),
         peak_bytes=peak("triton" if impl == "triton" else how, mode) if not diagonal and position == "none" else None,
         depth=_depth(impl, mode),
@@ -88,14 +97,15 @@ def _trained(forward: dict[str, Expr], fused: Expr, params: SegmentRecurrentPara
 def _pairs(how: str) -> Expr:
     """Pairs of the first look over all segments, the last of which may be short.
 
-    ``how``: ``visible`` ones alone, squares of the ``reference``, or as ``padded``, ``masked`` or ``slabs`` execute.
+    ``how``: ``visible`` ones alone, squares of the ``reference``, or as ``padded``, ``masked``, ``biased`` (by slabs of
+    fewer queries than those of ``slabs``) or ``slabs`` execute.
     """
     last = items_after(WHOLE)
     if how == "padded":  # m rows of zeros before the n of a segment: a triangle of m + n
         whole = triangle(S) * WHOLE + (S + sympify(1) / 2) * sum_of_items(WHOLE) + sum_of_items(WHOLE, power=2) / 2
         return whole + Piecewise((last + 1, Eq(REST, 1)), (Min(REST, 1) * triangle(last + REST), True))
-    if how in ("visible", "slabs"):
-        own = own_pairs if how == "slabs" else triangle
+    own = {"visible": triangle, "slabs": own_pairs, "biased": slab_pairs}.get(how)
+    if own is not None:
         return WHOLE * own(S) + S * sum_of_items(WHOLE) + own(REST) + REST * last
     squares = WHOLE * S**2 + S * sum_of_items(WHOLE) + REST * (REST + last)
     if how == "reference":

@@ -17,6 +17,7 @@ from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations._shared.diagonal import Weights, diagonals
 from ctxbench.implementations.segment_recurrent.blocked import attend
 from ctxbench.implementations.segment_recurrent.layer import (
+    Look,
     Operator,
     SegmentRecurrentLayer,
     SegmentRecurrentStack,
@@ -83,7 +84,7 @@ class DiagonalStack(SegmentRecurrentStack):
             return split_heads(weights(name, rows, first).flatten(0, 1), H)
 
         def turned(rows: torch.Tensor, name: str, begin: int) -> torch.Tensor:
-            return layers[0].position.rotate(heads(rows, name), begin)
+            return position.rotate(heads(rows, name), begin)
 
         def norm(rows: torch.Tensor, name: str) -> torch.Tensor:
             parts = zip(layers, rows.unbind(0), strict=True)
@@ -92,17 +93,18 @@ class DiagonalStack(SegmentRecurrentStack):
         def merged(mixed: torch.Tensor) -> torch.Tensor:
             return merge_heads(mixed).unflatten(0, (len(cells), B))
 
-        oldest = -memory.shape[2]
+        position, oldest = layers[0].position, -memory.shape[2]  # biases are one object for all layers
+        look = Look(position, -oldest, causal=True, begins=self.params.memory_len <= S)
         known, k, v = (turned(memory, "k", oldest), heads(memory, "v")), turned(x, "k", 0), heads(x, "v")
         if getattr(self.operator, "apart", False):
-            mixed = self.operator(turned(x, "q", 0), k, v, True, True, known)
+            mixed = self.operator(turned(x, "q", 0), k, v, look, known)
         else:
             k, v = (torch.cat(parts, dim=2) for parts in zip(known, (k, v), strict=True))
-            mixed = self.operator(turned(x, "q", 0), k, v, True, self.params.memory_len <= S)
+            mixed = self.operator(turned(x, "q", 0), k, v, look)
         x = norm(x + weights("o", merged(mixed), first), "norm_self")
         if memory.shape[2]:
             read_k = turned(memory, "read_k", oldest)
-            mixed = self.operator(turned(x, "read_q", 0), read_k, heads(memory, "read_v"), False, False)
+            mixed = self.operator(turned(x, "read_q", 0), read_k, heads(memory, "read_v"), look.second())
             x = x + weights("read_o", merged(mixed), first)
         x = norm(x, "norm_read")
         if layers[0].ffn is not None:

@@ -51,11 +51,32 @@ class State(NamedTuple):
         return State(self.memory.detach(), keys, self.tail.detach(), self.tokens)
 
 
-Operator = Callable[..., torch.Tensor]  # of q, k, v, causal, begins; one that is ``apart`` also takes the memory's k, v
+class Look(NamedTuple):
+    """How the queries of a piece stand to the keys of one of its looks.
+
+    ``position`` adds a bias to the scores where it is one, by the distance between places: items have -m, ..., -1 by
+    their order in the memory, whatever time they came from, and tokens 0, 1, ... from the beginning of their segment.
+    So token i is i + 1 from the newest item and i + m from the oldest, in the first look as in the second, and both
+    have one table or set of slopes. ``first``: places from the first key, an item if there are any, to the first query,
+    in both looks. ``causal``: the last n keys are the queries' own tokens, else all keys are seen. ``begins``: the
+    keys before those are a memory no longer than a segment.
+    """
+
+    position: Position
+    first: int
+    causal: bool
+    begins: bool
+
+    def second(self) -> Look:
+        """The look at the memory alone, from the same places."""
+        return self._replace(causal=False, begins=False)
+
+
+Operator = Callable[..., torch.Tensor]  # of q, k, v and a look; one that is ``apart`` also takes the memory's k, v
 
 
 class SegmentRecurrentLayer(nn.Module):
-    """Post-norm layer around ``operator(q, k, v, causal, begins)``; segments of one layer follow one another."""
+    """Post-norm layer around ``operator(q, k, v, look)``; segments of one layer follow one another."""
 
     def __init__(self, dims: Dims, params: SegmentRecurrentParams, operator: Operator, position: Position):
         super().__init__()
@@ -122,17 +143,19 @@ class SegmentRecurrentLayer(nn.Module):
         fill = keys.k.shape[2] - keys.read_k.shape[2]
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         q, k = self.position.rotate(q, fill), self.position.rotate(k, fill)
+        short = begins and self.params.memory_len <= self.params.segment_len
+        look = Look(self.position, keys.k.shape[2], causal=True, begins=short)
         if ends and getattr(self.operator, "apart", False):
-            mixed = self.operator(q, k, v, True, begins, (keys.k, keys.v))
+            mixed = self.operator(q, k, v, look, (keys.k, keys.v))
         else:
             k, v = torch.cat((keys.k, k), dim=2), torch.cat((keys.v, v), dim=2)
-            mixed = self.operator(q, k, v, True, begins and self.params.memory_len <= self.params.segment_len)
+            mixed = self.operator(q, k, v, look)
         del q
         x = self.norm_self(x + self.o(merge_heads(mixed)))
         del mixed
         if keys.read_k.shape[2]:
             q = self.position.rotate(split_heads(self.read_q(x), self.num_heads), fill)
-            mixed = self.operator(q, keys.read_k, keys.read_v, False, False)
+            mixed = self.operator(q, keys.read_k, keys.read_v, look.second())
             x = x + self.read_o(merge_heads(mixed))
             del q, mixed
         x = self.norm_read(x)

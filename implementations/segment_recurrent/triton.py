@@ -12,6 +12,7 @@ from ctxbench.implementations._shared.decode import decode, is_decoding
 from ctxbench.implementations._shared.ranges import Line, Range
 from ctxbench.implementations._shared.ranges import attend as attend_ranges
 from ctxbench.implementations.segment_recurrent.diagonal import DiagonalStack
+from ctxbench.implementations.segment_recurrent.layer import Look
 
 
 class Attend:
@@ -20,19 +21,21 @@ class Attend:
     apart = True
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, begins: bool,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, look: Look,
         memory: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """``q: [B, H, n, D]``, ``k, v: [B, H, K, D]``; ``causal``: the last n keys are the queries' own tokens.
+        """``q: [B, H, n, D]``, ``k, v: [B, H, K, D]``, result ``[B, H, n, D]``.
 
-        ``memory``: keys and values ``[B, H, m, D]`` that all queries see besides.
+        ``memory``: keys and values ``[B, H, look.first, D]`` before those, which all queries see besides.
         """
-        if memory is None and is_decoding(q, k, v):
-            return decode(q, k, v, causal=causal)[0]
-        ranges = [Range(k, v, high=Line(base=1) if causal else None)]
+        bias = look.position.compact()
+        if memory is None and bias is None and is_decoding(q, k, v):
+            return decode(q, k, v, causal=look.causal)[0]
+        start = 0 if memory is None else look.first  # positions count from the first key of all
+        ranges = [Range(k, v, high=Line(base=1 - start) if look.causal else None, start=start)]
         if memory is not None and memory[0].shape[2]:
-            ranges.insert(0, Range(*memory))
-        return attend_ranges(q, ranges, offset=k.shape[2] - q.shape[2] if causal else 0)[0]
+            ranges.insert(0, Range(*memory, start=0))
+        return attend_ranges(q, ranges, offset=look.first, bias=bias)[0]
 
 
 attend = Attend()

@@ -34,6 +34,9 @@ FORMS = {  # method, position, layers, parameters, lengths
     "segment_recurrent": ("segment_recurrent", "none", 1, {"memory_len": 18, "segment_len": 17}, (1, 39)),
     "segment_recurrent, long memory": (
         "segment_recurrent", "rope", 1, {"memory_len": 21, "segment_len": 6}, (25,)),
+    "segment_recurrent, a table of distances": (
+        "segment_recurrent", "t5", 1, {"memory_len": 18, "segment_len": 17}, (39,)),
+    "segment_recurrent, slopes": ("segment_recurrent", "alibi", 1, {"memory_len": 9, "segment_len": 6}, (20,)),
     "block_recurrent": ("block_recurrent", "t5", 1, {"window": 19, "num_states": 5}, (1, 41)),
     "block_recurrent, slopes": ("block_recurrent", "alibi", 1, {"window": 7, "num_states": 3}, (16,)),
     "block_recurrent, lstm": (
@@ -70,6 +73,7 @@ FORMS = {  # method, position, layers, parameters, lengths
     "dense, relative": ("dense", "transformer_xl", 1, {}, (1, 37)),
     "dense, relative, both directions": ("dense", "transformer_xl", 1, {}, (29,)),
     "diagonals": ("segment_recurrent", "none", 3, {"memory_len": 3, "segment_len": 5}, (23,)),
+    "diagonals, a table of distances": ("segment_recurrent", "t5", 2, {"memory_len": 3, "segment_len": 5}, (18,)),
     "diagonals of windows": (
         "melodi", "rope", 4,
         {"window": 5, "summary_tokens": 2, "short_slots": 3, "long_slots": 3, "long_per_window": 2},
@@ -77,9 +81,10 @@ FORMS = {  # method, position, layers, parameters, lengths
     "diagonals of states": ("block_state", "none", 3, {"block_len": 5, "variant": "layer"}, (18,)),
 }  # fmt: skip
 BIDIRECTIONAL = ("dense, relative, both directions", "hierarchical, seed", "pyramid, both directions")
-IMPLS = dict.fromkeys(("diagonals", "diagonals of windows", "diagonals of states"), "diagonal_triton")
+IMPLS = {form: "diagonal_triton" for form in FORMS if form.startswith("diagonals")}
 AGREEMENT_ALONE = (
-    "rmt, gradients cut", "rmt, slopes", "block_state, one state a layer", "block_recurrent, slopes", "melodi, slopes",
+    "rmt, gradients cut", "rmt, slopes", "block_state, one state a layer", "segment_recurrent, slopes",
+    "block_recurrent, slopes", "melodi, slopes",
     "transformer_xl, zeros that are seen", "compressive_transformer, mean", "hierarchical, all cells", *BIDIRECTIONAL,
     *IMPLS,
 )  # fmt: skip

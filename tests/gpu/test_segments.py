@@ -25,6 +25,12 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # method, position, param
     "block_state layer": ("block_state", "rope", {"block_len": 50, "variant": "layer", "update": "gru"}),
     "segment_recurrent": ("segment_recurrent", "none", {"memory_len": 30, "segment_len": 40}),
     "segment_recurrent cut": ("segment_recurrent", "rope", {"memory_len": 50, "segment_len": 40, "bptt_depth": 1}),
+    "segment_recurrent t5": ("segment_recurrent", "t5", {"memory_len": 30, "segment_len": 40}),
+    "segment_recurrent cut alibi": (
+        "segment_recurrent",
+        "alibi",
+        {"memory_len": 50, "segment_len": 40, "bptt_depth": 1},
+    ),
     "block_recurrent": ("block_recurrent", "none", {"window": 40, "num_states": 24}),
     "block_recurrent t5": ("block_recurrent", "t5", {"window": 40, "num_states": 8}),
     "block_recurrent alibi": ("block_recurrent", "alibi", {"window": 40, "num_states": 8}),
@@ -100,7 +106,7 @@ def test_formulas_are_what_the_tracer_counts(form: str, mode: str) -> None:
         assert evaluate(total(cost.algorithmic), values) == evaluate(total(reference.algorithmic), values)
 
 
-@pytest.mark.parametrize("form", ["segment_recurrent cut", "block_state layer", "melodi"])
+@pytest.mark.parametrize("form", ["segment_recurrent cut", "segment_recurrent t5", "block_state layer", "melodi"])
 @pytest.mark.usefixtures("for_triton")
 def test_diagonals_execute_the_visible_pairs_too(form: str) -> None:
     pytest.importorskip("triton")
@@ -147,7 +153,7 @@ def test_peaks_are_the_tracers(form: str, mode: str) -> None:
 
 def test_methods_hold_the_laws_in_the_interpreter(program) -> None:
     answers = program("segments_parity.py", interpret=True)
-    assert len(answers) == 61
+    assert len(answers) == 66
     assert not [answer for answer in answers if answer[2] != "held"]
 
 
@@ -171,6 +177,8 @@ def test_methods_hold_the_laws_on_the_device(program) -> None:
         ("rmt", "graph", {"device": "cpu"}, "runs on cuda"),
         ("segment_recurrent", "graph", {"seq_len": 2048}, "after 4 while the state still grows"),
         ("segment_recurrent", "graph", {"seq_len": 3072}, ""),
+        ("segment_recurrent", "diagonal_triton", {"position": "t5"}, ""),
+        ("segment_recurrent", "graph", {"position": "alibi"}, ""),
         ("melodi", "triton", {"position": "t5"}, ""),
         ("melodi", "diagonal_triton", {"position": "t5"}, "scales t5's bias by itself"),
         (

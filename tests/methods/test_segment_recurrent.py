@@ -75,21 +75,34 @@ def turned(vector, place):
     return torch.cat((number.real, number.imag))
 
 
-def attend(q, keys, values, heads, places=None):
+def added(layer, position, head, away):
+    """To the score of a key ``away`` places before its query, of two heads: from the equations of T5 and ALiBi."""
+    if position == "alibi":
+        return -(2.0 ** (-4 * (head + 1))) * away
+    if position != "t5":
+        return 0.0
+    bucket = away if away < 16 else min(31, 16 + int(math.log(away / 16) / math.log(128 / 16) * 16))
+    return layer.position.table.weight[bucket, head]
+
+
+def attend(layer, q, keys, values, own_place, places, position):
     """``places`` of the query, and of every key."""
-    parts, width = [], len(q) // heads
-    for own in (slice(head * width, (head + 1) * width) for head in range(heads)):
+    parts, width = [], len(q) // layer.num_heads
+    for head in range(layer.num_heads):
+        own = slice(head * width, (head + 1) * width)
         query, seen = q[own], [key[own] for key in keys]
-        if places is not None:
-            query = turned(query, places[0])
-            seen = [turned(key, place) for key, place in zip(seen, places[1], strict=True)]
-        weights = [torch.exp(query @ key / math.sqrt(width)) for key in seen]
+        if position == "rope":
+            query = turned(query, own_place)
+            seen = [turned(key, place) for key, place in zip(seen, places, strict=True)]
+        biases = [added(layer, position, head, own_place - place) for place in places]
+        scores = [query @ key / math.sqrt(width) + bias for key, bias in zip(seen, biases, strict=True)]
+        weights = [torch.exp(score) for score in scores]
         parts.append(sum(w * value[own] for w, value in zip(weights, values, strict=True)) / sum(weights))
     return torch.cat(parts)
 
 
-def loop_layer(layer, x, params, rotate=False):
-    memory, outputs, heads = [], [], layer.num_heads
+def loop_layer(layer, x, params, position="none"):
+    memory, outputs = [], []
     for number, begin in enumerate(range(0, len(x), params.segment_len)):
         if params.bptt_depth >= 0 and number and number % (params.bptt_depth + 1) == 0:
             memory = [item.detach() for item in memory]
@@ -97,13 +110,13 @@ def loop_layer(layer, x, params, rotate=False):
         for i, token in enumerate(segment):
             seen = [*memory, *segment[: i + 1]]
             items = range(-len(memory), 0)
-            first, second = ((i, [*items, *range(i + 1)]), (i, items)) if rotate else (None, None)
             keys, values = ([affine(project, row) for row in seen] for project in (layer.k, layer.v))
-            mixed = attend(affine(layer.q, token), keys, values, heads, first)
+            mixed = attend(layer, affine(layer.q, token), keys, values, i, [*items, *range(i + 1)], position)
             y = norm(layer.norm_self, token + affine(layer.o, mixed))
             if memory:
                 keys, values = ([affine(project, row) for row in memory] for project in (layer.read_k, layer.read_v))
-                y = y + affine(layer.read_o, attend(affine(layer.read_q, y), keys, values, heads, second))
+                mixed = attend(layer, affine(layer.read_q, y), keys, values, i, items, position)
+                y = y + affine(layer.read_o, mixed)
             y = norm(layer.norm_read, y)
             if layer.ffn is not None:
                 hidden = torch.nn.functional.gelu(affine(layer.ffn.up, y))
@@ -118,24 +131,26 @@ def loop_layer(layer, x, params, rotate=False):
 
 
 @forms
-@pytest.mark.parametrize(("d_ff", "position"), [(8, "none"), (0, "none"), (8, "rope")])
+@pytest.mark.parametrize(("d_ff", "position"), [(8, "none"), (0, "none"), (8, "rope"), (8, "t5"), (0, "alibi")])
 def test_outputs_and_gradients_equal_a_loop_over_tokens_heads_and_keys(params, d_ff, position):
     x, grad = (tokens(9, batch=1, d_model=8, seed=seed) for seed in (1, 2))
     sizes, found = {"d_model": 8, "d_ff": d_ff, "num_layers": 2, "position": position}, {}
-    for impl in ("loop", *IMPLS):
+    impls = (*IMPLS, "slabs")
+    for impl in ("loop", *impls):
         module, own = make("reference" if impl == "loop" else impl, params, **sizes), x.clone()
         own.requires_grad_()
         if impl == "loop":
             (y,) = own
             for layer in module.layers:
-                y = loop_layer(layer, y, params, rotate=position == "rope")
+                y = loop_layer(layer, y, params, position)
             y = y[None]
         else:
             y = module(own).y
         y.backward(grad)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
         found[impl] = [y.detach(), own.grad, *gradients]
-    for impl in IMPLS:
+    assert len(found["loop"]) == 2 + 2 * (22 + 6 * (d_ff > 0)) + (position == "t5")
+    for impl in impls:
         for mine, expected in zip(found[impl], found["loop"], strict=True):
             torch.testing.assert_close(mine, expected, rtol=0, atol=1e-11)
 
@@ -155,7 +170,7 @@ def test_other_impls_equal_reference_in_outputs_and_gradients(impl, params, leng
 @impls
 @forms
 @pytest.mark.parametrize("sizes", [[1] * LENGTH, [4, 4, 4, 1], [3, 2, 7, 1], [8, 5]], ids=str)
-@pytest.mark.parametrize("position", ["none", "rope"])
+@pytest.mark.parametrize("position", ["none", "rope", "t5"])
 def test_calls_may_end_anywhere_in_a_segment(impl, params, sizes, position):
     module, x = make(impl, params, d_model=8, position=position), tokens(d_model=8)
     y, _ = stream(module, x, sizes)

@@ -16,12 +16,13 @@ from ctxbench.registry import discover
 from ctxbench.workload import as_output, tensors
 
 SEGMENT = 6
-FORMS = {  # method, its parameters
+FORMS: dict[str, tuple[Any, ...]] = {  # method, its parameters, a position that is not its first
     "rmt": ("rmt", {"num_memory": 2, "segment_len": SEGMENT}),
     "rmt xl": ("rmt", {"num_memory": 2, "segment_len": SEGMENT, "variant": "xl"}),
     "block_state": ("block_state", {"num_states": 2, "block_len": SEGMENT}),
     "block_state layer": ("block_state", {"block_len": SEGMENT, "variant": "layer", "update": "gru", "pool": "last"}),
     "segment_recurrent": ("segment_recurrent", {"memory_len": 5, "segment_len": SEGMENT}),
+    "segment_recurrent t5": ("segment_recurrent", {"memory_len": 5, "segment_len": SEGMENT}, "t5"),
     "block_recurrent": ("block_recurrent", {"window": SEGMENT, "num_states": 3}),
     "melodi": (
         "melodi",
@@ -77,11 +78,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
 def pair(form: str, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The reference, and the same computed by replays of the reference's operators."""
-    name, values = FORMS[form]
+    name, values, *other = FORMS[form]
     method = discover()[name]
     monkeypatch.setattr(type(method), "impl", lambda self, _name: self.impls[0])  # of all impls, the reference
     params = method.params().replace(**values)
-    dims = Dims(seq_len=64, d_model=16, num_heads=2, num_layers=2, d_ff=24, position=method.positions[0])
+    dims = Dims(seq_len=64, d_model=16, num_heads=2, num_layers=2, d_ff=24, position=(*other, method.positions[0])[0])
     torch.manual_seed(0)
     plain = method.make(dims, params, "reference", "cpu", torch.float64)
     replayed = method.make(dims, params, "graph", "cpu", torch.float64)
