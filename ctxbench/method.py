@@ -246,7 +246,7 @@ class Method:
         causal: values of ``Dims.causal`` it accepts, preferred first; empty means it makes no claim and is not probed.
         positions: values of ``Dims.position`` it accepts, preferred first; ``without_positions``: why not another.
         support: ``f(dims, params, mode) -> Support`` for combinations that have no meaning.
-        layers: ``f(params) -> int``, the fewest layers the method can have.
+        layers: ``f(params) -> int``, the fewest there can be; ``discrete``: rounding below one changes what it picks.
         segment: parameter that holds the segment length of ``stream``; without one, streams use 512 tokens.
         cost: ``"module:attribute"`` of ``f(impl, mode, causal, position, params) -> ctxbench.cost.Cost``.
         picks: the table of ``--impls auto``, first line first; ``portable`` and then the oracle follow the last one.
@@ -272,6 +272,7 @@ class Method:
     picks: tuple[Pick, ...] = ()
     support: Callable[..., Support] | str | None = None
     layers: Callable[[Any], int] | None = None
+    discrete: bool = False
     segment: str | None = None
     cost: Callable[..., Any] | str | None = None
     reach: Callable[..., Any] | str | None = None

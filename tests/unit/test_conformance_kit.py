@@ -153,6 +153,26 @@ def test_agreement_allows_rounding_and_nothing_more(other, held: bool) -> None:
     assert ("agreement" not in failing(report)) is held
 
 
+@pytest.mark.parametrize("discrete", [True, False])
+def test_only_bf16_of_layers_that_pick_is_compared_at_the_fewest(discrete: bool) -> None:
+    """What rounding in one layer makes the next one pick is nobody's mistake; everything else is compared whole."""
+    built = set()
+
+    def build(dims, params, impl, device, dtype):
+        built.add((dtype, dims.num_layers))
+        return {"reference": flawed.Mixer, "other": Slower}[impl](dims.d_model).to(device, dtype)
+
+    impls = (Impl("reference"), Impl("other"))
+    method = Method("pair", build=build, causal=(True,), impls=impls, discrete=discrete)
+    case = cases_for(method, "other")[0]
+    LAWS["agreement"](case)
+    whole = case.dims.num_layers
+    assert whole > 1
+    assert {layers for dtype, layers in built if dtype == torch.bfloat16} == {1 if discrete else whole}
+    assert {layers for dtype, layers in built if dtype == torch.float32} == {whole}
+    assert (torch.float64, whole) in built
+
+
 def literal(kind, **defects: str) -> Method:
     kinds = {"reference": flawed.Mixer, "as_written": kind}
 
