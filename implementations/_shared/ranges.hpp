@@ -29,6 +29,7 @@ struct Range {
     Line low, high;
     int64_t bias, every, ahead, since;
     int64_t begins, ends;  // of each row of each head in place of the lines, rising from row to row; or 0
+    int64_t row_places, key_places;  // of each head where its rows and keys stand, if not one after the other; or 0
 };
 
 struct Query {

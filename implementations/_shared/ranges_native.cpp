@@ -163,9 +163,10 @@ class Task {
         keys_here = tile_pairs + KEYS * WIDTH, values_here = keys_here + copied;
     }
 
-    // Rows first .. last of one head, whose bounds begin at ``table`` where they are listed.
+    // Rows first .. last of one head; item: batch and head as one number, by which bounds and places are listed.
     void run(const T *q, int64_t q_row, T *out, int64_t o_row, Real *lse, int64_t first, int64_t last,
-             const Range *ranges, int64_t count, int64_t batch, int64_t head, int64_t table, const Real *bias) {
+             const Range *ranges, int64_t count, int64_t batch, int64_t head, int64_t item, int64_t rows,
+             const Real *bias) {
         int64_t used = (last - first) / WIDTH + 1;
         for (int64_t i = 0; i < used; i++) load(panels[i], q, q_row, first + i * WIDTH, last);
         for (int64_t i = 0; i < count; i++) {
@@ -178,8 +179,8 @@ class Task {
             for (int64_t p = 0; p < used; p++)
                 for (int64_t t = 0; t < WIDTH; t++) {
                     int64_t row = std::min(panels[p].top + t, panels[p].bottom);
-                    panels[p].begin[t] = begins ? begins[table + row] : one.low.at(row, most, 0);
-                    panels[p].end[t] = ends ? ends[table + row] : one.high.at(row, most, most);
+                    panels[p].begin[t] = begins ? begins[item * rows + row] : one.low.at(row, most, 0);
+                    panels[p].end[t] = ends ? ends[item * rows + row] : one.high.at(row, most, most);
                 }
             int64_t end = panels[used - 1].end[WIDTH - 1];
             for (int64_t key = panels[0].begin[0]; key < end; key += KEYS) {
@@ -191,7 +192,10 @@ class Task {
                     if (from >= to) continue;
                     if (paired_rows) from -= (from - key) % 2;  // hidden, if it is one more
                     score(panels[p], near_k, from - key, to - from);
-                    if (one.bias) add_bias(panels[p], one, head, bias, from, to);
+                    if (one.bias && one.row_places)
+                        add_placed_bias(panels[p], one, head, bias, from, to, item * rows, item * most);
+                    else if (one.bias)
+                        add_bias(panels[p], one, head, bias, from, to);
                     hide(panels[p], one, from, to);
                     advance(panels[p], to - from);
                     answer(panels[p], near_v, from - key, to - from);
@@ -278,6 +282,27 @@ class Task {
         }
     }
 
+    // The same where rows and keys stand anywhere: their places begin at ``row_table`` and ``key_table``.
+    void add_placed_bias(const Panel &panel, const Range &one, int64_t head, const Real *bias, int64_t from, int64_t to,
+                         int64_t row_table, int64_t key_table) {
+        constexpr Real LOG2_E = Real(1.4426950408889634);
+        const int32_t *rows = reinterpret_cast<const int32_t *>(one.row_places) + row_table;
+        const int32_t *keys = reinterpret_cast<const int32_t *>(one.key_places) + key_table;
+        int32_t place[WIDTH], most = int32_t(farthest);
+        for (int t = 0; t < WIDTH; t++) place[t] = rows[std::min(panel.top + t, panel.bottom)];
+        for (int64_t j = from; j < to; j++) {
+            Real *scores = tile + (j - from) * WIDTH;
+            if (one.bias == 1) {
+                Real slope = bias[head] * LOG2_E;
+#pragma omp simd
+                for (int t = 0; t < WIDTH; t++) scores[t] -= slope * Real(std::abs(keys[j] - place[t]));
+            } else {
+                const Real *line = bias + head * (2 * farthest + 1) + farthest;
+                for (int t = 0; t < WIDTH; t++) scores[t] += line[std::clamp(keys[j] - place[t], -most, most)] * LOG2_E;
+            }
+        }
+    }
+
     void hide(const Panel &panel, const Range &one, int64_t from, int64_t to) {
         const int32_t *since = reinterpret_cast<const int32_t *>(one.since);
         bool inside = since == nullptr;
@@ -341,7 +366,7 @@ void attend(const T *q, T *out, Real *lse, const Real *bias, const Query *stride
             int64_t first = (tasks - 1 - i % tasks) * task.ROWS, last = std::min(rows, first + task.ROWS) - 1;
             task.run(q + b * strides[0].batch + h * strides[0].head, strides[0].row,
                      out + b * strides[1].batch + h * strides[1].head, strides[1].row, lse + item * rows, first, last,
-                     ranges, count, b, h, item * rows, bias);
+                     ranges, count, b, h, item, rows, bias);
         }
     }
 }

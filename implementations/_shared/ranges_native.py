@@ -31,7 +31,8 @@ def attend(
         bias: as ``ranges.attend`` takes it, in the dtype of q, float32 for bfloat16.
         ranges: of each range keys, values, how many heads share one of theirs, the two lines over rows, kind of bias,
             tokens from key to key, tokens from row 0 to key 0, and from which row on each key is seen, int32, or None;
-            then, where they are not lines, the bounds of every row ``[B, H, T]``, int32, which rise from row to row.
+            then, where they are not lines, the bounds of every row ``[B, H, T]``, int32, which rise from row to row;
+            and, where rows and keys stand anywhere, at which tokens, ``[B, H, T]`` and ``[B, H, S]``, int32.
         farthest: half of the width of a table of biases.
         scale: of the scores.
     """
@@ -58,7 +59,7 @@ def backward(
         lse: see ``out``.
         through: the gradient of ``lse``, or None.
         bias: see ``q``.
-        ranges: see ``q``; without bounds for every row.
+        ranges: see ``q``; without bounds for every row, and without places.
         farthest: see ``q``.
         scale: see ``q``.
         dq: receives the gradient of q.
@@ -87,10 +88,11 @@ def _places(dk: torch.Tensor | None, dv: torch.Tensor | None) -> tuple[int, ...]
 def _numbers(
     k: torch.Tensor, v: torch.Tensor, group: int, low: Placed, high: Placed, bias: int, every: int, ahead: int,
     since: torch.Tensor | None, begins: torch.Tensor | None = None, ends: torch.Tensor | None = None,
+    row_places: torch.Tensor | None = None, key_places: torch.Tensor | None = None,
 ) -> tuple[int, ...]:  # fmt: skip
     """A range as the struct of that name lays it out."""
     places = k.data_ptr(), v.data_ptr(), *k.stride()[:3], *v.stride()[:3]
-    tables = (0 if table is None else table.data_ptr() for table in (since, begins, ends))
+    tables = (0 if table is None else table.data_ptr() for table in (since, begins, ends, row_places, key_places))
     return *places, group, k.shape[2], *low, *high, bias, every, ahead, *tables
 
 

@@ -25,6 +25,7 @@ METHOD = Method(
     },
     support=f"{__name__}.params:support",
     segment="local_block",
+    discrete=True,
     impls=(
         Impl(
             "reference",
@@ -40,7 +41,6 @@ METHOD = Method(
         native_impl(
             f"{__name__}.native:OPERATORS",
             modes=("forward",),
-            support=f"{__name__}.params:native_support",
             counts_as="native",
             note="clusters as ranges of sorted tokens, in C++; FLOPs of strict heads are those of blocked",
         ),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctxbench.implementations._shared import native_table
 from ctxbench.implementations.routing import launch
 from ctxbench.method import YES, Dims, Params, Support, no, param
 
 BIASES = ("t5", "alibi")
 RANKS = (
-    "this kernel knows the ranks of a cluster's tokens, not how far apart they stand; blocked adds biases by distance"
+    "these kernels hide by the ranks of a cluster's tokens and add nothing by how far apart those stand; blocked does"
 )
 
 
@@ -86,13 +85,6 @@ def triton_support(dims: Dims, params: RoutingParams, device: str, dtype: str) -
     if dims.position in BIASES:
         return no(f"{dims.position}: {RANKS}")
     return launch.support(dims, params.num_clusters, dtype)
-
-
-def native_support(dims: Dims, params: RoutingParams, device: str, dtype: str) -> Support:
-    """A compiler, and what the kernel knows of a pair."""
-    if dims.position in BIASES:
-        return no(f"{dims.position}: {RANKS}")
-    return native_table.support(dims, params, device, dtype)
 
 
 def reach(dims: Dims, params: RoutingParams, i: int) -> set[int]:

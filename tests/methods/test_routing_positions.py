@@ -13,7 +13,7 @@ from ctxbench.cost import evaluate, total
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
 from ctxbench.implementations._shared.positions import Position, of_heads, positions_for
-from ctxbench.implementations.routing import METHOD, blocked, distances, reference, tiles, whole
+from ctxbench.implementations.routing import METHOD, blocked, distances, native, reference, tiles, whole
 from ctxbench.implementations.routing.layer import Rules
 from ctxbench.implementations.routing.params import RoutingParams
 from ctxbench.method import Dims
@@ -161,6 +161,29 @@ def test_topw_heads_equal_a_loop(shared, earlier, exclude, position, impl) -> No
 
 
 @biases
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("earlier", "exclude"), [(False, False), (True, False), (True, True)], ids=str)
+def test_native_kernels_are_the_reference(earlier, exclude, dtype, position) -> None:
+    """Several tiles of keys, rows that end within a panel, and a batch whose clusters differ."""
+    whole, rules = of_heads(encoding(position, 2, earlier), slice(1, None)), Rules(CLUSTERS, earlier, exclude)
+    generator = torch.Generator().manual_seed(4)
+    exact = [torch.randn(2, 403, 2, 6, generator=generator).to(dtype).transpose(1, 2).double() for _ in range(3)]
+    ids = torch.randint(CLUSTERS, (2, 2, 403), generator=generator, dtype=torch.int32)
+    drawn = (torch.rand(2, 2, 3, 403, generator=generator) for _ in range(2))
+    taken = [x.topk(150, dim=3).indices.sort(dim=3).values for x in drawn]
+    taken[1] = taken[0] if earlier else taken[1]
+    for name, rest in {"local": (70, earlier), "strict": (ids, ids, rules), "topw": (*taken, rules)}.items():
+        with torch.no_grad():
+            found = getattr(native.OPERATORS, name)(*(x.to(dtype) for x in exact), *rest, whole)
+            expected = getattr(reference.OPERATORS, name)(*exact, *rest, whole)
+        assert found.dtype == dtype
+        if dtype == torch.float64:
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+        else:
+            assert (found.double() - expected).norm() < 0.008 * expected.norm(), name
+
+
+@biases
 def test_layers_give_each_head_its_own_numbers_wherever_a_stream_is_cut(position) -> None:
     """Local heads have the first columns of the one table, routed heads the others, and both its gradient."""
     params = RoutingParams(num_clusters=3, local_block=70, local_share=0.25)
@@ -203,7 +226,8 @@ def test_biases_cost_no_products_and_one_table(name, position) -> None:
     """Blocks of several slabs, the last one not full."""
     params, causal, tokens = VARIANTS[name]
     dims = Dims(tokens, 2, 16, 4, 2, 32, causal=causal, position=position)
-    for mode, impl in itertools.product(METHOD.modes if causal else ("forward", "train"), OPERATORS):
+    met = itertools.product(METHOD.modes if causal else ("forward", "train"), OPERATORS)
+    for mode, impl in (*met, ("forward", "native")):
         cost = METHOD.cost_of(impl, mode, causal, position, params)
         values, seen = bindings(dims, params, 4, params.local_block), trace(METHOD, dims, params, impl, mode)
         assert evaluate(total(cost.flops), values) == seen.flops, (mode, impl)
