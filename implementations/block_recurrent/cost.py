@@ -6,7 +6,7 @@ from sympy import Expr, Integer, Min, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, h, param
-from ctxbench.cost.terms import attention, linear, linear_parameters, projections, tensor
+from ctxbench.cost.terms import attention, largest, linear, linear_parameters, projections, tensor
 from ctxbench.implementations._shared.biased_window_forms import (
     BLOCK,
     block_pairs,
@@ -53,12 +53,16 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BlockRecurre
     states = 6 * d * d + 3 * d + 2 * R * d + 3 * h + (2 * linear_parameters(d, d) if lstm else d)
     phase = T - WHOLE * W
     rows = (L - 1) * Min(T, W - 1) + Min(T, W + phase)
+    parameters = block_parameters(window_parameters()) + 2 * d * d + states + position_parameters(position)
+    highest = peak(impl, mode, params, position)
+    if mode == "train" and highest is not None:  # at the end, few tokens hold less than gradients of parameters
+        highest = largest(highest, tensor(parameters) + tensor(B, T, d))
     return Cost(
         algorithmic=terms,
         flops=flops,
-        num_parameters=block_parameters(window_parameters()) + 2 * d * d + states + position_parameters(position),
+        num_parameters=parameters,
         state_bytes=tensor(B, 3 * R, d) + 2 * tensor(B, rows, d),
-        peak_bytes=peak(impl, mode, params),
+        peak_bytes=highest,
         depth=L if mode == "decode" else L - 1 + ceiling(T / W),
     )
 

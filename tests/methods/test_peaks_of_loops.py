@@ -7,7 +7,7 @@ import pytest
 from ctxbench.cost import evaluate
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
-from ctxbench.implementations import melodi
+from ctxbench.implementations import block_recurrent, melodi
 from ctxbench.method import DTYPE_BYTES, Dims
 
 SIZES = [
@@ -18,6 +18,13 @@ CASES = [
     *((melodi.METHOD, "native", mode, position) for mode in ("forward", "stream") for position in ("none", "t5")),
     (melodi.METHOD, "native", "forward", "rope"),
     (melodi.METHOD, "blocked", "stream", "none"),
+    *(
+        (block_recurrent.METHOD, "native", mode, position)
+        for mode in ("forward", "stream")
+        for position in ("none", "t5")
+    ),
+    *((block_recurrent.METHOD, impl, "train", "none") for impl in ("blocked", "slabs", "triton")),
+    (block_recurrent.METHOD, "triton", "decode", "none"),
 ]
 
 
