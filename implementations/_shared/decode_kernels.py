@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from ctxbench.implementations._shared.flash_softmax import LOG2_E, _log_sum, _mean, _online
+
 PARTS = 16  # parts that one step of the merge takes
 
 
@@ -65,21 +66,15 @@ def partial_kernel(
         if CAUSAL:
             seen = seen & (key[None, :] <= (keys - T + token)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1) * to_base_2)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: keep inf - inf out
-        p = tl.exp2(scores * to_base_2 - shift[:, None])
-        shrink = tl.exp2(top - shift)
-        total = total * shrink + tl.sum(p, 1)
+        top, total, p, shrink = _online(top, total, scores, to_base_2)
         v = _channels(V, place * v_row, key < last, 0, D, WIDTH)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
-        top = higher
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    out = _mean(total, acc)
     written = tl.program_id(0).to(tl.int64) * o_part + batch.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
     written += token * o_row
     inside = there[:, None] & (column < D)[None, :]
-    tl.store(OUT + written[:, None] + column[None, :], acc.to(OUT.dtype.element_ty), mask=inside)
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
+    tl.store(OUT + written[:, None] + column[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+    lse = _log_sum(top, total)
     part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(LSE + (part * GROUP + row % GROUP) * T + token, lse, mask=there)
 

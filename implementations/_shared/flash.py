@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 
 from ctxbench.implementations._shared import lines
-from ctxbench.implementations._shared.flash_rows import _dot, _held, _load, _product, _store, _weighted, _whole
+from ctxbench.implementations._shared.flash_rows import _dot, _held, _load, _product, _store, _whole
+from ctxbench.implementations._shared.flash_softmax import LOG2_E, _add_dkv, _add_dq, _log_sum, _lse, _mean, _online
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 OPEN, LEVEL, SLOPE = (tl.constexpr(kind) for kind in (lines.OPEN, lines.LEVEL, lines.SLOPE))
 PLAIN, SLOPES, TABLE = (tl.constexpr(kind) for kind in (lines.PLAIN, lines.SLOPES, lines.TABLE))
 
@@ -210,14 +210,9 @@ def _attend_range(
             scores = _risen(scores, row[:, None], column[None, :], S, SINCE, KNOWN)
             if part == 1:
                 scores = _seen(scores, row, column, S, low, high, LOW, HIGH)
-            higher = tl.maximum(top, tl.max(scores, 1) * factor)
-            shift = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: keep inf - inf out
-            p = tl.exp2(scores * factor - shift[:, None])
-            shrink = tl.exp2(top - shift)
-            total = total * shrink + tl.sum(p, 1)
+            top, total, p, shrink = _online(top, total, scores, factor)
             v = _load(V, tile * COLUMNS, v_row, S, COLUMNS, D, WIDTH)
             acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
-            top = higher
     return top, total, acc
 
 
@@ -240,10 +235,9 @@ def forward_kernel(
             q, top, total, acc, ranges[which], biases, farthest, batch, head, start, T, scale * LOG2_E,
             D, WIDTH, CHUNK, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1], KINDS[which][2], KINDS[which][3],
         )  # fmt: skip
-    empty = total == 0.0  # queries that see no key: output 0, log-sum-exp -inf
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    _store(OUT + batch * o_batch + head * o_head, start, o_row, T, acc, ROWS, D, WIDTH)
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
+    out = _mean(total, acc)
+    _store(OUT + batch * o_batch + head * o_head, start, o_row, T, out, ROWS, D, WIDTH)
+    lse = _log_sum(top, total)
     row = start + tl.arange(0, ROWS)
     tl.store(LSE + tl.program_id(1).to(tl.int64) * T + row, lse, mask=row < T)
 
@@ -278,9 +272,7 @@ def _dq_range(
             scores = _risen(scores, row[:, None], column[None, :], S, SINCE, KNOWN)
             if part == 1:
                 scores = _seen(scores, row, column, S, low, high, LOW, HIGH)
-            p = tl.exp2(scores * factor - lse[:, None])
-            ds = p * (_product(grad, v, ROWS, COLUMNS, D, WIDTH, CHUNK) - delta[:, None])
-            acc += _weighted(ds, k, COLUMNS, D, WIDTH, CHUNK)
+            acc = _add_dq(acc, scores, factor, lse, delta, grad, k, v, ROWS, COLUMNS, D, WIDTH, CHUNK)
     return acc
 
 
@@ -303,8 +295,7 @@ def dq_kernel(
     if THROUGH_LSE:
         delta -= tl.load(GRAD_LSE + of_rows + row, mask=row < T, other=0.0)
     tl.store(DELTA + of_rows + row, delta, mask=row < T)
-    lse = tl.load(LSE + of_rows + row, mask=row < T, other=0.0) * LOG2_E
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    lse = _lse(LSE + of_rows, row, T)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     biases = BIASES + head * (2 * farthest + 1)
     for which in tl.static_range(RANGES):
@@ -352,8 +343,7 @@ def dkv_kernel(
                 row = tile * ROWS + tl.arange(0, ROWS)
                 q = _held(queries, tile * ROWS, q_row, T, ROWS, D, WIDTH, CHUNK)
                 grad = _held(grads, tile * ROWS, g_row, T, ROWS, D, WIDTH, CHUNK)
-                lse = tl.load(LSE + of_rows + row, mask=row < T, other=0.0) * LOG2_E
-                lse = tl.where(lse == float("-inf"), 0.0, lse)
+                lse = _lse(LSE + of_rows, row, T)
                 delta = tl.load(DELTA + of_rows + row, mask=row < T, other=0.0)
                 scores = _biased(
                     _product(k, q, COLUMNS, ROWS, D, WIDTH, CHUNK), biases, farthest, row[None, :], column[:, None],
@@ -362,9 +352,6 @@ def dkv_kernel(
                 scores = _risen(scores, row[None, :], column[:, None], S, SINCE, KNOWN)
                 if part == 1:
                     scores = _seen_by(scores, row, column, T, low, high, LOW, HIGH)
-                p = tl.exp2(scores * factor - lse[None, :])
-                dv += _weighted(p, grad, ROWS, D, WIDTH, CHUNK)
-                ds = p * (_product(v, grad, COLUMNS, ROWS, D, WIDTH, CHUNK) - delta[None, :])
-                dk += _weighted(ds, q, ROWS, D, WIDTH, CHUNK)
+                dk, dv = _add_dkv(dk, dv, scores, factor, lse, delta, q, grad, v, ROWS, COLUMNS, D, WIDTH, CHUNK)
     _store(DK + batch * dk_batch + head * dk_head, start, dk_row, S, dk * scale, COLUMNS, D, WIDTH)
     _store(DV + batch * dv_batch + head * dv_head, start, dv_row, S, dv, COLUMNS, D, WIDTH)

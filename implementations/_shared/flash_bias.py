@@ -11,9 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ctxbench.implementations._shared.flash import LOG2_E, TABLE, _biased, _count, _risen, _seen, _tile
+from ctxbench.implementations._shared.flash import TABLE, _biased, _count, _risen, _seen, _tile
 from ctxbench.implementations._shared.flash import _tiles_of_rows as tiles_of_rows
 from ctxbench.implementations._shared.flash_rows import _held, _product
+from ctxbench.implementations._shared.flash_softmax import LOG2_E, _lse
 
 
 @triton.jit
@@ -91,8 +92,7 @@ def table_kernel(
     q = _held(Q + batch * q_batch + head * q_head, start, q_row, T, ROWS, D, WIDTH, CHUNK)
     grad = _held(GRAD + batch * g_batch + head * g_head, start, g_row, T, ROWS, D, WIDTH, CHUNK)
     delta = tl.load(DELTA + of_rows + row, mask=row < T, other=0.0)
-    lse = tl.load(LSE + of_rows + row, mask=row < T, other=0.0) * LOG2_E
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    lse = _lse(LSE + of_rows, row, T)
     left, right = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     width = 2 * farthest + 1
     SUMS += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * width

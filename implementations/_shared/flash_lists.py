@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ctxbench.implementations._shared.flash import LOG2_E, PLAIN, TABLE, _biased
+from ctxbench.implementations._shared.flash import PLAIN, TABLE, _biased
 from ctxbench.implementations._shared.flash_bias import _add_diagonals, _diagonals
-from ctxbench.implementations._shared.flash_rows import _dot, _held, _load, _product, _store, _weighted, _whole
+from ctxbench.implementations._shared.flash_rows import _dot, _held, _load, _product, _store, _whole
+from ctxbench.implementations._shared.flash_softmax import LOG2_E, _add_dkv, _add_dq, _log_sum, _lse, _mean, _online
 
 
 @triton.jit
@@ -58,18 +59,12 @@ def listed_forward_kernel(
             first, 1, ahead, scale * LOG2_E, True, BIAS,
         )  # fmt: skip
         scores = tl.where((column < last)[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1) * factor)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(scores * factor - shift[:, None])
-        shrink = tl.exp2(top - shift)
-        total = total * shrink + tl.sum(p, 1)
+        top, total, p, shrink = _online(top, total, scores, factor)
         v = _load(V, first, v_row, last, COLUMNS, D, WIDTH)
         acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
-        top = higher
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    _store(OUT + batch * o_batch + head * o_head, start, o_row, end, acc, ROWS, D, WIDTH)
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
+    out = _mean(total, acc)
+    _store(OUT + batch * o_batch + head * o_head, start, o_row, end, out, ROWS, D, WIDTH)
+    lse = _log_sum(top, total)
     tl.store(LSE + tl.program_id(1).to(tl.int64) * T + row, lse, mask=row < end)
 
 
@@ -95,8 +90,7 @@ def listed_dq_kernel(
     o = _load(OUT + batch * o_batch + head * o_head, start, o_row, end, ROWS, D, WIDTH)
     delta = tl.sum(_whole(grad, ROWS, D, WIDTH, CHUNK).to(tl.float32) * o.to(tl.float32), 1)
     tl.store(DELTA + of_rows + row, delta, mask=row < end)
-    lse = tl.load(LSE + of_rows + row, mask=row < end, other=0.0) * LOG2_E
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    lse = _lse(LSE + of_rows, row, end)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     factor = scale * LOG2_E
     if BIAS != PLAIN:
@@ -113,9 +107,7 @@ def listed_dq_kernel(
             first, 1, ahead, scale * LOG2_E, True, BIAS,
         )  # fmt: skip
         scores = tl.where((column < last)[None, :], scores, float("-inf"))
-        p = tl.exp2(scores * factor - lse[:, None])
-        ds = p * (_product(grad, v, ROWS, COLUMNS, D, WIDTH, CHUNK) - delta[:, None])
-        acc += _weighted(ds, k, COLUMNS, D, WIDTH, CHUNK)
+        acc = _add_dq(acc, scores, factor, lse, delta, grad, k, v, ROWS, COLUMNS, D, WIDTH, CHUNK)
     _store(DQ + batch * dq_batch + head * dq_head, start, dq_row, end, acc * scale, ROWS, D, WIDTH)
 
 
@@ -151,18 +143,14 @@ def listed_dkv_kernel(
         row = first + tl.arange(0, ROWS)
         q = _held(Q, first, q_row, last, ROWS, D, WIDTH, CHUNK)
         grad = _held(GRAD, first, g_row, last, ROWS, D, WIDTH, CHUNK)
-        lse = tl.load(LSE + row, mask=row < last, other=0.0) * LOG2_E
-        lse = tl.where(lse == float("-inf"), 0.0, lse)
+        lse = _lse(LSE, row, last)
         delta = tl.load(DELTA + row, mask=row < last, other=0.0)
         scores = _biased(
             _product(k, q, COLUMNS, ROWS, D, WIDTH, CHUNK), biases, farthest, row[None, :], column[:, None], first,
             start, 1, ahead, scale * LOG2_E, True, BIAS,
         )  # fmt: skip
         scores = tl.where((row < last)[None, :], scores, float("-inf"))
-        p = tl.exp2(scores * factor - lse[None, :])
-        dv += _weighted(p, grad, ROWS, D, WIDTH, CHUNK)
-        ds = p * (_product(v, grad, COLUMNS, ROWS, D, WIDTH, CHUNK) - delta[None, :])
-        dk += _weighted(ds, q, ROWS, D, WIDTH, CHUNK)
+        dk, dv = _add_dkv(dk, dv, scores, factor, lse, delta, q, grad, v, ROWS, COLUMNS, D, WIDTH, CHUNK)
     _store(DK + batch * dk_batch + head * dk_head, start, dk_row, end, dk * scale, COLUMNS, D, WIDTH)
     _store(DV + batch * dv_batch + head * dv_head, start, dv_row, end, dv, COLUMNS, D, WIDTH)
 
@@ -188,8 +176,7 @@ def listed_table_kernel(
     q = _held(Q + batch * q_batch + head * q_head, start, q_row, end, ROWS, D, WIDTH, CHUNK)
     grad = _held(GRAD + batch * g_batch + head * g_head, start, g_row, end, ROWS, D, WIDTH, CHUNK)
     delta = tl.load(DELTA + of_rows + row, mask=row < end, other=0.0)
-    lse = tl.load(LSE + of_rows + row, mask=row < end, other=0.0) * LOG2_E
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    lse = _lse(LSE + of_rows, row, end)
     left, right = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     diagonal, source, there = _diagonals(ROWS, COLUMNS)
     width = 2 * farthest + 1

@@ -16,8 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ctxbench.implementations._shared.flash import LOG2_E, _attend_range
+from ctxbench.implementations._shared.flash import _attend_range
 from ctxbench.implementations._shared.flash_rows import _held, _store
+from ctxbench.implementations._shared.flash_softmax import LOG2_E, _log_sum, _mean
 
 PRODUCTS = tl.constexpr(16384)  # of a channel and an angle that are in registers at once, two to a channel
 
@@ -96,10 +97,9 @@ def turned_kernel(
             q, top, total, acc, ranges[which], biases, farthest, batch, head, start, T, scale * LOG2_E,
             D, WIDTH, CHUNK, ROWS, COLUMNS, KINDS[which][0], KINDS[which][1], KINDS[which][2], KINDS[which][3],
         )  # fmt: skip
-    empty = total == 0.0  # queries that see no key: output 0, log-sum-exp -inf
-    sums = tl.where(empty, 1.0, total)
+    out = _mean(total, acc)
     tl.debug_barrier()  # and by now nobody reads it
-    _store(OUT + place, start, o_row, T, acc / sums[:, None], ROWS, D, WIDTH)
+    _store(OUT + place, start, o_row, T, out, ROWS, D, WIDTH)
     row = start + tl.arange(0, ROWS)
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(sums)) / LOG2_E)
+    lse = _log_sum(top, total)
     tl.store(LSE + tl.program_id(1).to(tl.int64) * T + row, lse, mask=row < T)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ctxbench.implementations._shared.flash import LOG2_E
 from ctxbench.implementations._shared.flash_rows import _dot, _held, _product, _store, _weighted, _whole
+from ctxbench.implementations._shared.flash_softmax import LOG2_E
 from ctxbench.implementations._shared.relative_kernels import (
     entries_seen,
     raised,

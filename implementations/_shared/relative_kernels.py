@@ -22,8 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ctxbench.implementations._shared.flash import LOG2_E
 from ctxbench.implementations._shared.flash_rows import _channels, _dot, _held, _store
+from ctxbench.implementations._shared.flash_softmax import LOG2_E, _online
 
 
 @triton.jit
@@ -109,12 +109,9 @@ def forward_tile(
     seen = (keys >= low[:, None]) & (keys < high[:, None])
     scores = raised_product(content, k, SIDE, D, WIDTH, CHUNK) + skew(upper, lower, walked, SIDE)
     scores = tl.where(seen, scores * to_base_2, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    still = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: keep inf - inf out
-    p = tl.exp2(scores - still[:, None])
-    shrink = tl.exp2(top - still)
+    top, total, p, shrink = _online(top, total, scores, 1.0)
     v = rows_of(V, key, v_row, S, SIDE, D, WIDTH)
-    return higher, total * shrink + tl.sum(p, 1), acc * shrink[:, None] + _dot(p.to(v.dtype), v), lower
+    return top, total, acc * shrink[:, None] + _dot(p.to(v.dtype), v), lower
 
 
 @triton.jit

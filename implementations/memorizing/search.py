@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations._shared.flash import LOG2_E
 from ctxbench.implementations._shared.flash_rows import _dot, _load, _store
+from ctxbench.implementations._shared.flash_softmax import LOG2_E
 from ctxbench.implementations._shared.flash_table import padded
 from ctxbench.implementations._shared.ranges import _rows, _strides
 from ctxbench.implementations.memorizing.sizes import pairs

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from ctxbench.cost.formulas import formula
-from ctxbench.implementations._shared.flash import LOG2_E
 from ctxbench.implementations._shared.flash_rows import _dot
+from ctxbench.implementations._shared.flash_softmax import LOG2_E, _add_dkv, _add_dq, _online
 from ctxbench.implementations._shared.flash_table import BACKWARD, padded
 from ctxbench.implementations._shared.ranges import _rows, _strides, architecture_of
 from ctxbench.implementations.routing.launch import config
@@ -149,14 +149,9 @@ def forward_kernel(
             if part == 1:
                 seen = _seen(position[:, None], key[None, :], EARLIER, WITHOUT_SELF, inside[None, :])
                 scores = tl.where(seen, scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1) * to_base_2)
-            shift = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: keep inf - inf out
-            p = tl.exp2(scores * to_base_2 - shift[:, None])
-            shrink = tl.exp2(top - shift)
-            total = total * shrink + tl.sum(p, 1)
+            top, total, p, shrink = _online(top, total, scores, to_base_2)
             v = _gather(V, columns, v_row, inside, D, WIDTH)
             acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
-            top = higher
     empty = total == 0.0  # a cluster that takes no keys
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     _scatter(OUT, slot if BY_SLOT else rows, o_row, there, acc, D, WIDTH)
@@ -215,9 +210,7 @@ def dq_kernel(
             if part == 1:
                 seen = _seen(position[:, None], key[None, :], EARLIER, WITHOUT_SELF, inside[None, :])
                 scores = tl.where(seen, scores, float("-inf"))
-            p = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
-            ds = p * (_dot(grad, tl.trans(v)) - delta[:, None])
-            acc += _dot(ds.to(k.dtype), k)
+            acc = _add_dq(acc, scores, scale * LOG2_E, lse, delta, grad, k, v, ROWS, COLUMNS, D, WIDTH, WIDTH)
     _scatter(DQ, slot if BY_SLOT else rows, dq_row, there, acc * scale, D, WIDTH)
 
 
@@ -270,10 +263,7 @@ def dkv_kernel(
         position = rank[None, :] + (keys - queries)
         seen = _seen(position, key[:, None], EARLIER, WITHOUT_SELF, inside[:, None] & there[None, :])
         scores = tl.where(seen, _dot(k, tl.trans(q)), float("-inf"))
-        p = tl.exp2(scores * (scale * LOG2_E) - lse[None, :])
-        dv += _dot(p.to(grad.dtype), grad)
-        ds = p * (_dot(v, tl.trans(grad)) - delta[None, :])
-        dk += _dot(ds.to(q.dtype), q)
+        dk, dv = _add_dkv(dk, dv, scores, scale * LOG2_E, lse, delta, q, grad, v, ROWS, COLUMNS, D, WIDTH, WIDTH)
     at = first_key + key if BY_SLOT else columns
     _scatter(DK, at, dk_row, inside, dk * scale, D, WIDTH)
     _scatter(DV, at, dv_row, inside, dv, D, WIDTH)
