@@ -24,6 +24,7 @@ from ctxbench.implementations._shared.forms import kernels, slab_pairs, trained
 from ctxbench.implementations.pyramid.memory import cells_at, layer_parameters, layers_at, peak_bytes, width
 from ctxbench.implementations.pyramid.params import PyramidParams
 from ctxbench.implementations.pyramid.pooled_pairs import pairs_below
+from ctxbench.method import ROPE
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParams) -> Cost:
@@ -39,17 +40,19 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: PyramidParam
         if params.pooled_queries and causal:
             for terms in (algorithmic, flops):
                 terms["projections"] -= 2 * _unread(params.levels)
+    rotates = position in ROPE
     unknown = (
-        position != "none"
+        (position != "none" and (not rotates or impl in ("triton", "as_written") or mode == "train"))
         or impl == "flex"
-        or (params.pooled_queries and (kernels(impl), mode) != ("triton", "forward"))
+        or (params.pooled_queries and (rotates or (kernels(impl), mode) != ("triton", "forward")))
     )
+    peak = peak_bytes(impl if mode == "train" else kernels(impl), mode, causal, levels, rotates)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(levels, sketch=impl == "as_written") + _tables(levels, position),
         state_bytes=_state(levels, params.pooled_queries) if causal and impl != "as_written" else Integer(0),
-        peak_bytes=None if unknown else peak_bytes(impl if mode == "train" else kernels(impl), mode, causal, levels),
+        peak_bytes=None if unknown else peak,
         depth=L,
     )
 

@@ -40,7 +40,7 @@ def layer_parameters(level: int) -> Expr:
     return 4 * linear_parameters(w, w) + 2 * w + feed
 
 
-def peak_bytes(impl: str, mode: str, causal: bool, levels: int) -> Expr:
+def peak_bytes(impl: str, mode: str, causal: bool, levels: int, rotates: bool = False) -> Expr:
     """Most bytes alive at once above parameters, input and incoming state.
 
     Every form is the largest over the few moments that can be the worst: within a layer, at the end of a level, at the
@@ -51,13 +51,20 @@ def peak_bytes(impl: str, mode: str, causal: bool, levels: int) -> Expr:
     if mode == "train":
         return _train(impl, causal, levels)
     if mode == "decode":
-        return _continue(impl, T, T + 1, levels)
+        return _continue(impl, T, T + 1, levels, rotates)
     if mode == "stream":  # the last call, or the one before it, which may be longer
         last = C * (ceiling(T / C) - 1)
         before = Max(0, last - C)
         calls = (last, T), (before, last)
-        return _largest(*(_carried(begin, levels) + _continue(impl, begin, end, levels) for begin, end in calls))
-    return _any(layers_at(0, levels) - 1) * _row(0, T) + _largest(_mixing(impl, causal), _feed(0, T))
+        return _largest(*(_carried(call[0], levels) + _continue(impl, *call, levels, rotates) for call in calls))
+    turned = [_rotating(0, T)] * rotates
+    return _any(layers_at(0, levels) - 1) * _row(0, T) + _largest(_mixing(impl, causal), _feed(0, T), *turned)
+
+
+def _rotating(level: int, cells: Expr) -> Expr:
+    """As ``forms.rotating``, in a level: the norm, q, k, v, new queries, two rows of products, cosines and sines."""
+    wide = Max(e, 4) * cells * width(level)
+    return 5 * _row(level, cells) + 2 * B * wide + wide / heads(level)
 
 
 def _row(level: int, cells: Expr) -> Expr:
@@ -96,7 +103,7 @@ def _carried(tokens: Expr, levels: int) -> Expr:
     return _caches(tokens, levels) + single + tensor(B, Min(tokens, C), d)
 
 
-def _continue(impl: str, before: Expr, after: Expr, levels: int) -> Expr:
+def _continue(impl: str, before: Expr, after: Expr, levels: int, rotates: bool) -> Expr:
     """A call that takes the context from ``before`` to ``after`` tokens: the state is written anew level by level.
 
     At work are a level's last layer, beside what entered it and what the levels below have found, or the last sum.
@@ -117,6 +124,9 @@ def _continue(impl: str, before: Expr, after: Expr, levels: int) -> Expr:
             inner = 3 * row + _any(new - 1) * (1 + e) * pairs
         entered = (_any(layers_at(level, levels) - 1) + int(level > 0)) * row
         moments.append(written + found + entered + _largest(inner, 4 * row, _feed(level, new)))
+        if rotates:  # before this layer's cache is written
+            unwritten = written - 2 * _any(new) * _row(level, cells)
+            moments.append(unwritten + found + entered + _rotating(level, new))
         found += row if level == 0 else _any(new) * _row(level, new + 1)
         found += _any(new) * _single(level, levels)
     if levels > 1:

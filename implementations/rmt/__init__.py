@@ -32,7 +32,7 @@ METHOD = Method(
             note="fused attention, no mask; with a bias, slabs of queries; the same loop over segments",
         ),
         slabs_impl(f"{__name__}.slabs:attend", positions=("none", *ROPE)),
-        native_impl(f"{__name__}.triton:attend"),
+        native_impl(f"{__name__}.triton:attend", counts_as=""),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",

@@ -8,8 +8,10 @@ from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d
 from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, projections, tensor, triangle
 from ctxbench.implementations._shared.forms import (
+    bias_bytes,
     block_parameters,
     core_backward,
+    kernels,
     position_parameters,
     replayed,
     slab_pairs,
@@ -17,6 +19,7 @@ from ctxbench.implementations._shared.forms import (
 from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.implementations.rmt.peaks import REST, M, S, peak
+from ctxbench.method import ROPE
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -> Cost:
@@ -24,7 +27,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -
     if impl == "graph":
         return replayed(*(cost("triton", each, causal, position, params) for each in (mode, "stream")))
     full = params.variant == "xl"
-    how = {"triton": "visible"}.get(impl, impl)
+    how = {"triton": "visible"}.get(kernels(impl), impl)
     if impl == "blocked" and position in ("t5", "alibi"):
         how = "biased"
     begun, written, tokens = _segments(mode)
@@ -49,9 +52,18 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -
         flops=flops,
         num_parameters=block_parameters(4 * linear_parameters(d, d)) + M * d + 2 * d + position_parameters(position),
         state_bytes=tensor(B, M, d) + 2 * L * Min(REST, 1) * tensor(B, M + REST, d),
-        peak_bytes=peak(impl, mode, full) if position == "none" else None,
+        peak_bytes=_peak(impl, mode, full, position),
         depth=L if mode == "decode" else L * ceiling(T / S),
     )
+
+
+def _peak(impl: str, mode: str, full: bool, position: str) -> Expr | None:
+    """None where nobody has derived it: training with positions, biases outside of kernels, rotations by ``triton``."""
+    rotates = position in ROPE and impl != "triton" and mode != "train"
+    biased = position in ("t5", "alibi") and kernels(impl) == "triton" and mode in ("forward", "stream")
+    if position != "none" and not rotates and not biased:
+        return None
+    return peak(kernels(impl), mode, full, rotates) + (bias_bytes(position) if biased else 0)
 
 
 def _segments(mode: str) -> tuple[Expr, Expr, Expr]:

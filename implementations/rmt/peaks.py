@@ -10,6 +10,7 @@ from sympy import Expr, Integer, Min, Mod, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
+from ctxbench.implementations._shared.forms import rotating
 from ctxbench.implementations._shared.products_forms import backward_scratch, mask, scratch
 
 M = param("num_memory")
@@ -19,14 +20,14 @@ REST = Mod(T, S)
 FUSED = ("blocked", "triton")
 
 
-def peak(impl: str, mode: str, full: bool) -> Expr | None:
+def peak(impl: str, mode: str, full: bool, rotates: bool = False) -> Expr:
     """Bytes of one impl in one mode; ``triton`` has neither parts to join, as the mask ``full`` has, nor masks."""
     full = full and impl != "triton"
     if mode == "decode":
-        return _decode(impl, full)
+        return _decode(impl, full, rotates)
     if mode == "stream":
-        return _stream(impl, full)
-    return _forward(impl, full) if mode == "forward" else _train(impl, full)
+        return _stream(impl, full, rotates)
+    return _forward(impl, full, rotates) if mode == "forward" else _train(impl, full)
 
 
 def row(rows: Expr | int) -> Expr:
@@ -51,7 +52,7 @@ def _mixing(impl: str, n: Expr, K: Expr, full: bool, fresh: bool) -> Expr:
     return 2 * tensor(B, h, n, K) + largest(row(n) + copied, n * K)
 
 
-def _piece(impl: str, full: bool, n: Expr, left: Expr, kept: Expr | int = 0) -> Expr:
+def _piece(impl: str, full: bool, n: Expr, left: Expr, rotates: bool, kept: Expr | int = 0) -> Expr:
     """A piece that begins its segment: n rows go in, ``left`` of them come out of the top layer.
 
     The input lives through a layer, and so do keys and values; ``kept`` are those of the layers below.
@@ -59,7 +60,7 @@ def _piece(impl: str, full: bool, n: Expr, left: Expr, kept: Expr | int = 0) -> 
     mixing = 4 * row(n) + _mixing(impl, n, n, full, fresh=True)
     below = some(L - 1) * largest(6 * row(n), when_ffn(5 * row(n) + 2 * tensor(B, n, f)))
     top = largest(4 * row(n) + 2 * row(left), when_ffn(3 * row(n) + 2 * row(left) + 2 * tensor(B, left, f)))
-    return kept + largest(mixing, top, below)
+    return kept + largest(mixing, top, below, *[rotating(n)] * rotates)  # the input in place of its norm
 
 
 def _kept(impl: str, full: bool, body: Expr, writes: Expr) -> Expr:
@@ -75,36 +76,38 @@ def _kept(impl: str, full: bool, body: Expr, writes: Expr) -> Expr:
     return mask(body) + largest(scratch(body, body, masked=False), *corners)
 
 
-def _forward(impl: str, full: bool) -> Expr:
+def _forward(impl: str, full: bool, rotates: bool) -> Expr:
     """Outputs of the segments collect with what their write tokens say, and are joined at the end."""
     written = floor((T - 1) / S)
     rest = T - S * written
-    segment = (written - 1) * row(S + M) + _piece(impl, full, S + 2 * M, S + M)
-    last = written * row(S + M) + _piece(impl, full, M + rest, rest)
+    segment = (written - 1) * row(S + M) + _piece(impl, full, S + 2 * M, S + M, rotates)
+    last = written * row(S + M) + _piece(impl, full, M + rest, rest, rotates)
     kept = [some(written) * _kept(impl, full, S + M, M), _kept(impl, full, M + rest, Integer(0))]
     joined = some(written) * (row(T + M * written) + row(T))
     return largest(some(written) * segment + kept[0], last + largest(*kept), joined)
 
 
-def _stream(impl: str, full: bool) -> Expr:
+def _stream(impl: str, full: bool, rotates: bool) -> Expr:
     """A call holds the outputs of the one before it and the memory that came in."""
-    whole = some(WHOLE - 1) * row(S + M) + row(M) + _piece(impl, full, S + 2 * M, S + M)
+    whole = some(WHOLE - 1) * row(S + M) + row(M) + _piece(impl, full, S + 2 * M, S + M, rotates)
     kept = (L - 1) * 2 * row(M + REST)
-    rest = some(WHOLE) * row(S + M) + row(M) + _piece(impl, full, M + REST, REST, kept)
+    rest = some(WHOLE) * row(S + M) + row(M) + _piece(impl, full, M + REST, REST, rotates, kept)
     kept = [_kept(impl, full, S + M, M), _kept(impl, full, M + REST, Integer(0))]
     return largest(some(WHOLE) * (whole + kept[0]), some(REST) * (rest + kept[1]))
 
 
-def _decode(impl: str, full: bool) -> Expr:
+def _decode(impl: str, full: bool, rotates: bool) -> Expr:
     """One token: it begins its segment with the read tokens, or continues one and copies its keys and values."""
     ends = floor((T + 1) / S) - WHOLE
     n, K = 1 + M * ends, M + REST + 1 + M * ends
-    fresh = _piece(impl, full, M + n, n, (1 - ends) * (L - 1) * 2 * row(M + n))
+    fresh = _piece(impl, full, M + n, n, rotates, (1 - ends) * (L - 1) * 2 * row(M + n))
     operator = _mixing(impl, n, K, full, fresh=False)
     if impl == "blocked" and not full:
         operator = operator + ends * (e + 1) * n * K  # a mask, and the same in the dtype
     step = largest(3 * row(n) + operator, 4 * row(n), when_ffn(3 * row(n) + 2 * tensor(B, n, f)))
     continued = 2 * row(K) * (1 + (1 - ends) * (L - 1)) + largest(row(n) + step, row(M) + (1 - ends) * row(n))
+    if rotates:
+        continued = largest(continued, rotating(n))  # before keys are joined
     begins = 1 - some(REST)
     return begins * fresh + some(REST) * continued
 
