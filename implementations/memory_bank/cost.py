@@ -19,6 +19,7 @@ from ctxbench.implementations._shared.forms import (
 from ctxbench.implementations._shared.products_forms import own_pairs
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.implementations.memory_bank.peaks import REST, WHOLE, M, S, peak
+from ctxbench.method import ROPE
 
 
 def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankParams) -> Cost:
@@ -56,14 +57,15 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
             credit = L * writes * linear(B * M, d, 2 * d)
             algorithmic["write"] += credit
             flops["write"] += credit if impl != "reference" else 0
+    rotates = position in ROPE
+    known = (impl != "triton" or mode != "train") if position == "none" else rotates and impl != "triton"
+    known = known and (mode != "train" or not rotates)
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(argmax) + position_parameters(position),
         state_bytes=L * (4 * tensor(B, M, d) + 2 * tensor(B, REST, d) + Max(e, 4) * B * d),
-        peak_bytes=peak(impl, mode, argmax, writes)
-        if position == "none" and (impl, mode) != ("triton", "train")
-        else None,
+        peak_bytes=peak(impl, mode, argmax, writes, rotates) if known else None,
         depth=L if mode == "decode" else L * ceiling(T / S),
     )
 

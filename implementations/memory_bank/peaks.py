@@ -12,6 +12,7 @@ from sympy import Expr, Integer, Max, Min, Mod, Piecewise, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor
+from ctxbench.implementations._shared.forms import rotating, rotation_tables
 from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
 
 M = param("num_slots")
@@ -23,8 +24,8 @@ SLAB = tensor(B, M, d)
 Piece = Callable[[Expr], Expr]
 
 
-def peak(impl: str, mode: str, argmax: bool, writes: Expr) -> Expr:
-    """Bytes of one impl in one mode; ``writes``: how many a layer makes in the call."""
+def peak(impl: str, mode: str, argmax: bool, writes: Expr, rotates: bool = False) -> Expr:
+    """Bytes of one impl in one mode; ``writes``: how many a layer makes in the call. Not of training that rotates."""
     if impl == "as_written":
         return _sketch_train() if mode == "train" else _sketch_forward()
     if impl == "triton":
@@ -37,10 +38,11 @@ def peak(impl: str, mode: str, argmax: bool, writes: Expr) -> Expr:
     elif impl == "slabs":
         piece = _after_self_attention_by_slabs
     if mode == "forward":
-        return _forward(impl, fixed, piece, extra, writes)
+        plain = _forward(impl, fixed, piece, extra, writes)
+        return largest(plain, _rotating_whole(fixed)) if rotates else plain
     if mode == "stream":
-        return _stream(fixed, piece, extra)
-    return _decode(impl, writes)
+        return _stream(fixed, piece, extra, rotates)
+    return _decode(impl, writes, rotates)
 
 
 def row(tokens: Expr | int) -> Expr:
@@ -93,7 +95,18 @@ def _forward(impl: str, fixed: int, piece: Piece, extra: int, writes: Expr) -> E
     return some(L - 1) * row(T) + 4 * SLAB + largest(stacked, loop, join)
 
 
-def _stream(fixed: int, piece: Piece, extra: int) -> Expr:
+def _rotating_whole(fixed: int) -> Expr:
+    """While queries and keys of whole segments are rotated, stacked or one after the other, or those of the last."""
+    copied = some(B - 1) * some(REST) * row(T - REST) if fixed else Integer(0)
+    several = T - REST if fixed else S
+    turned = rotating(several) - rotation_tables(several) + rotation_tables(S)  # one set for all of them
+    before = 0 if fixed else row(T - REST - S)
+    ragged = (fixed or 1) * row(T - REST) + rotating(REST)
+    inside = largest(some(WHOLE) * (copied + before + turned), some(REST) * ragged)
+    return some(L - 1) * row(T) + 4 * SLAB + inside
+
+
+def _stream(fixed: int, piece: Piece, extra: int, rotates: bool) -> Expr:
     """The last layer of a call, in a whole segment or in the one the stream ends in."""
 
     def call(n: Expr, earlier: Expr, unfinished: int) -> Expr:
@@ -101,7 +114,11 @@ def _stream(fixed: int, piece: Piece, extra: int) -> Expr:
         before = (some(L - 1) + fixed + unfinished * 2 * (L - extra)) * row(n) + some(earlier) * row(S)
         banks = 4 * (L + (L - 1) * (1 - unfinished)) * SLAB  # all old ones, the new ones of the layers before
         write = (1 - unfinished) * ((4 + extra) * SLAB + (1 + 2 * extra) * row(n))
-        return before + banks + largest(piece(n), write)
+        inside = before + banks + largest(piece(n), write)
+        if not rotates:
+            return inside
+        held = (some(L - 1) + unfinished * 2 * (L - 1)) * row(n) + some(earlier) * row(S)
+        return largest(inside, held + banks + rotating(n))
 
     return largest(some(WHOLE) * call(S, WHOLE - 1, 0), some(REST) * call(REST, WHOLE, 1))
 
@@ -140,14 +157,15 @@ def _kernels_stream(argmax: bool) -> Expr:
     return largest(some(WHOLE) * whole, some(REST) * rest)
 
 
-def _decode(impl: str, writes: Expr) -> Expr:
+def _decode(impl: str, writes: Expr, rotates: bool) -> Expr:
     """One token; a token that completes a segment pays for new banks."""
     fill = Mod(T, S)
     caches = 2 * row(fill + 1)
     kept = (L - 1) * ((1 - writes) * caches + Max(e, 4) * B * d + 4 * writes * SLAB) + some(L - 1) * row(1)
+    turned = rotating(1) if rotates else Integer(0)
     if impl == "blocked":
         loop = (1 - writes) * caches + 3 * row(1) + _after_self_attention(1)
-        return kept + largest(caches + 4 * row(1), loop, writes * (4 * SLAB + 15 * row(1)))
+        return kept + largest(caches + 4 * row(1), loop, writes * (4 * SLAB + 15 * row(1)), turned)
     copied = SLAB * some(B - 1) * some(h - 1)
     step = (
         caches
@@ -158,7 +176,7 @@ def _decode(impl: str, writes: Expr) -> Expr:
             4 * row(1) + 2 * tensor(B, f),
         )
     )
-    return kept + largest(step, writes * (5 * SLAB + caches + 8 * row(1)))
+    return kept + largest(step, writes * (5 * SLAB + caches + 8 * row(1)), turned)
 
 
 def _blocked_train(impl: str, argmax: bool, writes: Expr) -> Expr:
