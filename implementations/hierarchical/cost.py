@@ -17,6 +17,7 @@ from ctxbench.implementations._shared.forms import block_ffn, block_parameters, 
 from ctxbench.implementations.hierarchical.params import HierarchicalParams, Scale, slab_rows
 from ctxbench.implementations.hierarchical.peaks import peak
 from ctxbench.implementations.hierarchical.sizes import first, keeps, most, shown
+from ctxbench.method import ROPE
 
 SEGMENT = 512  # tokens a call in stream mode
 
@@ -36,8 +37,10 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
     if mode == "train":
         algorithmic, flops = trained(algorithmic), trained(flops, impl)
     branched = params.form == "seed" or impl == "as_written"
+    rotates = position in ROPE
+    turned = rotates and mode in ("forward", "train") and impl in ("blocked", "native") and params.form != "seed"
     known = (
-        position == "none"
+        (position == "none" or turned)
         and not (kernels(impl) == "triton" and params.form == "seed")
         and impl != "flex"
         and not params.disjoint
@@ -49,7 +52,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: Hierarchical
         num_parameters=block_parameters(_branch_parameters(params) if branched else 4 * linear_parameters(d, d))
         + position_parameters(position),
         state_bytes=Integer(0) if branched else _state_bytes(params),
-        peak_bytes=peak(kernels(impl), mode, params) if known else None,
+        peak_bytes=peak(kernels(impl), mode, params, rotates) if known else None,
         depth=L,
     )
 

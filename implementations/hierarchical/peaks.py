@@ -10,17 +10,19 @@ from sympy import Add, Expr, Integer, Max, Min, Mod, Piecewise, ceiling, floor
 
 from ctxbench.cost.symbols import B, C, L, T, d, e, f, h
 from ctxbench.cost.terms import tensor, when_ffn
-from ctxbench.implementations._shared.forms import stack_peak
+from ctxbench.implementations._shared.forms import rotation_tables, stack_peak
 from ctxbench.implementations.hierarchical.params import HierarchicalParams, Scale, slab_rows
 from ctxbench.implementations.hierarchical.sizes import keeps, most
 
 
-def peak(impl: str, mode: str, params: HierarchicalParams) -> Expr:
-    """Bytes above parameters, inputs and incoming state."""
+def peak(impl: str, mode: str, params: HierarchicalParams, rotates: bool = False) -> Expr:
+    """Bytes above parameters, inputs and incoming state; ``rotates``: of forward and training in the causal forms."""
     if impl == "as_written" or params.form == "seed":
         branches = Branches(impl, params)
         return branches.train() if mode == "train" else branches.forward()
     slabs = Kernels(impl, params) if impl == "triton" else Slabs(impl, params)
+    if rotates:
+        return Max(slabs.forward(), slabs.rotating()) if mode == "forward" else slabs.train() + slabs.tables()
     return {"forward": slabs.forward, "train": slabs.train, "stream": slabs.stream, "decode": slabs.decode}[mode]()
 
 
@@ -55,6 +57,21 @@ class Slabs:
         else:
             mixing += self._pairs(T) + self._scores(T, self._columns(T))
         return stack_peak(T, Max(6 * self.row, mixing))
+
+    def rotating(self) -> Expr:
+        """Norm, q, and the pairs as projected; those placed so far; a scale's means, and products or new pairs."""
+        moments: list[Expr] = []
+        placed: Expr = Integer(0)
+        for number, scale in enumerate(self.scales):
+            cells = tensor(B, floor(T / scale.span), d)
+            turned = 2 * cells / e * Max(e, 4) + rotation_tables(floor(T / scale.span))
+            moments.append(placed + (2 * cells if number else 0) + Max(turned, 3 * cells))
+            placed += 2 * cells
+        return stack_peak(T, 4 * self.row + Max(*moments))
+
+    def tables(self) -> Expr:
+        """Cosines and sines that training keeps: of queries and of every scale's keys."""
+        return L * Add(rotation_tables(T), *(rotation_tables(floor(T / scale.span)) for scale in self.scales))
 
     def train(self) -> Expr:
         """A layer keeps norm, q, the pairs, what was found, the residual; ``reference`` its probabilities too."""

@@ -7,7 +7,7 @@ import pytest
 from ctxbench.cost import evaluate
 from ctxbench.cost.symbols import bindings
 from ctxbench.cost.trace import trace
-from ctxbench.implementations import bigbird, longformer, longlora, melodi, memory_bank, pyramid, rmt
+from ctxbench.implementations import bigbird, hierarchical, longformer, longlora, melodi, memory_bank, pyramid, rmt
 from ctxbench.method import DTYPE_BYTES, Dims
 
 CASES = [
@@ -49,7 +49,8 @@ def test_peak_is_within_three_percent_of_the_trace(method, impl, mode, causal, l
         for method in (memory_bank.METHOD, pyramid.METHOD, rmt.METHOD)
         for impl, modes in (("native", ("forward", "stream")), ("blocked", ("stream", "decode")))
         for mode in modes
-    ],
+    ]
+    + [(hierarchical.METHOD, impl, mode) for impl in ("native", "blocked") for mode in ("forward", "train")],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_rotations_are_a_moment_of_their_own_in_pieces_and_levels(method, impl, mode, length) -> None:
