@@ -82,7 +82,8 @@ def attend(
     """
     angles: list[torch.Tensor] = []
     if not isinstance(q, torch.Tensor):
-        q, angles = q.x, [q.cos, q.sin]
+        angles = [q.cos, q.sin]
+        q = q.x
     _check(q, ranges, offset)
     if bias is not None:
         _check_bias(q, ranges, bias)

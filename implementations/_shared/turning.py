@@ -14,7 +14,7 @@ from ctxbench.implementations._shared.flash_table import TURN_HEADS, padded, tur
 from ctxbench.implementations._shared.positions import Position, Positions, Rotary, Tables, positions_for
 from ctxbench.method import Dims
 
-BY_KERNELS = ("triton", "graph")  # impls whose layers call ``Position.both`` or ``queries`` around ``ranges.attend``
+BY_KERNELS = ("triton", "graph", "diagonal_triton")  # impls whose attention is ``ranges.attend`` on a device
 Index = tuple[slice | Sequence[int], ...]
 
 

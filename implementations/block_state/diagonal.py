@@ -72,7 +72,7 @@ class DiagonalStack(BlockStateStack):
         q, k, v = (
             split_heads(weights(f"mixer.{name}", normed, first).flatten(0, 1), mixer.num_heads) for name in "qkv"
         )
-        q, k = mixer.position.rotate(q, 0), mixer.position.rotate(k, 0)
+        q, k = mixer.position.both(q, k, 0)
         mixed = merge_heads(mixer.operator(q, k, v, mixer.position)).unflatten(0, x.shape[:2])
         x = x + weights("mixer.o", mixed, first)
         if layers[0].ffn is not None:

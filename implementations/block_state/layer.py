@@ -12,7 +12,8 @@ from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.block_state.params import BlockStateParams
 from ctxbench.method import Dims, Output, load
 
@@ -49,7 +50,7 @@ class BlockAttention(nn.Module):
     def forward(self, x: torch.Tensor, state: Cache | None = None) -> Output:
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         past = 0 if state is None else state.k.shape[2]
-        q, k = self.position.rotate(q, past), self.position.rotate(k, past)
+        q, k = self.position.both(q, k, past)
         if state is not None:
             state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
             k, v = state
@@ -81,11 +82,11 @@ class Update(nn.Module):
 class BlockStateStack(nn.Module):
     """The layers over one block after the other: the recurrence is real, a block needs the state before it."""
 
-    def __init__(self, dims: Dims, params: BlockStateParams, operator: Any):
+    def __init__(self, dims: Dims, params: BlockStateParams, operator: Any, impl: str = ""):
         super().__init__()
         self.params = params
         self.layers = nn.ModuleList(
-            [PreNormBlock(BlockAttention(dims, operator, position), dims) for position in positions_for(dims)]
+            [PreNormBlock(BlockAttention(dims, operator, position), dims) for position in positions_of(dims, impl)]
         )
         states = dims.num_layers if params.variant == "layer" else 1
         self.updates = nn.ModuleList([Update(dims, params) for _ in range(states)])
@@ -164,4 +165,4 @@ def build(dims: Dims, params: BlockStateParams, impl: str, device: str, dtype: t
     stack: Any = replaying(BlockStateStack, params.block_len) if impl == "graph" else BlockStateStack
     if impl in ("diagonal", "diagonal_triton"):
         stack = load(f"{__package__}.diagonal:DiagonalStack")
-    return stack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)
+    return stack(dims, params, load(METHOD.impl(impl).run), impl).to(device, dtype)

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Bias, Position, Rotary, positions_for
+from ctxbench.implementations._shared.positions import Bias, Position, Rotary
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.hierarchical.params import HierarchicalParams
 from ctxbench.method import Dims, Output, load
 
@@ -60,6 +61,7 @@ class MultiScaleAttention(nn.Module):
         self.attend, self.pooled = operators.attend, operators.pooled
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
+        # Every scale reads the queries anew, so they are rotated once, whatever the impl.
         q = self.position.rotate(split_heads(self.q(x), self.num_heads), 0 if state is None else state.tokens)
         kv: Any = [split_heads(project(x), self.num_heads) for project in (self.k, self.v)]
         rests: list[Any] = []
@@ -224,5 +226,5 @@ def build(dims: Dims, params: HierarchicalParams, impl: str, device: str, dtype:
             return BranchedAttention(dims, params, run)
         return MultiScaleAttention(dims, params, run, position)
 
-    layers: list[nn.Module] = [PreNormBlock(mixer(position), dims) for position in positions_for(dims)]
+    layers: list[nn.Module] = [PreNormBlock(mixer(position), dims) for position in positions_of(dims, impl)]
     return Stack(layers).to(device, dtype)

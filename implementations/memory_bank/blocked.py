@@ -85,7 +85,7 @@ def _self_attend(
     normed = layer.norm_self(x)
     q, new_k, new_v = (split_heads(project(normed), layer.num_heads) for project in (layer.q, layer.k, layer.v))
     fill = 0 if k is None else k.shape[2]
-    q, new_k = layer.position.rotate(q, fill), layer.position.rotate(new_k, fill)
+    q, new_k = layer.position.both(q, new_k, fill)
     del normed
     if k is not None and v is not None:
         new_k, new_v = torch.cat((k, new_k), dim=2), torch.cat((v, new_v), dim=2)

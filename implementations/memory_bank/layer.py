@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import FeedForward, Stack
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.memory_bank.params import MemoryBankParams
 from ctxbench.method import Dims, Output, load
 
@@ -126,6 +127,6 @@ def build(dims: Dims, params: MemoryBankParams, impl: str, device: str, dtype: t
         module: nn.Module = run(dims, params)
     else:
         # Slots have no position, so no distance is longer than a segment.
-        positions = positions_for(dims.replace(seq_len=min(dims.seq_len, params.segment_len)))
+        positions = positions_of(dims.replace(seq_len=min(dims.seq_len, params.segment_len)), impl)
         module = MemoryBankStack([MemoryBankLayer(dims, params, run, position) for position in positions])
     return module.to(device, dtype)

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.pyramid.params import PyramidParams, level_dims
 from ctxbench.method import Dims, Output, load
 
@@ -75,11 +76,11 @@ class Attention(nn.Module):
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
         # Cell c ends with token (c + 1) span - 1; only differences count, so c span will do.
         first = 0 if state is None else state.k.shape[2] * self.span
-        q, k = self.position.rotate(q, first, self.span), self.position.rotate(k, first, self.span)
+        q, k = self.position.both(q, k, first, self.span)
         if state is not None:
             state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
             k, v = state
-        mixed = self.attend(q, k, v, self.causal, self.position, self.span) if x.shape[1] else q
+        mixed = self.attend(q, k, v, self.causal, self.position, self.span) if x.shape[1] else v[:, :, :0]
         return Output(self.o(merge_heads(mixed)), state)
 
 
@@ -97,12 +98,12 @@ class PooledAttention(Attention):
         seen, step = 0 if state is None else state.k.shape[2], self.span // self.pool
         start = seen // self.pool
         # The last token of each cell.
-        q = self.position.rotate(q, (start + 1) * self.span - 1, self.span)
+        q = self.position.queries(q, (start + 1) * self.span - 1, self.span)
         k = self.position.rotate(k, (seen + 1) * step - 1, step)
         if state is not None:
             state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
             k, v = state
-        mixed = self.attend(q, k, v, start, self.pool, self.causal) if x.shape[1] else q
+        mixed = self.attend(q, k, v, start, self.pool, self.causal) if x.shape[1] else v[:, :, :0]
         return Output(self.o(merge_heads(mixed)), state)
 
 
@@ -120,7 +121,7 @@ class PooledBlock(PreNormBlock):
 class Pyramid(nn.Module):
     """All levels; ``layers`` holds their layers in order, fine to coarse."""
 
-    def __init__(self, dims: Dims, params: PyramidParams, operators: Operators):
+    def __init__(self, dims: Dims, params: PyramidParams, operators: Operators, impl: str = ""):
         super().__init__()
         self.sizes = level_dims(dims, params)
         self.pool, self.causal, self.operators = params.pool, dims.causal, operators
@@ -128,7 +129,7 @@ class Pyramid(nn.Module):
         self.layers = nn.ModuleList(
             _layer(size, operators, position, params, level, first=index == 0)
             for level, size in enumerate(self.sizes)
-            for index, position in enumerate(positions_for(size))
+            for index, position in enumerate(positions_of(size, impl))
         )
         widths = [size.d_model for size in self.sizes]
         self.down = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
@@ -260,5 +261,5 @@ def build(dims: Dims, params: PyramidParams, impl: str, device: str, dtype: torc
     from ctxbench.implementations.pyramid import METHOD
 
     run = load(METHOD.impl(impl).run)
-    module: nn.Module = Pyramid(dims, params, run) if isinstance(run, Operators) else run(dims, params)
+    module: nn.Module = Pyramid(dims, params, run, impl) if isinstance(run, Operators) else run(dims, params)
     return module.to(device, dtype)

@@ -13,8 +13,9 @@ from torch import nn
 
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations._shared.products import buffers_kept
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.rmt.params import RMTParams
 from ctxbench.method import Dims, Output, load
 
@@ -70,7 +71,7 @@ class Block(nn.Module):
         q, k, v = (split_heads(project(normed), self.num_heads) for project in (self.q, self.k, self.v))
         del normed
         index = 0 if cache is None else cache.k.shape[2]  # of the first row in its segment
-        q, k = self.position.rotate(q, index), self.position.rotate(k, index)
+        q, k = self.position.both(q, k, index)
         if cache is not None:
             k, v = torch.cat((cache.k, k), dim=2), torch.cat((cache.v, v), dim=2)
         mixed = self.operator(q, k, v, rows, self.full, self.position)[:, :, unread:]
@@ -85,13 +86,13 @@ class Block(nn.Module):
 class RMT(nn.Module):
     """The stack. Memory leaves it at the top and enters it at the bottom, so segments follow one another."""
 
-    def __init__(self, dims: Dims, params: RMTParams, operator: Operator):
+    def __init__(self, dims: Dims, params: RMTParams, operator: Operator, impl: str = ""):
         super().__init__()
         self.num_heads, self.head_dim = dims.num_heads, dims.head_dim
         self.params = params
         self.memory = nn.Parameter(torch.randn(params.num_memory, dims.d_model))
         rows = min(dims.seq_len, params.segment_len) + 2 * params.num_memory  # no distance is longer
-        positions = positions_for(dims.replace(seq_len=rows))
+        positions = positions_of(dims.replace(seq_len=rows), impl)
         self.layers = nn.ModuleList([Block(dims, params.variant == "xl", operator, each) for each in positions])
         self.norm = nn.LayerNorm(dims.d_model)
 
@@ -177,4 +178,4 @@ def build(dims: Dims, params: RMTParams, impl: str, device: str, dtype: torch.dt
     from ctxbench.implementations.rmt import METHOD
 
     stack = replaying(RMT, params.segment_len) if impl == "graph" else RMT
-    return stack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)
+    return stack(dims, params, load(METHOD.impl(impl).run), impl).to(device, dtype)

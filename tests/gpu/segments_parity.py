@@ -29,7 +29,7 @@ FORMS = {  # method, position, layers, parameters, lengths
     "rmt, slopes": ("rmt", "alibi", 1, {"num_memory": 2, "segment_len": 17}, (20,)),
     "rmt, gradients cut": (
         "rmt", "none", 1, {"num_memory": 1, "segment_len": 7, "variant": "xl", "bptt_depth": 0}, (21,)),
-    "block_state": ("block_state", "none", 1, {"num_states": 2, "block_len": 23}, (1, 49)),
+    "block_state": ("block_state", "rope_yarn", 1, {"num_states": 2, "block_len": 23}, (1, 49)),
     "block_state, one state a layer": ("block_state", "t5", 2, {"block_len": 9, "variant": "layer"}, (19,)),
     "segment_recurrent": ("segment_recurrent", "none", 1, {"memory_len": 18, "segment_len": 17}, (1, 39)),
     "segment_recurrent, long memory": (
@@ -68,7 +68,7 @@ FORMS = {  # method, position, layers, parameters, lengths
         "hierarchical", "none", 1, {"window": 5, "pool": 2, "levels": 3, "cells": 3, "disjoint": True}, (41,)),
     "hierarchical, seed": ("hierarchical", "none", 1, {"form": "seed", "pool": 2, "levels": 3}, (33,)),
     "pyramid": ("pyramid", "rope", 3, {"levels": 3}, (1, 43)),
-    "pyramid, pooled queries": ("pyramid", "none", 2, {"levels": 2, "pool": 3, "pooled_queries": True}, (1, 35)),
+    "pyramid, pooled queries": ("pyramid", "rope", 2, {"levels": 2, "pool": 3, "pooled_queries": True}, (1, 35)),
     "pyramid, both directions": ("pyramid", "none", 2, {"levels": 2, "pooled_queries": True}, (29,)),
     "dense, relative": ("dense", "transformer_xl", 1, {}, (1, 37)),
     "dense, relative, both directions": ("dense", "transformer_xl", 1, {}, (29,)),
@@ -78,7 +78,7 @@ FORMS = {  # method, position, layers, parameters, lengths
         "melodi", "rope", 4,
         {"window": 5, "summary_tokens": 2, "short_slots": 3, "long_slots": 3, "long_per_window": 2},
         (23,)),
-    "diagonals of states": ("block_state", "none", 3, {"block_len": 5, "variant": "layer"}, (18,)),
+    "diagonals of states": ("block_state", "rope", 3, {"block_len": 5, "variant": "layer"}, (18,)),
 }  # fmt: skip
 BIDIRECTIONAL = ("dense, relative, both directions", "hierarchical, seed", "pyramid, both directions")
 IMPLS = {form: "diagonal_triton" for form in FORMS if form.startswith("diagonals")}
