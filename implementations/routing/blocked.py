@@ -90,8 +90,8 @@ class _Members:
             return [None] * -(-self.count // self.step)
         of_line = None if gradient is None else gradient.view(-1)
         met = (distances.of_queries(line, T, self.query_ids), self.key_ids)
-        pairs = zip(*(x.flatten(0, 1).split(self.step) for x in met), strict=True)
-        return [tiles.Biases(line.view(-1), *pair, of_line) for pair in pairs]
+        queries, keys = (x.flatten(0, 1).split(self.step) for x in met)
+        return [tiles.Biases(line.view(-1), *pair, of_line) for pair in zip(queries, keys, strict=True)]
 
     def scratch(self, like: torch.Tensor) -> tiles.Scratch:
         """Room for the scores of a group's tile."""
