@@ -60,8 +60,16 @@ HEAVY = {
     (90, "turned", 2, 256): Config(64, 32, 8, 2),
     (90, "turned", 4, 64): Config(64, 16, 4, 2),
 }
-# Where dK and dV would spill with a loop over the query heads that share a head of keys.
+# Where those would spill with a table of biases, compiled by triton 3.6 or 3.7.
+TABLED = {
+    (90, "forward", 2, 128): Config(128, 32, 8, 3),
+    (90, "forward", 4, 64): Config(64, 16, 4, 2),
+    (90, "dkv", 2, 64): Config(32, 64, 4, 2),
+    (90, "dkv", 2, 128): Config(32, 64, 8, 2),
+}
+# Where dK and dV would, with a loop over the query heads that share a head of keys.
 GROUPED = {
+    (90, 2, 64): Config(32, 64, 4, 2),
     (90, 2, 128): Config(32, 64, 8, 2),
     (80, 2, 128): Config(32, 32, 8, 2),
     (80, 2, 256): Config(32, 32, 8, 1),
@@ -104,12 +112,13 @@ def turn_rows(width: int) -> int:
 
 
 def config(
-    kernel: str, width: int, itemsize: int, architecture: int, heavy: bool = False, grouped: bool = False
-) -> Config:
+    kernel: str, width: int, itemsize: int, architecture: int, heavy: bool = False, grouped: bool = False,
+    table: bool = False,
+) -> Config:  # fmt: skip
     """The shipped launch parameters of one kernel; KeyError for a head or dtype the template does not take.
 
     ``turned`` is ``forward`` of queries that it turns first. ``heavy``: there is more than one range, or a bias, or
-    hidden keys. ``grouped``: query heads share a head of keys.
+    hidden keys. ``grouped``: query heads share a head of keys. ``table``: the bias is a table.
     """
     if kernel == "table":
         return OF_TABLE[itemsize][max(256, padded(width) * itemsize)]
@@ -117,7 +126,9 @@ def config(
     usual = CONFIGS[architecture][itemsize, padded(width)][KERNELS.index(launched)]
     if kernel == "dkv" and grouped:
         usual = GROUPED.get((architecture, itemsize, padded(width)), usual)
-    return HEAVY.get((architecture, kernel, itemsize, padded(width)), usual) if heavy else usual
+    of = architecture, kernel, itemsize, padded(width)
+    usual = HEAVY.get(of, usual) if heavy else usual
+    return TABLED.get(of, usual) if table else usual
 
 
 def listed_config(

@@ -154,7 +154,8 @@ def _options(
 ) -> tuple[Config, dict[str, Any]]:
     """Launch parameters of one kernel, and the compile-time arguments that follow from them."""
     width, heavy = q.shape[3], len(kinds) > 1 or any(bias != PLAIN or not known for *_, bias, known in kinds)
-    chosen = config(kernel, width, q.element_size(), architecture_of(q.device), heavy, grouped)
+    table = any(bias == TABLE for *_, bias, _known in kinds)
+    chosen = config(kernel, width, q.element_size(), architecture_of(q.device), heavy, grouped, table)
     return chosen, {
         "D": width, "WIDTH": padded(width), "CHUNK": chunk(width, q.element_size()), "ROWS": chosen.rows,
         "COLUMNS": chosen.columns, "num_warps": chosen.warps, "num_stages": chosen.stages,

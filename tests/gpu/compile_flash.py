@@ -39,7 +39,7 @@ def of_kernel(kernel: str, width: int, itemsize: int, architecture: int, form: s
     """One kernel for ranges with lines and biases of the kinds of a form (dK and dV: of the first), at its tiles."""
     kinds, heavy, dtype = FORMS[form], form not in ("band", "groups"), DTYPES[itemsize]
     function = getattr({"table": flash_bias, "turned": flash_turned}.get(kernel, flash), f"{kernel}_kernel")
-    chosen = flash_table.config(kernel, width, itemsize, architecture, heavy, grouped=form == "groups")
+    chosen = flash_table.config(kernel, width, itemsize, architecture, heavy, form == "groups", form == "table")
     if form.startswith("lists"):
         function, table = getattr(flash_lists, f"listed_{kernel}_kernel"), form == "lists-table"
         chosen = flash_table.listed_config(kernel, width, itemsize, architecture, LISTED_BLOCK, table)

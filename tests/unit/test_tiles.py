@@ -50,7 +50,7 @@ def test_launches_over_ranges_move_what_a_walk_along_their_lines_counts(
     ends = [keys if high is None else min(max(high.at(row + offset), 0), keys) for row in range(queries)]
     for kernel in ("forward", "dq", "dkv", *(("table",) if bias == TABLE else ())):
         for itemsize in (2, 4):
-            chosen = flash_table.config(kernel, WIDTH, itemsize, architecture, heavy=bias != PLAIN)
+            chosen = flash_table.config(kernel, WIDTH, itemsize, architecture, heavy=bias != PLAIN, table=bias == TABLE)
             found = tiles.attended(kernel, chosen, queries, [one], WIDTH, itemsize, heads=3, farthest=128)
             assert found == walked(kernel, chosen, starts, ends, keys, one, itemsize, 128) * 3, (kernel, itemsize)
             assert found.moved == found.loaded + found.stored > 0
