@@ -54,7 +54,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: BlockRecurre
     phase = T - WHOLE * W
     rows = (L - 1) * Min(T, W - 1) + Min(T, W + phase)
     parameters = block_parameters(window_parameters()) + 2 * d * d + states + position_parameters(position)
-    highest = peak(impl, mode, params, position)
+    highest = peak(impl, mode, params)
     if mode == "train" and highest is not None:  # at the end, few tokens hold less than gradients of parameters
         highest = largest(highest, tensor(parameters) + tensor(B, T, d))
     return Cost(

@@ -20,12 +20,12 @@ REST = T - WHOLE * W
 SLAB = tensor(B, R, d)
 
 
-def peak(impl: str, mode: str, params: BlockRecurrentParams, position: str) -> Expr | None:
+def peak(impl: str, mode: str, params: BlockRecurrentParams) -> Expr | None:
     """Bytes above parameters, inputs and incoming state; None where no formula is known."""
     if mode == "train":
         if params.gate == "lstm":
             return None
-        return _train(position) if impl == "reference" else _trained(impl)
+        return _train() if impl == "reference" else _trained(impl)
     if impl == "triton":
         return _kernels(mode, Integer(10 if params.gate == "lstm" else 9))
     if impl == "slabs":
@@ -142,14 +142,11 @@ def _decode(update: Expr) -> Expr:
     return largest(recurrent, above) + 3 * row(1)
 
 
-def _train(position: str) -> Expr:
-    """All that is saved, when the network's hidden rows get their gradient.
-
-    Beside the probabilities of a window their mask, and the distances where a table of biases gets a gradient.
-    """
+def _train() -> Expr:
+    """All that is saved, when the network's hidden rows get their gradient."""
     pieces, updates = block_pairs(T, W, W), floor((T - 1) / W)
     keys = W * (2 * updates - Min(updates, 1))
-    local = (tensor(B, h) + (9 if position == "t5" else 1)) * pieces
+    local = (tensor(B, h) + 9) * pieces
     recurrent = tensor(B, h, T * R + updates * R * R + keys * R) + (15 * updates + 4) * SLAB
     rows = 15 * row(T) + 3 * tensor(B, T, f)
     below = (L - 1) * (local + 11 * row(T) + 2 * tensor(B, T, f))

@@ -9,7 +9,7 @@ from sympy import Expr, Integer, Min, Rational, ceiling, floor, sympify
 
 from ctxbench.cost import Cost
 from ctxbench.cost.symbols import B, L, T, d, f, h
-from ctxbench.cost.terms import attention, ffn, linear, linear_parameters, tensor, triangle, when_ffn
+from ctxbench.cost.terms import attention, ffn, largest, linear, linear_parameters, tensor, triangle, when_ffn
 from ctxbench.implementations._shared.flash_table import DQ_ALONE
 from ctxbench.implementations._shared.forms import core_backward, kernels, position_parameters, replayed
 from ctxbench.implementations._shared.products_forms import own_pairs
@@ -85,16 +85,19 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
         if visible:  # its short-term memory neither
             flops["attention"] -= L * attention(first * S) * (core_backward(impl) - Rational(DQ_ALONE))
         algorithmic = {term: 3 * forward for term, forward in algorithmic.items()}
-    # Without a form: what a diagonal holds of several layers at once, and what training keeps of kernels, where
-    # rotations are, or in 16 bits, which is all that slabs compute in.
-    unknown = diagonal or (mode == "train" and (position in ROPE or impl == "slabs" or visible))
+    # Without a form: what a diagonal holds of several layers at once, and what training keeps where rotations are or,
+    # of slabs, in 16 bits.
+    unknown = diagonal or (mode == "train" and (position in ROPE or impl == "slabs"))
+    highest = None if unknown else peak("kernels" if visible else impl, mode, params, position)
+    if mode == "train" and visible and highest is not None:  # few tokens hold less than gradients of parameters
+        highest = largest(highest, tensor(_parameters(position, params)) + tensor(B, T, d))
     return Cost(
         algorithmic=algorithmic,
         flops=flops,
         num_parameters=_parameters(position, params),
         state_bytes=L * (2 * tensor(B, S, d) + 3 * tensor(B, T - W * floor(T / W), d))
         + has_long * 2 * tensor(B, Min(M, P * floor(T / W)), d),
-        peak_bytes=None if unknown else peak("kernels" if visible else impl, mode, params, position),
+        peak_bytes=highest,
         depth=L if mode == "decode" else ceiling(T / W) + L - 1,
     )
 

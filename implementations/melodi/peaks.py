@@ -11,7 +11,7 @@ from typing import NamedTuple
 from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
-from ctxbench.cost.terms import largest, tensor
+from ctxbench.cost.terms import largest, tensor, when_ffn
 from ctxbench.implementations._shared.forms import T5_DISTANCES, rotation_tables
 from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
 from ctxbench.implementations.melodi.params import MelodiParams
@@ -236,6 +236,8 @@ def _decode(form: Form) -> Expr:
 
 def _train(form: Form) -> Expr:
     """Backward through the last layer's attention, in the open window or in the last closed one."""
+    if form.kernels:
+        return _train_kernels(form)
     closed = floor((T - 1) / W)
     rest = T - W * closed
     memory = form.has_long * 2 * row(M) if form.reference else Integer(0)
@@ -275,6 +277,43 @@ def _train(form: Form) -> Expr:
         (closed - 1) * window(ROWS, 1) + attention(ROWS, closed) + biases[1] + e * (2 * d * f + 3 * d**2)
     )
     return row(T) + largest(in_rest, in_closed)
+
+
+def _train_kernels(form: Form) -> Expr:
+    """The first gradients of the open window's last layer, or of the last closed one's, beside all that is saved.
+
+    The first layer reads the open window where it lies, and nothing keeps what the last one makes of it.
+    """
+    closed = floor((T - 1) / W)
+    rest = T - W * closed
+    wide = Max(e, 4) * B * h
+    partly = Min(Max(closed - 1, 0), FULL - 1)  # closed windows that recall from a memory that is not full
+
+    def window(rows: Expr, mixed: int) -> Expr:
+        """Kept by all layers for a window; ``mixed``: it hands slots on."""
+        layer = Piecewise((12, f > 0), (10, True)) * row(rows) + tensor(B, rows, f) + 3 * wide * rows
+        return L * (layer + mixed * 5 * row(S)) + mixed * (L - 1 + form.norm_last) * row(rows) + form.has_long * (
+            2 * row(rows) + mixed * 3 * row(P)
+        )  # fmt: skip
+
+    def left(rows: Expr) -> Expr:
+        """Kept by a recall from a memory that is not full: the result, its log-sums, and the part that is left."""
+        return form.has_long * (row(rows) + 2 * wide * rows)
+
+    def first(rows: Expr) -> Expr:
+        """Made in the network, or in attention, which finds less of the layer."""
+        hidden = when_ffn(2 * tensor(B, rows, f) + e * d * f)
+        freed = when_ffn(tensor(B, rows, f) + 2 * row(rows) - 2 * e * d * f - row(rows))
+        return largest(hidden, 5 * row(rows) + form.has_long * row(rows) + e * d**2 - freed)
+
+    saved = row(T) + closed * window(ROWS, 1) + partly * left(ROWS) + _slots(form, closed)
+    open_ = some(closed) * (1 - Min(floor(closed / sympify(FULL)), 1)) * left(rest)
+    in_rest = saved + window(rest, 0) - 2 * row(rest) + open_ + first(rest)
+    maps = L * e * (4 * d**2 + 2 * d * f) + e * (S + form.has_long * P) * ROWS
+    memories = 2 * L * row(S) + form.has_long * 2 * row(filled(closed))
+    mixed = (1 + form.norm_last) * row(ROWS)  # what the last layer's mixing kept is free again
+    in_closed = some(closed) * (saved + row(ROWS) - mixed + maps + memories + first(ROWS))
+    return largest(in_rest, in_closed)
 
 
 def _slots(form: Form, windows: Expr) -> Expr:

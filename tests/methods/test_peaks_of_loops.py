@@ -17,6 +17,7 @@ SIZES = [
 CASES = [
     *((melodi.METHOD, "native", mode, position) for mode in ("forward", "stream") for position in ("none", "t5")),
     (melodi.METHOD, "native", "forward", "rope"),
+    (melodi.METHOD, "native", "train", "none"),
     (melodi.METHOD, "blocked", "stream", "none"),
     *(
         (block_recurrent.METHOD, "native", mode, position)
