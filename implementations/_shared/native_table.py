@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 
 from ctxbench.implementations._shared import native_build
 from ctxbench.method import YES, Dims, Impl, Params, Support, no
@@ -43,10 +42,10 @@ def wide_support(dims: Dims, params: Params, device: str, dtype: str) -> Support
 
 def native_impl(
     run: str, positions: tuple[str, ...] = (), note: str = NOTE, modes: tuple[str, ...] = FORWARD,
-    support: str = f"{__name__}:support", counts_as: str = "triton", without: Mapping[str, str] = WITHOUT,
+    support: str = f"{__name__}:support", counts_as: str = "triton",
 ) -> Impl:  # fmt: skip
     """The impl of a method, by default of one whose Triton kernels are those of ``ranges``; fp64 is to be compared."""
     return Impl(
-        "native", run=run, devices=("cpu",), dtypes=("fp32", "bf16", "fp64"), modes=modes, without=without,
+        "native", run=run, devices=("cpu",), dtypes=("fp32", "bf16", "fp64"), modes=modes, without=WITHOUT,
         positions=positions, support=support, counts_as=counts_as, note=note,
     )  # fmt: skip

@@ -30,6 +30,10 @@ struct Range {
     int64_t bias, every, ahead, since;
     int64_t begins, ends;  // of each row of each head in place of the lines, rising from row to row; or 0
     int64_t row_places, key_places;  // of each head where its rows and keys stand, if not one after the other; or 0
+    int64_t places;        // of each key in each row of the batch, tokens from row 0, in place of ahead and every; or 0
+    int64_t at(int64_t batch, int64_t key) const {
+        return places ? reinterpret_cast<const int32_t *>(places)[batch * keys + key] : ahead + key * every;
+    }
 };
 
 struct Query {

@@ -55,6 +55,7 @@ class Range(NamedTuple):
     start: int | None = None  # position of key 0, where a bias is to be added
     every: int = 1  # tokens from one key to the next
     since: torch.Tensor | None = None  # [S] integers: a key is hidden from queries before this position
+    places: torch.Tensor | None = None  # [B, S] integers, on CPUs: each key's position, in place of start and every
 
 
 def attend(
@@ -69,9 +70,10 @@ def attend(
         ranges: one to three; H is a multiple of each one's H_kv.
         offset: position of the first query, at least 0.
         scale: of the scores; None for ``D ** -0.5``.
-        bias: added to the scaled scores of ranges that have a ``start``, at least in float32, by the distance d of the
-            key from the query in tokens. ``[H]``: slopes, ``-bias[h] |d|``, constants. ``[H, 2 F + 1]``: a table,
-            ``bias[h, F + d]`` with d clamped to -F .. F, where ``every`` is 1; it has a gradient.
+        bias: added to the scaled scores of ranges that have a ``start`` or ``places``, at least in float32, by the
+            distance d of the key from the query in tokens. ``[H]``: slopes, ``-bias[h] |d|``, constants.
+            ``[H, 2 F + 1]``: a table, ``bias[h, F + d]`` with d clamped to -F .. F, where ``every`` is 1; it has a
+            gradient.
 
     Returns:
         Output ``[B, H, T, D]``, and the natural log-sum-exp of the scaled scores ``[B, H, T]``, at least in float32. A
@@ -92,13 +94,14 @@ def attend(
     for one in ranges:
         for line in (one.low, one.high):
             lines += place(line, offset, q.shape[2], one.k.shape[2])
-        kind = PLAIN if bias is None or one.start is None else SLOPES if bias.dim() == 1 else TABLE
-        lines += (kind, one.every, (one.start or 0) - offset, one.since is None)
-    since = [(one.since - offset).int() for one in ranges if one.since is not None]
+        added = bias is not None and (one.start is not None or one.places is not None)
+        kind = PLAIN if bias is None or not added else SLOPES if bias.dim() == 1 else TABLE
+        lines += (kind, one.every, (one.start or 0) - offset, one.since is None, one.places is None)
+    tables = [(table - offset).int() for one in ranges for table in (one.since, one.places) if table is not None]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     keys, values = [one.k for one in ranges], [one.v for one in ranges]
     keep = bool(angles) and torch.is_grad_enabled() and any(x.requires_grad for x in (q, *keys, *values))
-    out, lse, _turned = _attend(q, keys, values, bias, since, lines, scale, angles, keep)
+    out, lse, _turned = _attend(q, keys, values, bias, tables, lines, scale, angles, keep)
     return out, lse
 
 
@@ -125,7 +128,12 @@ def _check(q: torch.Tensor, ranges: Sequence[Range], offset: int) -> None:
         raise ValueError(f"one softmax spans 1 to {MOST_RANGES} ranges, received {len(ranges)}")
     if offset < 0:
         raise ValueError(f"offset must be at least 0, received {offset}")
-    for k, v, *_ in ranges:
+    for k, v, *_, places in ranges:
+        if places is not None and (not native(q) or places.shape != (k.shape[0], k.shape[2])):
+            raise ValueError(
+                f"places are [B, S] = {(k.shape[0], k.shape[2])} and for the kernels of CPUs alone, received "
+                f"{tuple(places.shape)} on {q.device.type}: elsewhere keys have a start"
+            )
         if v.shape != k.shape or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
             raise ValueError(
                 "q, k and v must agree in batch and width, k and v in all, and the heads of q be a multiple of theirs; "
@@ -185,19 +193,20 @@ class Shown(NamedTuple):
     bias: int
     every: int
     ahead: int  # key 0 is so many tokens after row 0
-    known: int  # 0: a tensor says from which row on each key is seen
+    known: int  # 0: a table says from which row on each key is seen
+    even: int  # 0: a table says how many tokens after row 0 each key is
 
 
 def _shown(lines: list[int]) -> list[Shown]:
-    each = (lines[at : at + 14] for at in range(0, len(lines), 14))
+    each = (lines[at : at + 15] for at in range(0, len(lines), 15))
     return [Shown(Placed(*one[:5]), Placed(*one[5:10]), *one[10:]) for one in each]
 
 
 def _as_kernels_read(
-    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], since: list[torch.Tensor], lines: list[int]
+    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], tables: list[torch.Tensor], lines: list[int]
 ) -> tuple[list[Any], tuple[tuple[int, ...], ...]]:
     """Each range as the tuple that ``flash`` describes, and the kinds of their lines and biases."""
-    described, shown, given = [], _shown(lines), iter(since)
+    described, shown, given = [], _shown(lines), iter(tables)
     for k, v, one in zip(map(_rows, keys), map(_rows, values), shown, strict=True):
         group, places = q.shape[1] // k.shape[1], (one.every, one.ahead)
         described.append(
@@ -217,12 +226,15 @@ def _as_kernels_read(
 
 
 def _as_native(
-    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], since: list[torch.Tensor], lines: list[int]
+    q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], tables: list[torch.Tensor], lines: list[int]
 ) -> list[tuple[Any, ...]]:
     """Each range as ``ranges_native`` describes it."""
-    given = iter(since)
+    given = iter(tables)
     return [
-        (k, v, q.shape[1] // k.shape[1], *one[:5], None if one.known else next(given).contiguous())
+        (
+            *(k, v, q.shape[1] // k.shape[1], *one[:5], None if one.known else next(given).contiguous(), *[None] * 4),
+            None if one.even else next(given).contiguous(),
+        )
         for k, v, one in zip(map(_rows, keys), map(_rows, values), _shown(lines), strict=True)
     ]
 
@@ -234,20 +246,20 @@ def _farthest(bias: torch.Tensor | None) -> int:
 @torch.library.custom_op("ctxbench::attend", mutates_args=())
 def _attend(
     q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor | None,
-    since: list[torch.Tensor], lines: list[int], scale: float, angles: list[torch.Tensor], keep: bool,
+    tables: list[torch.Tensor], lines: list[int], scale: float, angles: list[torch.Tensor], keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Output and log-sum-exp; and the turned queries, where ``angles`` turn them and ``keep`` asks for them."""
     q = _rows(q)
     B, H, T, _D = q.shape
-    out, lse, turned = _attend_fake(q, keys, values, bias, since, lines, scale, angles, keep)
+    out, lse, turned = _attend_fake(q, keys, values, bias, tables, lines, scale, angles, keep)
     if not out.numel():
         return out, lse, turned
     if native(q):
-        ranges_native.attend(q, out, lse, bias, _as_native(q, keys, values, since, lines), _farthest(bias), scale)
+        ranges_native.attend(q, out, lse, bias, _as_native(q, keys, values, tables, lines), _farthest(bias), scale)
     else:
         from ctxbench.implementations._shared import flash, flash_turned  # Triton is a package of its own
 
-        ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
+        ranges, kinds = _as_kernels_read(q, keys, values, tables, lines)
         chosen, options = _options("turned" if angles else "forward", q, kinds)
         grid, biases = (-(-T // chosen.rows), B * H), lse if bias is None else bias
         options |= {"KINDS": kinds, "RANGES": len(kinds)}
@@ -267,7 +279,7 @@ def _attend(
 @torch.library.custom_op("ctxbench::attend_backward", mutates_args=())
 def _attend_backward(
     grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, keys: list[torch.Tensor],
-    values: list[torch.Tensor], bias: torch.Tensor | None, since: list[torch.Tensor], out: torch.Tensor,
+    values: list[torch.Tensor], bias: torch.Tensor | None, tables: list[torch.Tensor], out: torch.Tensor,
     lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool], angles: list[torch.Tensor],
 ) -> list[torch.Tensor]:  # fmt: skip
     """DQ, that of a table of biases, and dK and dV of each range, as far as ``wanted``: the table first.
@@ -277,20 +289,20 @@ def _attend_backward(
     q, grad = _rows(q), _rows(grad)
     B, H, T, _D = q.shape
     gradients = _attend_backward_fake(
-        grad, grad_lse, q, keys, values, bias, since, out, lse, lines, scale, wanted, angles
+        grad, grad_lse, q, keys, values, bias, tables, out, lse, lines, scale, wanted, angles
     )
     if not out.numel():
         return [x.zero_() for x in gradients]
     through = None if grad_lse is None else grad_lse.contiguous()
     if native(q):
-        ranges = _as_native(q, keys, values, since, lines)
+        ranges = _as_native(q, keys, values, tables, lines)
         _backward_native(grad, through, q, bias, ranges, out, lse, scale, wanted, gradients)
         return gradients
     from ctxbench.implementations._shared import flash, flash_bias, turning
 
     dq, delta = gradients[0], torch.empty_like(lse)
     through, biases = lse if through is None else through, lse if bias is None else bias
-    ranges, kinds = _as_kernels_read(q, keys, values, since, lines)
+    ranges, kinds = _as_kernels_read(q, keys, values, tables, lines)
     shared = H, T, _farthest(bias), scale
     with torch.cuda.device_of(q):
         chosen, options = _options("dq", q, kinds)
@@ -350,7 +362,7 @@ def _backward_native(
 @_attend.register_fake
 def _attend_fake(
     q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor | None,
-    since: list[torch.Tensor], lines: list[int], scale: float, angles: list[torch.Tensor], keep: bool,
+    tables: list[torch.Tensor], lines: list[int], scale: float, angles: list[torch.Tensor], keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return _like(q), lse, _like(q) if keep else q.new_empty(0)
@@ -359,7 +371,7 @@ def _attend_fake(
 @_attend_backward.register_fake
 def _attend_backward_fake(
     grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, keys: list[torch.Tensor],
-    values: list[torch.Tensor], bias: torch.Tensor | None, since: list[torch.Tensor], out: torch.Tensor,
+    values: list[torch.Tensor], bias: torch.Tensor | None, tables: list[torch.Tensor], out: torch.Tensor,
     lse: torch.Tensor, lines: list[int], scale: float, wanted: list[bool], angles: list[torch.Tensor],
 ) -> list[torch.Tensor]:  # fmt: skip
     table = [torch.empty_like(bias)] if bias is not None and wanted[0] else []
@@ -368,27 +380,27 @@ def _attend_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    q, keys, values, bias, since, ctx.lines, ctx.scale, angles, _keep = inputs
+    q, keys, values, bias, tables, ctx.lines, ctx.scale, angles, _keep = inputs
     out, lse, turned = output
-    ctx.ranges, ctx.hidden = len(keys), len(since)
+    ctx.ranges, ctx.hidden = len(keys), len(tables)
     ctx.mark_non_differentiable(turned)
-    ctx.save_for_backward(turned if angles else q, bias, out, lse, *keys, *values, *since, *angles)
+    ctx.save_for_backward(turned if angles else q, bias, out, lse, *keys, *values, *tables, *angles)
     ctx.set_materialize_grads(False)  # most callers drop the log-sum-exp
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None, _: None) -> tuple[Any, ...]:
     q, bias, out, lse, *held = ctx.saved_tensors
     keys, values, rest = held[: ctx.ranges], held[ctx.ranges : 2 * ctx.ranges], held[2 * ctx.ranges :]
-    since, angles = rest[: ctx.hidden], rest[ctx.hidden :]
+    tables, angles = rest[: ctx.hidden], rest[ctx.hidden :]
     grad = torch.zeros_like(out) if grad is None else grad
     wanted = [ctx.needs_input_grad[3], *(k or v for k, v in zip(*ctx.needs_input_grad[1:3], strict=True))]
     dq, *rest = _attend_backward(
-        grad, grad_lse, q, keys, values, bias, since, out, lse, ctx.lines, ctx.scale, wanted, angles
+        grad, grad_lse, q, keys, values, bias, tables, out, lse, ctx.lines, ctx.scale, wanted, angles
     )
     table = rest.pop(0) if wanted[0] else None
     pairs = iter(zip(rest[::2], rest[1::2], strict=True))
     each = [next(pairs) if want else (None, None) for want in wanted[1:]]
-    nothing = [None] * len(since), None, None, [None] * len(angles), None
+    nothing = [None] * len(tables), None, None, [None] * len(angles), None
     return dq, [dk for dk, _dv in each], [dv for _dk, dv in each], table, *nothing
 
 
@@ -397,7 +409,7 @@ _attend.register_autograd(_differentiate, setup_context=_save)
 
 @formula(torch.ops.ctxbench.attend)
 def _attend_flops(
-    q: Any, keys: Any, values: Any, bias: Any, since: Any, lines: list[int], scale: float, *rest: Any, **_: Any
+    q: Any, keys: Any, values: Any, bias: Any, tables: Any, lines: list[int], scale: float, *rest: Any, **_: Any
 ) -> int:
     """Two products over the visible pairs; tiles out of sight are skipped. Keys hidden by ``since`` are multiplied."""
     return sum(_range_flops(q, k, one) for k, one in zip(keys, _shown(lines), strict=True))
@@ -405,7 +417,7 @@ def _attend_flops(
 
 @formula(torch.ops.ctxbench.attend_backward)
 def _attend_backward_flops(
-    grad: Any, grad_lse: Any, q: Any, keys: Any, values: Any, bias: Any, since: Any, out_: Any, lse: Any,
+    grad: Any, grad_lse: Any, q: Any, keys: Any, values: Any, bias: Any, tables: Any, out_: Any, lse: Any,
     lines: list[int], scale: float, wanted: list[bool], *rest: Any, **_: Any,
 ) -> int:  # fmt: skip
     """Seven products: scores and their gradient in both kernels, then dQ, dK and dV; three where dQ alone is wanted.

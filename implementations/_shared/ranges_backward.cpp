@@ -100,7 +100,7 @@ class Backward {
                 hold({k + key * one.k_row, one.k_row}, {v + key * one.v_row, one.v_row}, stop - key);
                 for (int64_t p = 0; p < used; p++) {
                     int64_t from = std::max(key, panels[p].begin[0]), next = std::min(stop, panels[p].end[WIDTH - 1]);
-                    if (from < next) visit(panels[p], one, given, head, key, from, next, dk != nullptr);
+                    if (from < next) visit(panels[p], one, given, batch, head, key, from, next, dk != nullptr);
                 }
                 if (dk) hand_on(of_keys, dk + key * to.k_row, to.k_row, stop - key, scale);
                 if (dk) hand_on(of_values, dv + key * to.v_row, to.v_row, stop - key, Real(1));
@@ -151,11 +151,11 @@ class Backward {
     }
 
     // One panel and keys from .. to of the tile that begins with ``key``.
-    void visit(Panel &panel, const Range &one, const Given<Real> &given, int64_t head, int64_t key, int64_t from, int64_t to,
-               bool all) {
+    void visit(Panel &panel, const Range &one, const Given<Real> &given, int64_t batch, int64_t head, int64_t key,
+               int64_t from, int64_t to, bool all) {
         int64_t at = from - key, count = to - from;
         tiles::product(keys + at * width, width, panel.query_across, WIDTH, weights, WIDTH, count, WIDTH, D, false);
-        if (one.bias) add_bias(panel, one, head, given.bias, from, to);
+        if (one.bias) add_bias(panel, one, batch, head, given.bias, from, to);
         hide(panel, one, from, to);
         tiles::product(values + at * width, width, panel.gradient_across, WIDTH, slopes, WIDTH, count, WIDTH, D, false);
         for (int64_t first = 0; first < WIDTH; first += LANES) {
@@ -167,16 +167,17 @@ class Backward {
                 slope = weight * (slope - delta);
             }
         }
-        if (one.bias == 2 && given.table) add_slopes(panel, one, given.table, from, to);
+        if (one.bias == 2 && given.table) add_slopes(panel, one, batch, given.table, from, to);
         tiles::product(keys_across + at, KEYS, slopes, WIDTH, panel.result, WIDTH, D, WIDTH, count, true);
         if (!all) return;
         tiles::product(weights, WIDTH, panel.gradient, width, of_values + at * width, width, count, width, WIDTH, true);
         tiles::product(slopes, WIDTH, panel.query, width, of_keys + at * width, width, count, width, WIDTH, true);
     }
 
-    void add_bias(const Panel &panel, const Range &one, int64_t head, const Real *bias, int64_t from, int64_t to) {
+    void add_bias(const Panel &panel, const Range &one, int64_t batch, int64_t head, const Real *bias, int64_t from,
+                  int64_t to) {
         for (int64_t j = from; j < to; j++) {
-            int64_t ahead = one.ahead + j * one.every - panel.top;  // of lane 0
+            int64_t ahead = one.at(batch, j) - panel.top;  // of lane 0
             Real *scores = weights + (j - from) * WIDTH;
             if (one.bias == 1) {
                 Real slope = bias[head] * LOG2_E;
@@ -196,9 +197,9 @@ class Backward {
     // Whether all lanes are as far from a key as a table tells apart, on one side.
     bool all_far(int64_t ahead) const { return ahead <= -farthest || ahead - WIDTH + 1 >= farthest; }
 
-    void add_slopes(const Panel &panel, const Range &one, Real *table, int64_t from, int64_t to) {
+    void add_slopes(const Panel &panel, const Range &one, int64_t batch, Real *table, int64_t from, int64_t to) {
         for (int64_t j = from; j < to; j++) {
-            int64_t ahead = one.ahead + j - panel.top;
+            int64_t ahead = one.at(batch, j) - panel.top;
             if (all_far(ahead)) {
                 Real sum = 0;
                 for (int t = 0; t < WIDTH; t++) sum += slopes[(j - from) * WIDTH + t];

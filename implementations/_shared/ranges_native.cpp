@@ -195,7 +195,7 @@ class Task {
                     if (one.bias && one.row_places)
                         add_placed_bias(panels[p], one, head, bias, from, to, item * rows, item * most);
                     else if (one.bias)
-                        add_bias(panels[p], one, head, bias, from, to);
+                        add_bias(panels[p], one, batch, head, bias, from, to);
                     hide(panels[p], one, from, to);
                     advance(panels[p], to - from);
                     answer(panels[p], near_v, from - key, to - from);
@@ -266,10 +266,11 @@ class Task {
             multiply<true>(values_here + from * D, 1, D, tile, panel.answer, D, count);
     }
 
-    void add_bias(const Panel &panel, const Range &one, int64_t head, const Real *bias, int64_t from, int64_t to) {
+    void add_bias(const Panel &panel, const Range &one, int64_t batch, int64_t head, const Real *bias, int64_t from,
+                  int64_t to) {
         constexpr Real LOG2_E = Real(1.4426950408889634);
         for (int64_t j = from; j < to; j++) {
-            int64_t ahead = one.ahead + j * one.every - panel.top;  // of lane 0
+            int64_t ahead = one.at(batch, j) - panel.top;  // of lane 0
             Real *scores = tile + (j - from) * WIDTH;
             if (one.bias == 1) {
                 Real slope = bias[head] * LOG2_E;

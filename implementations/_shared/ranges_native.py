@@ -33,6 +33,7 @@ def attend(
             tokens from key to key, tokens from row 0 to key 0, and from which row on each key is seen, int32, or None;
             then, where they are not lines, the bounds of every row ``[B, H, T]``, int32, which rise from row to row;
             and, where rows and keys stand anywhere, at which tokens, ``[B, H, T]`` and ``[B, H, S]``, int32.
+            or, where the keys alone do, how many tokens from row 0 each is, ``[B, S]``, int32.
         farthest: half of the width of a table of biases.
         scale: of the scores.
     """
@@ -89,11 +90,13 @@ def _numbers(
     k: torch.Tensor, v: torch.Tensor, group: int, low: Placed, high: Placed, bias: int, every: int, ahead: int,
     since: torch.Tensor | None, begins: torch.Tensor | None = None, ends: torch.Tensor | None = None,
     row_places: torch.Tensor | None = None, key_places: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> tuple[int, ...]:  # fmt: skip
     """A range as the struct of that name lays it out."""
-    places = k.data_ptr(), v.data_ptr(), *k.stride()[:3], *v.stride()[:3]
-    tables = (0 if table is None else table.data_ptr() for table in (since, begins, ends, row_places, key_places))
-    return *places, group, k.shape[2], *low, *high, bias, every, ahead, *tables
+    stored = k.data_ptr(), v.data_ptr(), *k.stride()[:3], *v.stride()[:3]
+    tables = since, begins, ends, row_places, key_places, places
+    at = (0 if table is None else table.data_ptr() for table in tables)
+    return *stored, group, k.shape[2], *low, *high, bias, every, ahead, *at
 
 
 @functools.cache

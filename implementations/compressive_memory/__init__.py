@@ -1,16 +1,10 @@
 """Compressive memory: segments that retrieve items from a memory of recent tokens and learned compressions."""
 
-from ctxbench.implementations._shared.native_table import WITHOUT, native_impl
+from ctxbench.implementations._shared.native_table import native_impl
 from ctxbench.implementations._shared.picks_table import NATIVE, SLABS, TRITON
 from ctxbench.implementations._shared.products_table import slabs_impl
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.method import ROPE, Claim, Impl, Method, Paper
-
-WITHOUT_BIAS = dict.fromkeys(
-    ("t5", "alibi"),
-    "its kernels have distances from keys of consecutive tokens, and every row of the batch retrieves elsewhere; "
-    "blocked takes it",
-)
 
 METHOD = Method(
     name="compressive_memory",
@@ -41,7 +35,7 @@ METHOD = Method(
         slabs_impl(
             f"{__name__}.slabs:attend", note="plain products by slabs of queries: the schedule of blocked, for bf16"
         ),
-        native_impl(f"{__name__}.triton:attend", positions=("none", *ROPE), without={**WITHOUT, **WITHOUT_BIAS}),
+        native_impl(f"{__name__}.triton:attend"),
         Impl(
             "triton",
             run=f"{__name__}.triton:attend",
@@ -49,7 +43,11 @@ METHOD = Method(
             devices=("cuda",),
             modes=("forward", "train", "stream"),
             positions=("none", *ROPE),
-            without=WITHOUT_BIAS,
+            without=dict.fromkeys(
+                ("t5", "alibi"),
+                "its kernels have distances from keys of consecutive tokens, and every row of the batch retrieves "
+                "elsewhere; blocked takes it",
+            ),
             support=f"{__name__}.params:triton_support",
             note="the schedule of blocked; one softmax spans retrieved and own keys where they lie",
         ),

@@ -22,7 +22,14 @@ def fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: Position, found: Found | None,
     places: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """One softmax over what is ``found``, all of it, and the own keys up to the query's, as in ``blocked``; no bias."""
-    own = Range(k, v, high=Line(base=1))
-    seen = [own] if found is None or not found.k.shape[2] else [Range(found.k, found.v), own]
-    return ranges.attend(q, seen, offset=k.shape[2] - q.shape[2])[0]
+    """One softmax over what is ``found``, all of it, and the own keys up to the query's, as in ``blocked``.
+
+    Of a bias the kernels in C++ alone take keys that lie elsewhere in every row of the batch.
+    """
+    bias, front = position.compact(), found
+    if places is not None and found is None:  # keys of a segment under way, behind those that it retrieved
+        P = places.shape[1]
+        front, k, v = Found(k[:, :, :P], v[:, :, :P], places), k[:, :, P:], v[:, :, P:]
+    own = Range(k, v, high=Line(base=1), start=0)
+    seen = [own] if front is None or not front.k.shape[2] else [Range(front.k, front.v, places=front.places), own]
+    return ranges.attend(q, seen, offset=k.shape[2] - q.shape[2], bias=bias)[0]

@@ -22,6 +22,12 @@ SHAPES = [  # queries, keys, channels, heads, position of the first query
     (70, 200, 128, 2, 130),
 ]
 
+
+def anywhere(keys: int) -> torch.Tensor:
+    """Positions ``[2, keys]`` in no order, others in each row of the batch."""
+    return (torch.arange(2 * keys).view(2, keys) * 37 % 211 - 60).int()
+
+
 Case = Callable[[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]], tuple[list[Range], Any]]
 CASES: dict[str, Case] = {
     "everything": lambda k, v, few: ([Range(k, v)], None),
@@ -45,6 +51,14 @@ CASES: dict[str, Case] = {
         [Range(*few, high=Line(16), start=7, every=16), Range(k, v, start=0)],
         torch.tensor([0.5, 0.1, 0.0, 2.0]),
     ),
+    "slopes from anywhere": lambda k, v, few: (
+        [Range(*few, places=anywhere(9)), Range(k, v, high=Line(base=1), start=0)],
+        torch.tensor([0.5, 0.1, 0.0, 2.0]),
+    ),
+    "a table from anywhere": lambda k, v, few: (
+        [Range(*few), Range(k, v, high=Line(base=1), places=anywhere(k.shape[2]))],
+        torch.linspace(-2, 2, 108).view(4, 27),
+    ),
     "a table": lambda k, v, few: ([Range(k, v, start=0), Range(*few)], torch.linspace(-2, 2, 108).view(4, 27)),
 }
 
@@ -67,13 +81,14 @@ def defined(q: torch.Tensor, ranges: list[Range], offset: int, bias: Any) -> tup
         seen = (key >= low) & (key < high)
         if one.since is not None:
             seen &= position >= one.since
-        if bias is not None and one.start is not None:
-            ahead = one.start + key * one.every - position
+        if bias is not None and (one.start is not None or one.places is not None):
+            places = one.places[:, None] if one.places is not None else (one.start + key * one.every)[None, None]
+            ahead = places - position  # [B or 1, T, S]
             if bias.dim() == 1:
-                found = found - bias.double()[:, None, None] * ahead.abs()
+                found = found - bias.double()[:, None, None] * ahead[:, None].abs()
             else:
                 far = bias.shape[1] // 2
-                found = found + bias.double()[:, far + ahead.clamp(-far, far)]
+                found = found + bias.double()[:, far + ahead.clamp(-far, far)].transpose(0, 1)
         scores.append(found.masked_fill(~seen, -math.inf))
         values.append(v)
     together = torch.cat(scores, dim=3)
@@ -114,6 +129,9 @@ def test_says_what_it_does_not_take() -> None:
     half = torch.ones(1, 1, 3, 8, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"fp32, bf16 or fp64, received torch\.float16"):
         attend(half, [Range(half, half)])
+    one = half.float()
+    with pytest.raises(ValueError, match=r"places are \[B, S\] = \(1, 3\) .* received \(3,\) on cpu"):
+        attend(one, [Range(one, one, places=torch.arange(3))])
 
 
 def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
