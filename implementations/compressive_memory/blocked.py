@@ -80,8 +80,8 @@ def fused(
     m, K = q.shape[2], k.shape[2]
     if places is not None:  # the fused kernel adds no bias by itself
         rows = max(1, SCORES // (q.shape[1] * min(m, BLOCK) * K))  # of the batch: as many as a slab's scores may be
-        each = zip(*(x.split(rows) for x in (q, k, v, places)), strict=True)
-        return torch.cat([attend_slabs(*part, True, position, places=at) for *part, at in each])
+        split = zip(*(x.split(rows) for x in (q, k, v, places)), strict=True)
+        return torch.cat([attend_slabs(a, b, c, True, position, places=at) for a, b, c, at in split])
     visible = torch.ones(m, K, dtype=torch.bool, device=q.device).tril(K - m) if m > 1 else None
     return scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
