@@ -32,7 +32,7 @@ def attend(
         ranges: of each range keys, values, how many heads share one of theirs, the two lines over rows, kind of bias,
             tokens from key to key, tokens from row 0 to key 0, and from which row on each key is seen, int32, or None;
             then, where they are not lines, the bounds of every row ``[B, H, T]``, int32, which rise from row to row;
-            and, where rows and keys stand anywhere, at which tokens, ``[B, H, T]`` and ``[B, H, S]``, int32.
+            and, where rows and keys stand anywhere, at which tokens, ``[B, H, T]`` and ``[B, H, S]``, int32;
             or, where the keys alone do, how many tokens from row 0 each is, ``[B, S]``, int32.
         farthest: half of the width of a table of biases.
         scale: of the scores.
