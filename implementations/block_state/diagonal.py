@@ -11,6 +11,7 @@ import torch
 
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations._shared.diagonal import Weights, diagonals
+from ctxbench.implementations._shared.joined import Joined
 from ctxbench.implementations.block_state.layer import BlockStateStack, State
 from ctxbench.method import Output
 
@@ -21,36 +22,39 @@ class DiagonalStack(BlockStateStack):
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
         b, carried = self.params.block_len, state is not None
         state = self.init_state(x.shape[0]) if state is None else state
-        outputs = []
+        outputs = Joined(x.shape[1])
         if state.tokens % b:  # the block that an earlier call began
             y, state = self.advance(x[:, : b - state.tokens % b], state, follows=True)
             x = x[:, y.shape[1] :]
-            outputs.append(y)
+            outputs.add(y)
         blocks = list(x[:, : x.shape[1] // b * b].split(b, dim=1)) if x.shape[1] >= b else []
         rest = x[:, len(blocks) * b :]
         if blocks:
-            made, state = self.whole(blocks, state, follows=carried or rest.shape[1] > 0)
-            outputs += made
+            state = self.whole(blocks, state, carried or rest.shape[1] > 0, outputs)
         if rest.shape[1]:
             y, state = self.advance(rest, state, follows=carried)
-            outputs.append(y)
-        return Output(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state if carried else None)
+            outputs.add(y)
+        return Output(outputs.result(), state if carried else None)
 
-    def whole(
-        self, blocks: list[torch.Tensor], state: State, follows: bool
-    ) -> tuple[list[torch.Tensor], State]:  # fmt: skip
-        """Outputs of blocks ``[B, b, d_model]``; the state after them where anything ``follows`` that reads it."""
-        weights, vectors = Weights(self.layers), list(state.vectors)
+    def whole(self, blocks: list[torch.Tensor], state: State, follows: bool, outputs: Joined) -> State:
+        """Add outputs of blocks ``[B, b, d_model]``; the state after them where anything ``follows`` that reads it."""
+        weights, vectors, under_way = Weights(self.layers), list(state.vectors), dict(enumerate(blocks))
         for diagonal, layers in enumerate(diagonals(len(blocks), len(self.layers))):
-            first = layers[0]
-            rows = [torch.cat((vectors[layer], blocks[diagonal - layer]), dim=1) for layer in layers]
-            made = self.together(weights, first, torch.stack(rows))[:, :, vectors[0].shape[1] :]
+            cells = [(vectors[layer], under_way[diagonal - layer]) for layer in layers]
+            # One copy: states, then a block, of each batch row of each layer.
+            rows = [rows for states, block in cells for pair in zip(states, block, strict=True) for rows in pair]
+            x = torch.cat(rows).view(len(layers), len(cells[0][0]), -1, rows[0].shape[1])
+            made = self.together(weights, layers[0], x)[:, :, vectors[0].shape[1] :]
+            del cells, rows, x
             for layer, y in zip(layers, made, strict=True):
-                blocks[diagonal - layer] = y
+                under_way[diagonal - layer] = y
                 if follows or diagonal - layer < len(blocks) - 1:  # else nobody would read it
                     vectors[layer] = self.updated(layer, vectors[layer], y)
+            del made, y
+            if layers[-1] == len(self.layers) - 1:  # a block has passed all layers
+                outputs.add(under_way.pop(diagonal - layers[-1]))
         B, tokens = blocks[0].shape[0], state.tokens + len(blocks) * self.params.block_len
-        return blocks, State(tuple(vectors), *self._empty(B, 0, torch.zeros), tokens)
+        return State(tuple(vectors), *self._empty(B, 0, torch.zeros), tokens)
 
     def updated(self, layer: int, vectors: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """A layer's state after the outputs ``y`` of a block."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
+from ctxbench.implementations._shared.joined import Joined
 from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.block_state.params import BlockStateParams
@@ -95,14 +96,14 @@ class BlockStateStack(nn.Module):
         b, carried = self.params.block_len, state is not None
         if state is None:
             state = self.init_state(x.shape[0])
-        outputs, end = [], state.tokens + x.shape[1]
+        outputs, end = Joined(x.shape[1]), state.tokens + x.shape[1]
         while state.tokens < end:
             piece = x[:, : b - state.tokens % b]
             x = x[:, piece.shape[1] :]
             y, state = self.advance(piece, state, follows=carried or state.tokens + piece.shape[1] < end)
-            outputs.append(y)
-        del piece, y  # else the last block would live twice
-        return Output(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state if carried else None)
+            outputs.add(y)
+            del piece, y  # else they would live through the next block
+        return Output(outputs.result(), state if carried else None)
 
     def advance(self, x: torch.Tensor, state: State, follows: bool) -> tuple[torch.Tensor, State]:
         """Consecutive tokens of one block; the state after them where anything ``follows`` that reads it."""

@@ -1,11 +1,11 @@
 """Closed forms of the allocator peak: what is alive together at the worst moment of each mode.
 
-A row is one ``[B, n, d]`` tensor of a block's n rows, states included; an output keeps its block's rows alive.
+A row is one ``[B, n, d]`` tensor of a block's n rows, states included; a call's only output keeps its block's alive.
 """
 
 from __future__ import annotations
 
-from sympy import Expr, Integer, Max, Min, Piecewise, floor, sympify
+from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
@@ -27,14 +27,14 @@ def peak(impl: str, mode: str, variant: str) -> Expr | None:
     if mode == "stream":
         whole = Min(WHOLE, 1) * (Min(WHOLE - 1, 1) * row(b + k) + _block(impl, b + k, outputs, cached=False))
         return largest(whole, SOME * (Min(WHOLE, 1) * row(b + k) + _block(impl, REST + k, outputs, cached=True)))
+    place = Min(ceiling(T / b) - 1, 1) * row(T)  # of all outputs, from the end of the first block on
     blocks = largest(
-        Min(WHOLE, 1) * ((WHOLE - 1) * row(b + k) + _block(impl, b + k, outputs, cached=False)),
-        SOME * (WHOLE * row(b + k) + _block(impl, REST + k, outputs, cached=False)),
+        Min(WHOLE, 1) * (Min(WHOLE - 1, 1) * place + _block(impl, b + k, outputs, cached=False)),
+        SOME * (place + _block(impl, REST + k, outputs, cached=False)),
     )
     states = L if variant == "layer" else Integer(1)
     carried = states * (row(k) + Max(e, 4) * B * d)  # made in the call: vectors, and what is pooled
-    joined = Piecewise((WHOLE * row(b + k) + SOME * row(REST + k) + row(T), b < T), (Integer(0), True))
-    return carried + largest(blocks, joined)
+    return carried + blocks
 
 
 def row(rows: Expr | int) -> Expr:

@@ -16,51 +16,50 @@ from torch.nn.functional import relu
 
 from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations._shared.diagonal import Weights, diagonals
+from ctxbench.implementations._shared.joined import Joined
 from ctxbench.implementations.melodi.layer import MelodiStack, Memory, State
+from ctxbench.implementations.melodi.slots import Queue
 
 
 class DiagonalStack(MelodiStack):
     """The layers and weights of the other impls in another order; operators take no bias."""
 
-    def windows(self, x: torch.Tensor, state: State, follows: bool) -> tuple[torch.Tensor, State]:
-        W, outputs = self.params.window, []
+    def windows(self, x: torch.Tensor, state: State, follows: bool, outputs: Joined) -> State:
+        W = self.params.window
         lead = -state.tokens % W
         if lead:  # the window that an earlier call began
             piece, x = x[:, :lead], x[:, lead:]
-            y, state = super().windows(piece, state, follows or x.shape[1] > 0)
-            outputs.append(y)
+            state = super().windows(piece, state, follows or x.shape[1] > 0, outputs)
         count = max(0, x.shape[1] - (not follows)) // W  # windows that hand something on
         if count:
-            y, state = self.whole(list(x[:, : count * W].split(W, dim=1)), state)
-            outputs.append(y)
-        if x.shape[1] > count * W:
-            y, state = super().windows(x[:, count * W :], state, follows)
-            outputs.append(y)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
+            state = self.whole(list(x[:, : count * W].split(W, dim=1)), state, outputs)
+        return super().windows(x[:, count * W :], state, follows, outputs)
 
-    def whole(self, parts: list[torch.Tensor], state: State) -> tuple[torch.Tensor, State]:
-        """Outputs of whole windows ``[B, W, d_model]``, and the state after them."""
-        B, W, memories = parts[0].shape[0], self.params.window, list(state.layers)
-        rows = parts
-        if self.summary is not None:
-            rows = [torch.cat((part, self.summary.expand(B, -1, -1)), dim=1) for part in parts]
+    def whole(self, parts: list[torch.Tensor], state: State, outputs: Joined) -> State:
+        """Add outputs of whole windows ``[B, W, d_model]``; the state after them."""
+        B, W, memories, rows = parts[0].shape[0], self.params.window, list(state.layers), dict(enumerate(parts))
+        queue = Queue(self.params.long_slots, len(parts))
         weights = Weights(
             self.layers, ("q", "k", "v", "o") + (("ffn.up", "ffn.down") * (self.layers[0].ffn is not None))
         )
-        for diagonal, layers in enumerate(diagonals(len(rows), len(self.layers))):
+        for diagonal, layers in enumerate(diagonals(len(parts), len(self.layers))):
+            if self.summary is not None and layers[0] == 0:
+                rows[diagonal] = torch.cat((rows[diagonal], self.summary.expand(B, -1, -1)), dim=1)
             kinds = {layer: self.kind(layer, state.tokens // W + diagonal - layer) for layer in layers}
             for _, run in itertools.groupby(layers, kinds.__getitem__):
                 group = list(run)
                 cells = [(rows[diagonal - layer], memories[layer]) for layer in group]
                 if len(group) > 1:
-                    made = self.together(weights, group[0], cells)
+                    made = self.together(weights, group[0], cells, queue)
                 else:
                     layer: Any = self.layers[group[0]]
-                    made = [layer(*cells[0][:1], self.params.summary_tokens, cells[0][1], None, True)]
+                    made = [layer(*cells[0][:1], self.params.summary_tokens, cells[0][1], None, queue)]
                 for layer, (after, memory) in zip(group, made, strict=True):
                     rows[diagonal - layer], memories[layer] = after, memory
-        y = torch.cat([part[:, :W] for part in rows], dim=1)
-        return y, State(tuple(memories), state.tokens + len(rows) * W)
+                del after, memory, cells, made
+            if layers[-1] == len(self.layers) - 1:  # a window has passed all layers
+                outputs.add(rows.pop(diagonal - layers[-1])[:, :W])
+        return State(tuple(memories), state.tokens + len(parts) * W)
 
     def kind(self, layer: int, window: int) -> tuple[bool, ...]:
         """Equal for layers that can go together. The first window's memory asks for no gradient, so it goes alone."""
@@ -68,7 +67,7 @@ class DiagonalStack(MelodiStack):
         return one.gate is not None, one.mix_summary is None, window == 0 and torch.is_grad_enabled()
 
     def together(
-        self, weights: Weights, first: int, cells: list[tuple[torch.Tensor, Memory]]
+        self, weights: Weights, first: int, cells: list[tuple[torch.Tensor, Memory]], queue: Queue
     ) -> list[tuple[torch.Tensor, Memory]]:
         """Whole windows ``[B, W + U, d_model]`` in layers from ``first`` on, none of which has a long-term memory."""
         layers: list[Any] = list(self.layers)[first : first + len(cells)]
@@ -90,6 +89,6 @@ class DiagonalStack(MelodiStack):
         if layers[0].ffn is not None:
             x = x + weights("ffn.down", relu(weights("ffn.up", norm(x, "norm_ffn"), first)), first)
         return [
-            layer._close(rows, rows, self.params.summary_tokens, memory)
+            layer._close(rows, rows, self.params.summary_tokens, memory, queue)
             for layer, rows, (_, memory) in zip(layers, x.unbind(0), cells, strict=True)
         ]

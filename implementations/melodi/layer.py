@@ -14,10 +14,12 @@ from torch.nn.functional import relu
 
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
+from ctxbench.implementations._shared.joined import Joined
 from ctxbench.implementations._shared.positions import from_diagonals, positions_for
 from ctxbench.implementations._shared.products import buffers_kept
 from ctxbench.implementations.melodi.norm import Norm, scaled
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
+from ctxbench.implementations.melodi.slots import Queue
 from ctxbench.method import Dims, Output, load
 
 
@@ -34,6 +36,10 @@ class Memory(NamedTuple):
     out: torch.Tensor
     long_k: torch.Tensor
     long_v: torch.Tensor
+
+    def alone(self) -> Memory:
+        """With slots that are no part of a :class:`Queue`."""
+        return self._replace(long_k=self.long_k.contiguous(), long_v=self.long_v.contiguous())
 
 
 class State(NamedTuple):
@@ -74,12 +80,13 @@ class MelodiLayer(nn.Module):
         self.gate = nn.Parameter(torch.zeros(dims.num_heads, 1, dims.head_dim)) if is_long else None
 
     def forward(
-        self, rows: torch.Tensor, summary: int | None, memory: Memory, bias: torch.Tensor | None, keep: bool
+        self, rows: torch.Tensor, summary: int | None, memory: Memory, bias: torch.Tensor | None, queue: Queue | None
     ) -> tuple[torch.Tensor, Memory | None]:
         """``rows: [B, n, d_model]``, the last ``summary`` of them summary tokens, to the next layer's rows.
 
-        ``summary`` is None where the window goes on. The memory after these rows is made where ``keep``.
+        ``summary`` is None where the window goes on. The memory after these rows is made where there is a ``queue``.
         """
+        keep = queue is not None
         normed = self.norm(rows)
         first = self.params.short_slots + memory.out.shape[1]  # the short-term memory comes before the window
         q = self._unit(self.q(normed)) * self.scale.abs()[:, None, None]
@@ -107,19 +114,19 @@ class MelodiLayer(nn.Module):
         del mixed
         if self.ffn is not None and self.norm_ffn is not None:
             rows = rows + self.ffn(self.norm_ffn(rows))
-        if not keep:
+        if queue is None:
             return rows, None
         window = torch.cat((memory.out, rows), dim=1) if memory.out.shape[1] else rows
         if summary is None:
             return rows, Memory(k, v, window, memory.long_k, memory.long_v)
-        return self._close(window, rows, summary, memory)
+        return self._close(window, rows, summary, memory, queue)
 
-    def _close(self, window: torch.Tensor, rows: torch.Tensor, summary: int, memory: Memory) -> tuple[Any, Memory]:
+    def _close(
+        self, window: torch.Tensor, rows: torch.Tensor, summary: int, memory: Memory, queue: Queue
+    ) -> tuple[Any, Memory]:  # fmt: skip
         """Mix a complete window, ``[B, W + U, d_model]``, into what the next window and the next layer get."""
         tokens, u = rows[:, : rows.shape[1] - summary], rows[:, rows.shape[1] - summary :]
         normed = window if self.norm_mix is None else self.norm_mix(window)
-        if self.mix_summary is not None:
-            rows = torch.cat((tokens, u + self.mix_summary(normed)), dim=1)
         if self.mix_short is None:
             k, v = (part[:, :, :0].clone() for part in (memory.k, memory.v))
         else:
@@ -128,20 +135,19 @@ class MelodiLayer(nn.Module):
             k = self.position.rotate(k, 0)
         long_k, long_v = memory.long_k, memory.long_v
         if self.mix_long is not None:
-            new_k, new_v = self._remembered(self.mix_long(window))
-            long_k, long_v = self._push(long_k, new_k), self._push(long_v, new_v)
+            long_k, long_v = queue.push((long_k, long_v), self._remembered(self.mix_long(window)))
+        if self.mix_summary is not None:
+            change = self.mix_summary(normed)
+            if torch.is_grad_enabled():
+                rows = torch.cat((tokens, u + change), dim=1)
+            else:  # in place, now that all that mixes has read them
+                u += change
         return rows, Memory(k, v, rows[:, :0].clone(), long_k, long_v)
 
     def _remembered(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of memory slots, ``[B, slots, d_model]``: the norm and weights of the tokens."""
         normed = self.norm(slots)
         return self._unit(self.k(normed)), split_heads(self.v(normed), self.num_heads)
-
-    def _push(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """First in, first out, at most ``long_slots``; a copy."""
-        most = self.params.long_slots
-        new = new[:, :, max(0, new.shape[2] - most) :]
-        return torch.cat((old[:, :, max(0, old.shape[2] + new.shape[2] - most) :], new), dim=2)
 
     def _unit(self, x: torch.Tensor) -> torch.Tensor:
         """Heads of ``[B, n, d_model]``, each row of length 1; zeros stay zeros."""
@@ -195,19 +201,19 @@ class MelodiStack(nn.Module):
         self.layers = nn.ModuleList(MelodiLayer(dims, params, i, operators) for i in range(dims.num_layers))
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
-        carried = state is not None
-        y, after = self.windows(x, self.init_state(x.shape[0]) if state is None else state, carried)
+        carried, outputs = state is not None, Joined(x.shape[1])
+        after = self.windows(x, self.init_state(x.shape[0]) if state is None else state, carried, outputs)
         if not carried:
-            return Output(y)
-        layers = tuple(Memory(*(part.detach() for part in each)) for each in after.layers)
-        return Output(y, State(layers, after.tokens))
+            return Output(outputs.result())
+        layers = tuple(Memory(*(part.detach() for part in each)).alone() for each in after.layers)
+        return Output(outputs.result(), State(layers, after.tokens))
 
-    def windows(self, x: torch.Tensor, state: State, follows: bool) -> tuple[torch.Tensor, State]:
-        """Outputs of consecutive tokens; the state after them where anything ``follows`` that reads it."""
+    def windows(self, x: torch.Tensor, state: State, follows: bool, outputs: Joined) -> State:
+        """Add outputs of consecutive tokens; the state after them where anything ``follows`` that reads it."""
         B, W = x.shape[0], self.params.window
         memories, tokens = state
+        queue = Queue(self.params.long_slots, (tokens % W + x.shape[1] - (not follows)) // W)
         del state  # else the memories it came with would live through all windows
-        outputs: list[torch.Tensor] = []
         biases: list[torch.Tensor | None] = []
         biased: tuple[int, int] | None = None  # rows and keys that they are for
         with buffers_kept():
@@ -224,15 +230,15 @@ class MelodiStack(nn.Module):
                     biased = shape
                     biases.clear()
                     biases += [layer.biases(*shape) for layer in self.layers]  # type: ignore[operator]
-                after = []
+                after, keeper = [], queue if goes_on else None
                 for layer, memory, bias in zip(self.layers, memories, biases, strict=True):
-                    rows, memory = layer(rows, self.params.summary_tokens if ends else None, memory, bias, goes_on)
+                    rows, memory = layer(rows, self.params.summary_tokens if ends else None, memory, bias, keeper)
                     after.append(memory)
                 memories = tuple(after)
-                outputs.append(rows[:, : piece.shape[1]])
+                outputs.add(rows[:, : piece.shape[1]])
                 del rows, memory, after, bias  # else the last would live while the next are made
         biases.clear()
-        return torch.cat(outputs, dim=1), State(memories, tokens)
+        return State(memories, tokens)
 
     def init_state(self, batch_size: int) -> State:
         """Empty memories: zero keys and values that everybody sees."""

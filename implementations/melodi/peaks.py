@@ -83,6 +83,11 @@ def _memories(form: Form, windows: Expr) -> Expr:
     return 2 * L * row(S) + 2 * form.has_long * row(filled(windows))
 
 
+def _queue(form: Form, pushes: Expr) -> Expr:
+    """Where a call without gradients keeps the long-term memory of so many windows, keys and values."""
+    return 2 * form.has_long * row(Min(pushes * Min(P, M), 2 * M + Min(P, M)))
+
+
 def _layer(form: Form, rows: Expr, windows: Expr, fill: Expr | int = 0, kept: int = 0) -> Expr:
     """The last layer over ``rows`` rows of one window after ``windows`` others, its input left out.
 
@@ -149,41 +154,50 @@ def _in_turn(form: Form, below: Expr, after: Expr, one: Callable[[Form], Expr]) 
     return largest(floor(L / 2) * below + one(form), (L - 1) * below + above * after + one(form._replace(has_long=0)))
 
 
-def _closing(form: Form, windows: Expr) -> Expr:
-    """The end of a whole window: its rows, their norm, what is handed on and a new long-term memory."""
-    return 2 * row(ROWS) + 6 * row(S) + form.has_long * 2 * row(filled(windows + 1))
+def _closing() -> Expr:
+    """The end of a whole window: its rows, their norm, and what is handed on."""
+    return 2 * row(ROWS) + 6 * row(S)
+
+
+def _joined(form: Form, windows: Expr) -> Expr:
+    """The end of the one whole window of a call, with a new long-term memory."""
+    return _closing() + form.has_long * 2 * row(filled(windows + 1))
 
 
 def _forward(form: Form) -> Expr:
-    """In the last closed window, in the open one, or where all outputs are joined."""
+    """In the last closed window or in the open one; after the first, all outputs have their place."""
     closed = floor((T - 1) / W)
     rest = T - W * closed
-    before = closed - 1
+    before, queue = closed - 1, _queue(form, closed)
+    first = 1 - some(before)  # window of all: it makes the place of the slots
 
     def whole(form: Form) -> Expr:
-        return largest(_layer(form, ROWS, before), _closing(form, before))
+        new = first * _queue(form, closed) + form.has_long * 2 * row(P)
+        return largest(_layer(form, ROWS, before), _closing() + new)
 
     in_closed = some(closed) * (
-        (before + some(U + L - 1)) * row(ROWS)
+        some(before) * row(T)
+        + some(U + L - 1) * row(ROWS)
         + form.biases(ROWS, S + ROWS)
-        + _memories(form, before)
+        + 2 * L * row(S)
+        + some(before) * queue
         + largest(
-            _kept(form, ROWS, before) + _in_turn(form, 2 * row(S), 2 * row(filled(closed)), whole),
+            _kept(form, ROWS, before) + _in_turn(form, 2 * row(S), first * queue, whole),
             2 * (L - 1) * row(S) + _scaling(form, ROWS, some(before) * _kept(form, ROWS, before - 1)),
         )
     )
     earlier = some(closed) * _kept(form, ROWS, before)
     in_rest = (
-        closed * row(ROWS)
+        some(closed) * row(T)
         + some(L - 1) * row(rest)
         + form.biases(rest, S + rest)
-        + _memories(form, closed)
+        + 2 * L * row(S)
+        + queue
         + largest(
             largest(earlier, _kept(form, rest, closed)) + _layer(form, rest, closed), _scaling(form, rest, earlier)
         )
     )
-    join = closed * row(ROWS) + row(rest) + row(T)  # what the last window would read is gone
-    return largest(in_closed, in_rest, join)
+    return largest(in_closed, in_rest)
 
 
 def _stream(form: Form) -> Expr:
@@ -193,14 +207,14 @@ def _stream(form: Form) -> Expr:
     before = whole - 1
 
     def closing(form: Form) -> Expr:
-        return largest(_layer(form, ROWS, before), _closing(form, before))
+        return largest(_layer(form, ROWS, before), _joined(form, before))
 
     def open_(form: Form) -> Expr:
         return _layer(form, rest, whole, kept=1)
 
     in_whole = some(whole) * (
         (some(U + L - 1)) * row(ROWS)
-        + some(before) * row(W)
+        + some(before) * row(ROWS)
         + form.biases(ROWS, S + ROWS)
         + _memories(form, before)
         + largest(
@@ -209,7 +223,7 @@ def _stream(form: Form) -> Expr:
         )
     )
     in_rest = some(rest) * (  # what a layer reads is kept by the one below
-        some(whole) * row(W)
+        some(whole) * row(ROWS)
         + form.biases(rest, S + rest)
         + _memories(form, whole)
         + largest(
@@ -228,7 +242,7 @@ def _decode(form: Form) -> Expr:
     keys = S + fill + rows
     new = ends * 2 * row(S) + (1 - ends) * (2 * row(keys) + row(fill + 1))  # memory of a layer that is done
     keep = 2 * row(keys) + row(fill + 1)
-    close = ends * (_closing(form, windows) + row(ROWS))
+    close = ends * (_joined(form, windows) + row(ROWS))
     in_last = (L - 1) * new + largest(_layer(form._replace(has_long=0), rows, windows, fill, kept=1), (1 - ends) * keep)
     in_middle = floor(L / 2) * new + largest(_layer(form, rows, windows, fill, kept=1), close)
     return form.biases(rows, keys) + some(L - 1) * row(rows) + largest(in_last, in_middle)

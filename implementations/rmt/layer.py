@@ -13,6 +13,7 @@ from torch import nn
 
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
+from ctxbench.implementations._shared.joined import Joined
 from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations._shared.products import buffers_kept
 from ctxbench.implementations._shared.turning import positions_of
@@ -101,7 +102,7 @@ class RMT(nn.Module):
         memory, caches, tokens = self.init_state(x.shape[0]) if state is None else state
         first = min(T, S - tokens % S)
         sizes = [first] + [S] * ((T - first) // S) + [(T - first) % S] * ((T - first) % S > 0)
-        end, outputs = tokens + T, []
+        end, outputs = tokens + T, Joined(T)
         with buffers_kept():
             for part in x.split(sizes, dim=1):  # not slices: the gradient of each would be as long as the sequence
                 fill = tokens % S
@@ -112,14 +113,14 @@ class RMT(nn.Module):
                 writes = tokens % S == 0 and (state is not None or tokens < end)
                 known, keep = caches if fill else None, state is not None and not writes
                 y, written, caches = self.piece(part, memory, known, writes, keep)
-                outputs.append(y)
+                outputs.add(y)
+                del y  # else it would live through the next piece
                 if writes:
                     memory, caches = written, self.no_rows(x.shape[0])
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if state is None:
-            return Output(y)
+            return Output(outputs.result())
         detached = tuple(Cache(cache.k.detach(), cache.v.detach()) for cache in caches)
-        return Output(y, State(memory.detach().clone(), detached, tokens))
+        return Output(outputs.result(), State(memory.detach().clone(), detached, tokens))
 
     def piece(
         self, x: torch.Tensor, memory: torch.Tensor, caches: tuple[Cache, ...] | None, writes: bool, keep: bool

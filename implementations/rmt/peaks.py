@@ -77,14 +77,14 @@ def _kept(impl: str, full: bool, body: Expr, writes: Expr) -> Expr:
 
 
 def _forward(impl: str, full: bool, rotates: bool) -> Expr:
-    """Outputs of the segments collect with what their write tokens say, and are joined at the end."""
+    """All outputs have their place, and the rows of the segment before are there with what its write tokens say."""
     written = floor((T - 1) / S)
     rest = T - S * written
-    segment = (written - 1) * row(S + M) + _piece(impl, full, S + 2 * M, S + M, rotates)
-    last = written * row(S + M) + _piece(impl, full, M + rest, rest, rotates)
+    before = row(T) + row(S + M)
+    segment = some(written - 1) * before + _piece(impl, full, S + 2 * M, S + M, rotates)
+    last = some(written) * before + _piece(impl, full, M + rest, rest, rotates)
     kept = [some(written) * _kept(impl, full, S + M, M), _kept(impl, full, M + rest, Integer(0))]
-    joined = some(written) * (row(T + M * written) + row(T))
-    return largest(some(written) * segment + kept[0], last + largest(*kept), joined)
+    return largest(some(written) * segment + kept[0], last + largest(*kept))
 
 
 def _stream(impl: str, full: bool, rotates: bool) -> Expr:

@@ -17,6 +17,7 @@ from ctxbench.cost.trace import trace
 from ctxbench.implementations.melodi import METHOD, blocked, reference
 from ctxbench.implementations.melodi.norm import EPSILON
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
+from ctxbench.implementations.melodi.slots import Queue
 from ctxbench.measure.allocator import measure
 from ctxbench.method import DTYPE_BYTES, Dims
 from ctxbench.testing import HELD, LAWS, Case, streamed
@@ -140,6 +141,45 @@ def oracle(module, x, params):
             rows = [*rows[: params.window], *u]
         outputs += rows[: len(window)]
     return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("most", "size", "pushes"), [(7, 3, 20), (6, 2, 3), (5, 8, 4), (4, 4, 9), (6, 2, 1)])
+@pytest.mark.parametrize("filled", [0, 3])
+def test_the_queue_holds_the_last_slots_and_nothing_it_gave_changes(most, size, pushes, filled):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows):
+        return tuple(torch.randn(2, 3, rows, 4, generator=generator) for _ in "kv")
+
+    queue, held = Queue(most, pushes), draw(min(filled, most))
+    everything = list(held)
+    with torch.no_grad():
+        for _ in range(pushes):
+            before, new = [part.clone() for part in held], draw(size)
+            after = queue.push(held, new)
+            everything = [torch.cat(both, dim=2) for both in zip(everything, new, strict=True)]
+            for part, kept, found, wanted in zip(held, before, after, everything, strict=True):
+                assert torch.equal(part, kept)
+                assert torch.equal(found, wanted[:, :, -most:])
+            held = after
+    assert not queue.places or queue.places[0].shape[2] <= 2 * most + size
+
+
+@VARIANTS
+@IMPLS
+def test_what_is_written_in_place_without_gradients_is_what_is_joined_with_them(impl, variant):
+    module, x = make(impl, variant), tokens(97)
+    kept = x.clone()
+    joined = module(x).y
+    with torch.no_grad():
+        placed, state = module(x).y, module(x, module.init_state(2)).state
+        again = module(x[:, :7], state).y
+    continued = module(x[:, :7], module(x, module.init_state(2)).state).y
+    torch.testing.assert_close(placed, joined, rtol=0, atol=1e-12)
+    torch.testing.assert_close(again, continued, rtol=0, atol=1e-12)
+    assert torch.equal(x, kept)
+    for memory in state.layers:
+        assert memory.long_k.untyped_storage().nbytes() == memory.long_k.numel() * memory.long_k.element_size()
 
 
 @pytest.mark.parametrize("d_ff", [12, 0], ids=["ffn", "no_ffn"])
