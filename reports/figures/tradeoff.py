@@ -64,7 +64,8 @@ def interactive(table: pd.DataFrame, styles: Mapping[str, Style], shown: set[str
     x, y = front(table)
     traces = [scatter(x, y, [""] * len(x), mode="lines", role="ink", line={"width": 1.2, "dash": "4px,3px"},
                       hoverinfo="skip")]  # fmt: skip
-    for (series, ahead), mine in table.groupby(["series", table["verdict"] == FRONT], sort=True):
+    for (series, on_front), mine in table.groupby(["series", table["verdict"] == FRONT], sort=True):
+        ahead = bool(on_front)
         style, mine = styles[str(series)], mine.sort_values("latency_s")
         trace = scatter(
             mine["latency_s"], mine["peak_bytes"], mine["hover"], mode="markers", style=style, series=str(series),
