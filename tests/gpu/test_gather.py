@@ -98,6 +98,7 @@ def peaks(name: str, mode: str, changes: dict, dims: Dims, dtype: str) -> int:
     [
         ("routing", {"num_clusters": 5000}, {}, "at most 4096 clusters"),
         ("routing", {}, {"d_model": 264}, "gathering kernels hold heads of at most 128 channels"),
+        ("routing", {}, {"position": "t5"}, "t5: these kernels hide by the ranks"),
         ("routing", {}, {"dtype": "fp32"}, ""),
         ("routing", {}, {"d_model": 264, "dtype": "fp32"}, "in fp32 the gathering kernels hold heads of at most 128"),
         ("memorizing", {}, {"dtype": "fp32"}, ""),
