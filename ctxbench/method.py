@@ -189,8 +189,7 @@ class Impl:
         needs: distributions this impl imports, checked without importing them.
         devices: device types it runs on.
         dtypes, modes, positions: what it runs in and takes; empty means all that the device, or the method, has.
-        without: why it has not another of the method's modes or positions, a clause without a full stop; it need not
-            name all.
+        without: why it lacks some of the method's modes or positions, each a clause without a full stop.
         support: ``f(dims, params, device, dtype) -> Support`` or its ``"module:attribute"``, for anything finer.
         defects: for ``as_written`` only: what the literal sketch gets wrong, as ``{probe: explanation}``. A probe is
             one of ``agreement, causality, batch_independence, receptive_field, state``. Such an impl is not compared
@@ -404,12 +403,11 @@ class Method:
             return no(f"{impl.name} runs on {', '.join(impl.devices)}, not on {device_type}")
         if impl.dtypes and dtype not in impl.dtypes:
             return no(f"{impl.name} computes in {', '.join(impl.dtypes)}, not in {dtype}")
-        if impl.modes and mode not in impl.modes:
-            why = f": {impl.without[mode]}" if mode in impl.without else ""
-            return no(f"{impl.name} has the modes {', '.join(impl.modes)}, not {mode}{why}")
-        if impl.positions and dims.position not in impl.positions:
-            why = f": {impl.without[dims.position]}" if dims.position in impl.without else ""
-            return no(f"{impl.name} takes the positions {', '.join(impl.positions)}, not {dims.position}{why}")
+        taken = ("has the modes", impl.modes, mode), ("takes the positions", impl.positions, dims.position)
+        for says, known, wanted in taken:
+            if known and wanted not in known:
+                why = f": {impl.without[wanted]}" if wanted in impl.without else ""
+                return no(f"{impl.name} {says} {', '.join(known)}, not {wanted}{why}")
         check = load(impl.support)
         return check(dims, params, device, dtype) if check else YES
 
