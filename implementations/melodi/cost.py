@@ -88,7 +88,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MelodiParams
     # Without a form: what a diagonal holds of several layers at once, and what training keeps where rotations are or,
     # of slabs, in 16 bits.
     unknown = diagonal or (mode == "train" and (position in ROPE or impl == "slabs"))
-    highest = None if unknown else peak("kernels" if visible else impl, mode, params, position)
+    highest = None if unknown else peak("kernels" if visible else impl, mode, params, position, impl == "triton")
     if mode == "train" and visible and highest is not None:  # few tokens hold less than gradients of parameters
         highest = largest(highest, tensor(_parameters(position, params)) + tensor(B, T, d))
     return Cost(

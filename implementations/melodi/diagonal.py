@@ -82,7 +82,7 @@ class DiagonalStack(MelodiStack):
         scales = torch.stack([layer.scale.abs() for layer in layers])[:, None, :, None, None]
         q = (layers[0]._unit(q.flatten(0, 1)).unflatten(0, x.shape[:2]) * scales).flatten(0, 1)
         k, v = layers[0]._unit(k.flatten(0, 1)), split_heads(v.flatten(0, 1), H)
-        q, k = (layers[0].position.rotate(part, begin) for part in (q, k))
+        q, k = layers[0].position.both(q, k, begin)
         memory_k, memory_v = (torch.stack([memory[part] for _, memory in cells]).flatten(0, 1) for part in (0, 1))
         mixed = layers[0].operators.attend_apart(q, memory_k, memory_v, k, v, None)
         x = x + weights("o", merge_heads(mixed).unflatten(0, x.shape[:2]), first)

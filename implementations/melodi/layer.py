@@ -15,8 +15,9 @@ from torch.nn.functional import relu
 from ctxbench.implementations._shared.blocks import FeedForward, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.joined import Joined
-from ctxbench.implementations._shared.positions import from_diagonals, positions_for
+from ctxbench.implementations._shared.positions import from_diagonals
 from ctxbench.implementations._shared.products import buffers_kept
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.melodi.norm import Norm, scaled
 from ctxbench.implementations.melodi.params import MelodiParams, long_layer
 from ctxbench.implementations.melodi.slots import Queue
@@ -59,11 +60,11 @@ class TokenMixing(nn.Linear):
 class MelodiLayer(nn.Module):
     """Weights, norms and memories around an impl's ``attend`` and ``recall``."""
 
-    def __init__(self, dims: Dims, params: MelodiParams, index: int, operators: Any):
+    def __init__(self, dims: Dims, params: MelodiParams, index: int, operators: Any, impl: str = ""):
         super().__init__()
         d_model, U, slots = dims.d_model, params.summary_tokens, params.short_slots
         self.num_heads, self.head_dim, self.params, self.operators = dims.num_heads, dims.head_dim, params, operators
-        (self.position,) = positions_for(dims, layers=1)  # T5: a table of its own
+        (self.position,) = positions_of(dims, impl, layers=1)  # T5: a table of its own
         self.norm = Norm(d_model)
         self.q, self.k, self.v, self.o = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
         self.scale = nn.Parameter(torch.full((dims.num_heads,), dims.head_dim**0.5))
@@ -90,10 +91,9 @@ class MelodiLayer(nn.Module):
         normed = self.norm(rows)
         first = self.params.short_slots + memory.out.shape[1]  # the short-term memory comes before the window
         q = self._unit(self.q(normed)) * self.scale.abs()[:, None, None]
-        k = self.position.rotate(self._unit(self.k(normed)), first)
-        v = split_heads(self.v(normed), self.num_heads)
+        k, v = self._unit(self.k(normed)), split_heads(self.v(normed), self.num_heads)
         del normed
-        turned = self.position.rotate(q, first)
+        turned, k = self.position.both(q, k, first)
         if self.operators.takes_bias or (keep and summary is None):
             k = torch.cat((memory.k, k), dim=2)
             v = torch.cat((memory.v, v), dim=2)
@@ -193,12 +193,12 @@ class MelodiLayer(nn.Module):
 class MelodiStack(nn.Module):
     """Windows through all layers, one after the other; ``summary`` are the summary tokens at the bottom."""
 
-    def __init__(self, dims: Dims, params: MelodiParams, operators: Any):
+    def __init__(self, dims: Dims, params: MelodiParams, operators: Any, impl: str = ""):
         super().__init__()
         self.params = params
         U = params.summary_tokens
         self.summary = nn.Parameter(0.25 * torch.randn(U, dims.d_model)) if U else None
-        self.layers = nn.ModuleList(MelodiLayer(dims, params, i, operators) for i in range(dims.num_layers))
+        self.layers = nn.ModuleList(MelodiLayer(dims, params, i, operators, impl) for i in range(dims.num_layers))
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:
         carried, outputs = state is not None, Joined(x.shape[1])
@@ -262,4 +262,4 @@ def build(dims: Dims, params: MelodiParams, impl: str, device: str, dtype: torch
     stack: Any = replaying(MelodiStack, params.window) if impl == "graph" else MelodiStack
     if impl == "diagonal_triton":
         stack = load(f"{__package__}.diagonal:DiagonalStack")
-    return stack(dims, params, load(METHOD.impl(impl).run)).to(device, dtype)
+    return stack(dims, params, load(METHOD.impl(impl).run), impl).to(device, dtype)

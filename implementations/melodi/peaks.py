@@ -12,7 +12,8 @@ from sympy import Expr, Integer, Max, Min, Piecewise, ceiling, floor, sympify
 
 from ctxbench.cost.symbols import B, L, T, d, e, f, h, param
 from ctxbench.cost.terms import largest, tensor, when_ffn
-from ctxbench.implementations._shared.forms import T5_DISTANCES, rotation_tables
+from ctxbench.implementations._shared.decode_table import FEW
+from ctxbench.implementations._shared.forms import T5_DISTANCES, rotating, rotation_tables
 from ctxbench.implementations._shared.products_forms import backward_scratch, scratch
 from ctxbench.implementations.melodi.params import MelodiParams
 from ctxbench.method import ROPE
@@ -26,13 +27,15 @@ ROWS = W + U
 class Form(NamedTuple):
     """What decides the structure of a peak: the impl; 0 or 1: a long-term memory, a norm in the last mixing.
 
-    ``position``: of the operator of ``kernels``, which makes no matrix of biases.
+    ``position``: of the operator of ``kernels``, which makes no matrix of biases. ``turns``: whether it rotates queries
+    as it reads them.
     """
 
     impl: str
     has_long: int
     norm_last: int
     position: str = ""
+    turns: bool = False
 
     @property
     def reference(self) -> bool:
@@ -51,11 +54,23 @@ class Form(NamedTuple):
         distances = {"t5": T5_DISTANCES, "alibi": 2 * keys - 1}.get(self.position, 0)
         return L * Max(e, 4) * h * distances
 
+    @property
+    def rotates(self) -> bool:
+        """Whether eager operators rotate queries and keys."""
+        return self.position in ROPE and not self.turns
 
-def peak(impl: str, mode: str, params: MelodiParams, position: str = "") -> Expr:
-    """Bytes of one impl in one mode; ``kernels`` are those of ``native`` and ``triton``."""
+    def rotations(self, rows: Expr, keys: Expr, joined: int) -> Expr:
+        """Bytes of rotated queries and of the tables beside; few queries of keys that are ``joined`` are decoded."""
+        if self.position not in ROPE:
+            return Integer(0)
+        decoded = joined * Piecewise((1, (rows <= FEW) & (keys - 1 >= 2 * FEW + rows)), (0, True))
+        return (decoded if self.turns else 1) * row(rows) + rotation_tables(rows)
+
+
+def peak(impl: str, mode: str, params: MelodiParams, position: str = "", turns: bool = False) -> Expr:
+    """Bytes of one impl in one mode; ``kernels`` are those of ``native`` and of ``triton``, which ``turns`` queries."""
     same = params.summary_tokens == params.short_slots > 0
-    form = Form(impl, 1 if params.long_slots else 0, 1 if same else 0, position)
+    form = Form(impl, 1 if params.long_slots else 0, 1 if same else 0, position, turns)
     return {"forward": _forward, "stream": _stream, "decode": _decode, "train": _train}[mode](form)
 
 
@@ -101,10 +116,9 @@ def _layer(form: Form, rows: Expr, windows: Expr, fill: Expr | int = 0, kept: in
         own = 3 * seen + bias(rows, keys) / e
         memory = 2 * row(M) + row(M - there) + 2 * tensor(B, h, rows, M) + row(rows)
     elif form.kernels:  # beside what was mixed: the result, what is left of it, or the two together
-        turned = 1 if form.position in ROPE else 0
-        own = (1 + turned) * row(rows) + Max(e, 4) * B * h * rows + turned * rotation_tables(rows)
+        own = row(rows) + Max(e, 4) * B * h * rows + form.rotations(rows, keys, kept)
         memory = 3 * row(rows) + some(windows) * 2 * Max(e, 4) * B * h * rows
-        own = largest(own, _unit(rows) - operands)
+        own = largest(own, _unit(rows) - operands, *[_rotating(rows) - operands] * form.rotates)
     else:
         is_partly = some(windows) * (1 - Min(floor(windows / sympify(FULL)), 1))
         if form.impl == "slabs":
@@ -141,6 +155,11 @@ def _scaling(form: Form, rows: Expr, kept: Expr) -> Expr:
 def _unit(rows: Expr) -> Expr:
     """Unit keys beside queries, the norm and what they are made of; in 16 bits they and their length are made in 32."""
     return 4 * row(rows) + (4 - Min(e, 4)) * 4 * B * rows * d + Max(e, 4) * B * h * rows
+
+
+def _rotating(rows: Expr) -> Expr:
+    """Keys while they are rotated by eager operators, after queries: the norm is gone by then."""
+    return rotating(rows) - row(rows)
 
 
 def _in_turn(form: Form, below: Expr, after: Expr, one: Callable[[Form], Expr]) -> Expr:

@@ -47,6 +47,9 @@ FORMS = {  # method, position, layers, parameters, lengths
     "melodi, slopes": (
         "melodi", "alibi", 1, {"window": 7, "summary_tokens": 2, "short_slots": 3, "long_slots": 4,
                                "long_per_window": 2}, (17,)),
+    "melodi, rotated": (
+        "melodi", "rope_ntk", 1, {"window": 7, "summary_tokens": 2, "short_slots": 3, "long_slots": 4,
+                                  "long_per_window": 2}, (1, 17)),
     "melodi, no memory": (
         "melodi", "rope", 1, {"window": 18, "summary_tokens": 0, "short_slots": 0, "long_slots": 0}, (40,)),
     "transformer_xl": ("transformer_xl", "transformer_xl", 1, {"segment_len": 11, "mem_len": 17}, (1, 37)),

@@ -67,6 +67,11 @@ FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # method, position, param
         "t5",
         {"window": 40, "summary_tokens": 4, "short_slots": 4, "long_slots": 7, "long_per_window": 3},
     ),
+    "melodi rotated": (
+        "melodi",
+        "rope",
+        {"window": 40, "summary_tokens": 4, "short_slots": 4, "long_slots": 7, "long_per_window": 3},
+    ),
     "melodi short": ("melodi", "alibi", {"window": 40, "summary_tokens": 0, "short_slots": 3, "long_slots": 0}),
 }
 LENGTHS = {"forward": (1, 203), "train": (121,), "stream": (203,), "decode": (39, 40)}
@@ -125,7 +130,7 @@ def test_replays_cost_what_a_stream_does(form: str) -> None:
 @pytest.mark.parametrize(
     ("form", "mode"),
     [(form, mode) for form in ("rmt xl", "segment_recurrent") for mode in ("forward", "decode")]
-    + [("rmt xl", "train")]
+    + [("rmt xl", "train"), ("melodi rotated", "stream"), ("melodi rotated", "decode")]
     + [(form, mode) for form in ("transformer_xl", "compressive") for mode in ("forward", "train", "stream")],
 )
 @pytest.mark.usefixtures("for_triton")
@@ -141,6 +146,7 @@ def test_peaks_are_near_the_tracers(form: str, mode: str) -> None:
     [
         *itertools.product(("hierarchical", "hierarchical full", "pyramid alone"), ("forward", "train", "stream")),
         ("block_state", "forward"),
+        ("melodi rotated", "forward"),
     ],
 )
 @pytest.mark.usefixtures("for_triton")
@@ -153,7 +159,7 @@ def test_peaks_are_the_tracers(form: str, mode: str) -> None:
 
 def test_methods_hold_the_laws_in_the_interpreter(program) -> None:
     answers = program("segments_parity.py", interpret=True)
-    assert len(answers) == 66
+    assert len(answers) == 69
     assert not [answer for answer in answers if answer[2] != "held"]
 
 
