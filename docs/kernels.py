@@ -52,8 +52,7 @@ Nor are the kernels in C++ for CPUs, impl `native`, for which no list of registe
 machine makes them, for its own instructions; [measuring.md](measuring.md#compiled-kernels) says which one.
 
 By triton 3.6 a part was compiled: all forms from `band` to `lists-table` but kernel `turned`, and for 90 `relative`,
-`decode`, `clusters` and half of `memory`. Two of these spill there: `dr` of `relative` at 64 channels in bf16, 21
-instructions, and the search for the best 128 at 16 channels in fp32, 2 instructions.
+`decode`, `clusters` and half of `memory`. Nothing of it spills there.
 
 Made with triton {version} by `python tests/gpu/compile_flash.py [TARGET ...] | python docs/kernels.py`, and likewise
 with the other programs `compile_*`.

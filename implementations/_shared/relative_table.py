@@ -55,9 +55,10 @@ class Stair(NamedTuple):
 # loop takes registers too. A side of 64 is what a Hopper's own matrix instruction needs; other kernels would spill.
 PLAIN = (Tile(32, 4, 2), Tile(32, 4, 2), Tile(32, 4, 2), Tile(32, 4, 2))
 WIDE = (Tile(64, 4, 2), *PLAIN[1:])
+WIDE_ONCE = (*WIDE[:3], Tile(32, 4, 1))  # as NARROW, compiled by triton 3.6
 SMALL = (Tile(32, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2), Tile(16, 4, 2))
 SMALL_ENTRIES = (*SMALL[:2], Tile(16, 4, 1), Tile(16, 4, 1))
-NARROW = (*SMALL[:3], Tile(16, 4, 1))  # sixteen channels leave four warps too few registers
+NARROW = (*SMALL[:3], Tile(16, 4, 1))  # four warps have too few registers for tiles that come ahead
 NARROW_ENTRIES = (*SMALL[:2], Tile(16, 8, 2), Tile(16, 4, 1))
 LAST_SMALL = (*PLAIN[:3], Tile(16, 4, 2))
 # Heads of 128 channels: wide tiles where two sums fit, sixteen rows elsewhere.
@@ -69,7 +70,7 @@ CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
     90: {
         (2, 16): (WIDE, PLAIN),
         (2, 32): (WIDE, PLAIN),
-        (2, 64): (WIDE, LAST_SMALL),
+        (2, 64): (WIDE_ONCE, LAST_SMALL),
         (2, 128): (WIDEST_PLAIN, (Tile(16, 8, 1), *WIDEST_ENTRIES[1:])),
         (4, 16): (NARROW, NARROW_ENTRIES),
         (4, 32): (SMALL, SMALL_ENTRIES),
@@ -82,7 +83,7 @@ CONFIGS: dict[int, dict[tuple[int, int], Pair]] = {
         (2, 64): (PLAIN, LAST_SMALL),
         (2, 128): (WIDEST_PLAIN, WIDEST_ENTRIES),
         (4, 16): (SMALL, SMALL_ENTRIES),
-        (4, 32): (SMALL, SMALL_ENTRIES),
+        (4, 32): (NARROW, SMALL_ENTRIES),
         (4, 64): (WIDE_FLOAT, WIDE_FLOAT),
         (4, 128): (WIDE_FLOAT, WIDE_FLOAT),
     },

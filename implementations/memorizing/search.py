@@ -27,7 +27,6 @@ from ctxbench.implementations._shared.flash_table import padded
 from ctxbench.implementations._shared.ranges import _rows, _strides
 from ctxbench.implementations.memorizing.sizes import pairs
 
-KEYS = {2: 64, 4: 32}  # keys of a tile of scores, by bytes of an element
 GATHERING = 32  # queries whose picked rows are gathered together in the backward pass
 SHORT = 256  # bytes of a row, its padding included, that four warps hold beside what queries keep
 
@@ -35,6 +34,11 @@ SHORT = 256  # bytes of a row, its padding included, that four warps hold beside
 def warps(width: int, itemsize: int) -> int:
     """Of a tile of queries: twice as many where rows are long."""
     return 4 if padded(width) * itemsize <= SHORT else 8
+
+
+def keys(top_k: int, width: int, itemsize: int) -> int:
+    """Keys of a tile of scores: in float32 half as many, but where that spills, compiled by triton 3.6."""
+    return 32 if itemsize == 4 and (padded(width), padded(top_k)) != (16, 128) else 64
 
 
 def queries(top_k: int, width: int, itemsize: int) -> int:
@@ -156,8 +160,8 @@ def search(
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors'
         search_kernel[grid](
             q, k, v, out, picked, weights, *_strides(q, k, v, out), H, T, k.shape[2], past, length, most, D=D,
-            WIDTH=padded(D), ROWS=rows, COLUMNS=KEYS[q.element_size()], TOP=top_k, KEPT=padded(top_k), KEEP=keep,
-            num_warps=warps(D, q.element_size()), num_stages=2,
+            WIDTH=padded(D), ROWS=rows, COLUMNS=keys(top_k, D, q.element_size()), TOP=top_k, KEPT=padded(top_k),
+            KEEP=keep, num_warps=warps(D, q.element_size()), num_stages=2,
         )  # fmt: skip
     return out, picked, weights
 

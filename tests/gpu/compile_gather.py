@@ -58,9 +58,8 @@ def routing(architecture: int, itemsize: int, shape: dict[str, int], results: tu
 def memorizing(architecture: int, itemsize: int, shape: dict[str, int], *_: Any) -> Iterator[Kernel]:
     """The search for few and for many pairs, and the gradient of what was picked."""
     for top in TOP:
-        tile, warps = (search.queries(top, shape["D"], itemsize), search.KEYS[itemsize]), search.warps(
-            shape["D"], itemsize
-        )  # fmt: skip
+        tile = search.queries(top, shape["D"], itemsize), search.keys(top, shape["D"], itemsize)
+        warps = search.warps(shape["D"], itemsize)
         kept = {"ROWS": tile[0], "COLUMNS": tile[1], "TOP": top, "KEPT": flash_table.padded(top), "KEEP": True}
         yield "search", f"memory, best {top}", search.search_kernel, shape | kept, tile, warps, 2
     constants, tile = shape | {"ROWS": search.GATHERING, "TOP": TOP[1]}, (search.GATHERING, shape["WIDTH"])

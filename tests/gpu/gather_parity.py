@@ -281,7 +281,7 @@ def main() -> None:
     if INTERPRETED:
         ranges.config = gathered.config = lambda kernel, *_: TILES[kernel]
         choosing.SELECT, choosing.TOKENS, choosing.CENTROIDS, choosing.ADDED = 64, 32, {512: 16}, 16
-        search.KEYS, search.GATHERING, search.queries = {2: 16, 4: 16}, 16, lambda *_: 16
+        search.GATHERING, search.keys, search.queries = 16, lambda *_: 16, lambda *_: 16
         gate.TILES = dict.fromkeys((2, 4), gate.Tile(16, 16, 16, 4, 1))
     else:
         torch.set_default_device("cuda")
