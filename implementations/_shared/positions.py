@@ -64,6 +64,12 @@ class Position(nn.Module):
         """Queries, and rotated keys, ``[..., T, D]`` at the same positions."""
         return self.queries(q, positions, step), self.rotate(k, positions, step)
 
+    def rotate_both(
+        self, q: torch.Tensor, k: torch.Tensor, positions: Positions, step: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """The same for attention that takes rotated queries alone."""
+        return self.rotate(q, positions, step), self.rotate(k, positions, step)
+
     def bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the scores of keys ``distance = j - i`` away: ``[H, *distance.shape]``, or None."""
         return None

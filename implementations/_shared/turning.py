@@ -129,6 +129,14 @@ class Turning(Rotary):
         tables = self.tables(positions, q.shape[2], q.dtype, step)
         return Unturned(q, *tables), turned(k, tables)
 
+    def rotate_both(
+        self, q: torch.Tensor, k: torch.Tensor, positions: Positions, step: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        if ranges.native(q):
+            return super().rotate_both(q, k, positions, step)
+        tables = self.tables(positions, q.shape[2], q.dtype, step)
+        return turned(q, tables), turned(k, tables)
+
 
 def positions_of(dims: Dims, impl: str, layers: int | None = None) -> list[Position]:
     """``positions_for`` a method's impl: where its attention is Triton's, rotations are by kernels."""

@@ -14,6 +14,7 @@ from ctxbench.implementations._shared.forms import (
     block_terms,
     position_parameters,
     rotated,
+    rotation_tables,
     stack_peak,
     trained,
 )
@@ -59,7 +60,7 @@ def _peak(impl: str, mode: str, position: str) -> Expr | None:
     if impl == "flex" or (position in ("t5", "alibi") and impl != "triton"):
         return None
     most = _forward_peak(impl, position) if mode == "forward" else _train_peak(impl, position)
-    return rotated(most, mode) if position in ROPE else most
+    return rotated(most, mode) if position in ROPE and impl != "triton" else most
 
 
 row = tensor(B, T, d)  # bytes of a sequence
@@ -95,6 +96,7 @@ def _forward_peak(impl: str, position: str) -> Expr:
         bias = bias_bytes(position)  # of a table the one call of all rows holds a copy in one piece, too
         alone = 5 * row + 4 * B * h * T + (2 if position == "t5" else 1) * bias
         finding = 4 * row + (52 * T5_DISTANCES if position == "t5" else 0)  # the bucket of every distance
+        finding += 2 * row + rotation_tables(T) if position in ROPE else 0  # rotated queries and keys
         return stack_peak(T, Max(finding, Piecewise((alone, few), (6 * row + lists + bias, True))))
     slab = 5 * row + (_panels() if impl == "native" else 2 * padded + _buffers(2, 1, 1) + piece)
     return stack_peak(T, Piecewise((5 * row + 4 * B * h * T, few), (slab, True)))
@@ -143,7 +145,11 @@ def _train_peak(impl: str, position: str) -> Expr:
         summed = by_block + Max(end_keys + 2 * piece, _buffers(1, 0, 1) - indices + converted)
         attending = core + Piecewise((10 * row, few), (7 * row + summed, True))
     # Of rotated queries a fused call of all rows gives an output that merging heads copies.
-    merged = Piecewise((row, few), (0, True)) if position in ROPE and impl != "reference" else Integer(0)
+    rotates = position in ROPE
+    merged = Piecewise((row, few), (0, True)) if rotates and impl not in ("reference", "triton") else Integer(0)
+    if rotates and impl == "triton":  # one table for both
+        core += rotation_tables(T)
+        attending += rotation_tables(T)
     kept = core + kept_biases + merged + 6 * row  # norm q k v, mixed, output
     kept += statistics + when_ffn(2 * row + 2 * hidden + statistics)
     in_ffn = when_ffn(kept + hidden + e * (d * f + d))

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Position
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.bigbird.params import BigBirdParams, Pattern
 from ctxbench.method import Dims, Output, load
 
@@ -54,7 +55,7 @@ class BigBirdAttention(nn.Module):
         if x.shape[1] != self.seq_len:
             raise ValueError(f"this plan of blocks is for {self.seq_len} tokens, received {x.shape[1]}; build anew")
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
-        q, k = self.position.rotate(q, 0), self.position.rotate(k, 0)
+        q, k = self.position.rotate_both(q, k, 0)
         sizes = self.pattern.block_size, self.pattern.num_blocks
         plan = Plan(*sizes, self.edges, self.inner, self.pattern, self.layer)  # type: ignore[arg-type]
         mixed = self.operator(q, k, v, plan, self.position)
@@ -78,6 +79,6 @@ def build(dims: Dims, params: BigBirdParams, impl: str, device: str, dtype: torc
     operator = load(METHOD.impl(impl).run)
     layers: list[nn.Module] = [
         PreNormBlock(BigBirdAttention(dims, params, layer, operator, position), dims)
-        for layer, position in enumerate(positions_for(dims))
+        for layer, position in enumerate(positions_of(dims, impl))
     ]
     return Stack(layers).to(device, dtype)

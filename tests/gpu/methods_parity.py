@@ -44,7 +44,9 @@ CASES: dict[str, tuple[Method, dict[str, Any], dict[str, Any]]] = {  # method, p
     "longformer, table": (
         longformer.METHOD, {"window": 10, "num_global": 0, "dilation": 2}, {"position": "t5", "causal": False}),
     "longformer, three tokens": (longformer.METHOD, {"window": 8, "num_global": 2}, {"seq_len": 3}),
-    "bigbird": (bigbird.METHOD, {"block_size": 7, "num_random": 1}, {"causal": False, "seq_len": 67}),
+    "bigbird": (
+        bigbird.METHOD, {"block_size": 7, "num_random": 1},
+        {"causal": False, "seq_len": 67, "position": "rope_yarn"}),
     "bigbird, larger than a tile": (
         bigbird.METHOD, {"block_size": 20, "num_random": 1}, {"causal": False, "seq_len": 105, "position": "alibi"}),
     "bigbird, table": (
@@ -53,7 +55,8 @@ CASES: dict[str, tuple[Method, dict[str, Any], dict[str, Any]]] = {  # method, p
     "bigbird, wide heads": (
         bigbird.METHOD, {"block_size": 20, "num_random": 1}, {"causal": False, "seq_len": 90, "num_heads": 1,
         "d_model": 136, "position": "t5"}),
-    "bigbird, three blocks": (bigbird.METHOD, {"block_size": 16, "num_random": 1}, {"causal": False}),
+    "bigbird, three blocks": (
+        bigbird.METHOD, {"block_size": 16, "num_random": 1}, {"causal": False, "position": "rope"}),
     "bigbird, one block": (bigbird.METHOD, {"block_size": 64}, {"causal": False}),
     "bigbird, external": (
         bigbird.METHOD, {"form": "etc", "num_global": 6, "local_radius": 5}, {"causal": False}),
