@@ -50,17 +50,19 @@ CONFIGS: dict[int, dict[tuple[int, int], tuple[Config, Config, Config]]] = {
         (4, 256): (Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
     },
 }
-# Where CONFIGS would spill with several ranges, hidden keys or a bias: by architecture, kernel, bytes and width.
+# Where CONFIGS would spill with several ranges, hidden keys or a bias, compiled by triton 3.6 or 3.7: by architecture,
+# kernel, bytes and width.
 HEAVY = {
     (90, "dq", 2, 256): Config(64, 16, 8, 2),
     (90, "dq", 4, 64): Config(32, 32, 8, 2),
     (90, "dkv", 4, 64): Config(32, 32, 8, 2),
     (90, "dq", 4, 128): Config(16, 16, 8, 1),
     (80, "dq", 4, 128): Config(16, 32, 4, 1),
+    (90, "turned", 2, 128): Config(128, 32, 8, 3),
     (90, "turned", 2, 256): Config(64, 32, 8, 2),
     (90, "turned", 4, 64): Config(64, 16, 4, 2),
 }
-# Where those would spill with a table of biases, compiled by triton 3.6 or 3.7.
+# Where those would with a table of biases.
 TABLED = {
     (90, "forward", 2, 128): Config(128, 32, 8, 3),
     (90, "forward", 4, 64): Config(64, 16, 4, 2),
