@@ -18,6 +18,8 @@ from ctxbench.implementations._shared.blocks import merge_heads, split_heads
 from ctxbench.implementations._shared.positions import Position
 from ctxbench.method import Dims, Output
 
+Pieces = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of consecutive tokens, each [B, H, rows, D]
+
 
 class Recent(NamedTuple):
     """Keys and values of the last ``min(t, W - 1)`` tokens, each ``[B, H, R, D]``, detached."""
@@ -44,14 +46,28 @@ class WindowAttention(nn.Module):
         self.position, self.operator = position, operator
 
     def forward(self, x: torch.Tensor, state: Recent | None = None) -> Output:
-        q, k, v = self.project(x)
+        q, *own = self.project(x)
+        pieces = self.pieces(state, *own)
+        del own  # else they would be there twice where they are joined
+        mixed = self.mixed(q, pieces)
         if state is not None:
-            k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)
-        mixed = self.operator(q, k, v, self.bias())
-        if state is not None:
-            state = Recent(*last(k, v, self.window - 1))
-        del q, k, v  # else they would live through the output projection
+            state = Recent(*last(pieces, self.window - 1))
+        del q, pieces  # else they would live through the output projection
         return Output(self.o(merge_heads(mixed)), state)
+
+    def pieces(self, past: Any, k: torch.Tensor, v: torch.Tensor) -> Pieces:
+        """Keys and values before a call and of it, joined unless the operator takes them ``apart``."""
+        if past is None:
+            return [(k, v)]
+        if hasattr(self.operator, "apart") and past.k.shape[2] and k.shape[2] > 1:
+            return [(past.k, past.v), (k, v)]
+        return [(torch.cat((past.k, k), dim=2), torch.cat((past.v, v), dim=2))]
+
+    def mixed(self, q: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+        """What the window gives the queries, ``[B, H, T, D]``."""
+        one, bias = len(pieces) == 1, self.bias()
+        out: torch.Tensor = self.operator(q, *pieces[0], bias) if one else self.operator.apart(q, pieces, bias)
+        return out
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scaled unit queries, unit keys, values: each ``[B, H, T, D]``."""
@@ -80,10 +96,23 @@ class WindowAttention(nn.Module):
         return [torch.randn(shape, device=weight.device, dtype=weight.dtype) for _ in range(count)]
 
 
-def last(k: torch.Tensor, v: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def last(pieces: Pieces, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Detached copies of the last rows; of all, where there are fewer."""
-    first = max(k.shape[2] - rows, 0)
-    return tuple(a[:, :, first:].detach().clone(memory_format=torch.contiguous_format) for a in (k, v))  # type: ignore[return-value]
+    found = between(pieces, sum(k.shape[2] for k, _ in pieces) - rows)
+    if len(found) == 1:
+        return tuple(a.detach().clone(memory_format=torch.contiguous_format) for a in found[0])  # type: ignore[return-value]
+    return tuple(torch.cat([a.detach() for a in parts], dim=2) for parts in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def between(pieces: Pieces, first: int, stop: int | None = None) -> Pieces:
+    """Rows ``first`` to ``stop`` of pieces that follow one another, without pieces that have none of them."""
+    found: Pieces = []
+    for k, v in pieces:
+        rows = slice(max(first, 0), k.shape[2] if stop is None else min(stop, k.shape[2]))
+        if rows.start < rows.stop:
+            found.append((k[:, :, rows], v[:, :, rows]))
+        first, stop = first - k.shape[2], None if stop is None else stop - k.shape[2]
+    return found or [(k[:, :, :0], v[:, :, :0])]
 
 
 def attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from ctxbench.implementations._shared.biased_window import WindowAttention, last
+from ctxbench.implementations._shared.biased_window import Pieces, WindowAttention, between, last
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
 from ctxbench.implementations._shared.positions import Position, positions_for
@@ -66,13 +66,14 @@ class RecurrentAttention(WindowAttention):
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Output:  # type: ignore[override]
         W, T = self.window, x.shape[1]
-        q, k, v = self.project(x)
+        q, *own = self.project(x)
         if state is None:
             slots, known, tokens = self.first_slots(x.shape[0]), 0, 0
         else:
             slots, known, tokens = state.slots, state.k.shape[2], state.tokens
-            k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)
-        local = self.operator(q, k, v, self.bias())
+        pieces = self.pieces(state, *own)
+        del own  # else they would be there twice where they are joined
+        local = self.mixed(q, pieces)
         del q  # else it would live through the recurrence
         query, read, end = self.scaled(self.read_q(x), self.read_scale), [], tokens + T
         with buffers_kept():
@@ -81,14 +82,13 @@ class RecurrentAttention(WindowAttention):
                 read.append(self.attend(query[:, :, first:stop], slots.k, slots.v))
                 tokens += stop - first
                 if tokens % W == 0 and (state is not None or tokens < end):  # else nothing would read what is written
-                    keys = slice(max(known + stop - 2 * W, 0), known + stop)
-                    slots = self.update(slots, k[:, :, keys], v[:, :, keys])
+                    slots = self.update(slots, between(pieces, known + stop - 2 * W, known + stop))
         mixed = torch.cat((merge_heads(local), merge_heads(torch.cat(read, dim=2))), dim=2)
         del local, query, read
         if state is not None:
             detached = Slots(*(a.detach() for a in slots))
-            state = State(detached, *last(k, v, W + tokens % W), tokens)  # type: ignore[misc]
-        del k, v
+            state = State(detached, *last(pieces, W + tokens % W), tokens)  # type: ignore[misc]
+        del pieces
         return Output(self.o(mixed), state)
 
     def scaled(self, rows: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,11 +105,11 @@ class RecurrentAttention(WindowAttention):
         named = self.named(vectors)
         return Slots(vectors, self.scaled(self.state_k(named)), split_heads(self.state_v(named), self.num_heads))
 
-    def update(self, slots: Slots, k: torch.Tensor, v: torch.Tensor) -> Slots:
-        """States after a window; ``k, v``: of that window and the one before it, ``[B, H, W or 2 W, D]``."""
+    def update(self, slots: Slots, near: Pieces) -> Slots:
+        """States after a window; ``near``: keys and values of that window and of the one before it."""
         named = self.named(slots.vectors)
         own = self.attend(self.scaled(self.state_q(named), self.state_scale), slots.k, slots.v)
-        seen = self.attend(self.scaled(self.write_q(named), self.write_scale), k, v)
+        seen = self.attend(self.scaled(self.write_q(named), self.write_scale), *near[0], *near[1:])
         new = self.state_o(torch.cat((merge_heads(own), merge_heads(seen)), dim=2))
         del named, own, seen
         if self.keep is not None:

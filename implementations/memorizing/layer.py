@@ -116,7 +116,7 @@ class MemoryAttention(WindowAttention):
         memory = before.memory_k, before.memory_v
         if M and tokens // S > before.tokens // S:
             memory = self.remembered(k, v, before, length, length - tokens % S, copied=True)
-        return State(*memory, *last(k, v, max(tokens % S if M else 0, self.window - 1)), tokens)
+        return State(*memory, *last([(k, v)], max(tokens % S if M else 0, self.window - 1)), tokens)
 
     def state_at(self, batch_size: int, context: int) -> State:
         S, M = self.params.segment_len, self.params.memory_len
