@@ -88,20 +88,23 @@ def _kernels_forward(slabs: Expr) -> Expr:
 
 
 def _kernels_stream(slabs: Expr) -> Expr:
-    """As ``_stream``; in the recurrent layer queries, an update, what is joined, or what is kept; or in the last."""
+    """As ``_stream``; in the recurrent layer queries, an update, what is joined, or what is kept; or in the last.
+
+    Keys and values before a call stay in their state, but for a call of one token, which joins them to its own.
+    """
     under, above = Max(L - FROM_TOP, 0), Min(L - 1, FROM_TOP - 1)
 
     def call(begin: Expr, n: Expr, kept: Expr, ends: int) -> Expr:
-        near, after = Min(W - 1, begin), Min(W - 1, begin + n)
+        near, after, token = Min(W - 1, begin), Min(W - 1, begin + n), Max(2 - n, 0)
         old = 3 * SLAB + 2 * row(Min(W, begin)) + (L - 1) * 2 * row(near) + Min(begin, 1) * row(W)
-        joined, made = 2 * row(Min(W, begin) + n), ends * 3 * SLAB
+        keys, made = 2 * row(token * Min(W, begin) + n), ends * 3 * SLAB
         new = made + 2 * row(kept)
         recurrent = under * 2 * row(after) + Min(under, 1) * row(n) + largest(
-            joined + 5 * row(n), ends * (joined + 4 * row(n) + (slabs - 3) * SLAB), joined + made + 7 * row(n),
-            joined + 3 * row(n) + new, new + when_ffn(2 * row(n) + 2 * tensor(B, n, f)), new + 4 * row(n),
+            keys + 5 * row(n), ends * (keys + 4 * row(n) + (slabs - 3) * SLAB), keys + made + 7 * row(n),
+            keys + 3 * row(n) + new, new + when_ffn(2 * row(n) + 2 * tensor(B, n, f)), new + 4 * row(n),
         )  # fmt: skip
         done = new + (L - 2) * 2 * row(after) + row(n)
-        window = largest(6 * row(n), 3 * row(n) + 2 * row(near + n) + 2 * row(after))
+        window = largest(6 * row(n), 3 * row(n) + 2 * row(token * near + n) + 2 * row(after))
         last_ = done + largest(window, 2 * row(after) + when_ffn(2 * row(n) + 2 * tensor(B, n, f)))
         return old + largest(recurrent, Min(above, 1) * last_)
 
