@@ -87,7 +87,7 @@ BIDIRECTIONAL = ("dense, relative, both directions", "hierarchical, seed", "pyra
 IMPLS = {form: "diagonal_triton" for form in FORMS if form.startswith("diagonals")}
 AGREEMENT_ALONE = (
     "rmt, gradients cut", "rmt, slopes", "block_state, one state a layer", "segment_recurrent, slopes",
-    "block_recurrent, slopes", "melodi, slopes",
+    "melodi, slopes",
     "transformer_xl, zeros that are seen", "compressive_transformer, mean", "hierarchical, all cells", *BIDIRECTIONAL,
     *IMPLS,
 )  # fmt: skip
