@@ -31,10 +31,11 @@ from ctxbench.method import Dims, Output
 class DiagonalStack(SegmentRecurrentStack):
     """The layers and weights of ``blocked`` in another order; a cell that fits no other is the layer's own step."""
 
+    impl = "diagonal"
     operator: Operator = staticmethod(attend)
 
     def __init__(self, dims: Dims, params: SegmentRecurrentParams):
-        super().__init__(layers_of(dims, params, self.operator))
+        super().__init__(layers_of(dims, params, self.operator, self.impl))
         self.params = params
 
     def forward(self, x: torch.Tensor, state: tuple[Any, ...] | None = None) -> Output:
@@ -83,9 +84,6 @@ class DiagonalStack(SegmentRecurrentStack):
         def heads(rows: torch.Tensor, name: str) -> torch.Tensor:
             return split_heads(weights(name, rows, first).flatten(0, 1), H)
 
-        def turned(rows: torch.Tensor, name: str, begin: int) -> torch.Tensor:
-            return position.rotate(heads(rows, name), begin)
-
         def norm(rows: torch.Tensor, name: str) -> torch.Tensor:
             parts = zip(layers, rows.unbind(0), strict=True)
             return torch.stack([layer.get_submodule(name)(part) for layer, part in parts])
@@ -95,16 +93,17 @@ class DiagonalStack(SegmentRecurrentStack):
 
         position, oldest = layers[0].position, -memory.shape[2]  # biases are one object for all layers
         look = Look(position, -oldest, causal=True, begins=self.params.memory_len <= S)
-        known, k, v = (turned(memory, "k", oldest), heads(memory, "v")), turned(x, "k", 0), heads(x, "v")
+        known = position.rotate(heads(memory, "k"), oldest), heads(memory, "v")
+        (q, k), v = position.both(heads(x, "q"), heads(x, "k"), 0), heads(x, "v")
         if getattr(self.operator, "apart", False):
-            mixed = self.operator(turned(x, "q", 0), k, v, look, known)
+            mixed = self.operator(q, k, v, look, known)
         else:
             k, v = (torch.cat(parts, dim=2) for parts in zip(known, (k, v), strict=True))
-            mixed = self.operator(turned(x, "q", 0), k, v, look)
+            mixed = self.operator(q, k, v, look)
         x = norm(x + weights("o", merged(mixed), first), "norm_self")
         if memory.shape[2]:
-            read_k = turned(memory, "read_k", oldest)
-            mixed = self.operator(turned(x, "read_q", 0), read_k, heads(memory, "read_v"), look.second())
+            q, k = position.queries(heads(x, "read_q"), 0), position.rotate(heads(memory, "read_k"), oldest)
+            mixed = self.operator(q, k, heads(memory, "read_v"), look.second())
             x = x + weights("read_o", merged(mixed), first)
         x = norm(x, "norm_read")
         if layers[0].ffn is not None:

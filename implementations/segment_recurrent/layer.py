@@ -14,8 +14,9 @@ from torch import nn
 
 from ctxbench.implementations._shared.blocks import FeedForward, Stack, merge_heads, split_heads
 from ctxbench.implementations._shared.graph import replaying
-from ctxbench.implementations._shared.positions import Position, positions_for
+from ctxbench.implementations._shared.positions import Position
 from ctxbench.implementations._shared.products import buffers_kept
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.segment_recurrent.params import SegmentRecurrentParams
 from ctxbench.method import Dims, Output, load
 
@@ -142,7 +143,7 @@ class SegmentRecurrentLayer(nn.Module):
         """
         fill = keys.k.shape[2] - keys.read_k.shape[2]
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q, self.k, self.v))
-        q, k = self.position.rotate(q, fill), self.position.rotate(k, fill)
+        q, k = self.position.both(q, k, fill)
         short = begins and self.params.memory_len <= self.params.segment_len
         look = Look(self.position, keys.k.shape[2], causal=True, begins=short)
         if ends and getattr(self.operator, "apart", False):
@@ -154,7 +155,7 @@ class SegmentRecurrentLayer(nn.Module):
         x = self.norm_self(x + self.o(merge_heads(mixed)))
         del mixed
         if keys.read_k.shape[2]:
-            q = self.position.rotate(split_heads(self.read_q(x), self.num_heads), fill)
+            q = self.position.queries(split_heads(self.read_q(x), self.num_heads), fill)
             mixed = self.operator(q, keys.read_k, keys.read_v, look.second())
             x = x + self.read_o(merge_heads(mixed))
             del q, mixed
@@ -223,9 +224,9 @@ class SegmentRecurrentStack(Stack):
         return tuple(layer.state_at(batch_size, context) for layer in self.layers)
 
 
-def layers_of(dims: Dims, params: SegmentRecurrentParams, operator: Operator) -> list[nn.Module]:
+def layers_of(dims: Dims, params: SegmentRecurrentParams, operator: Operator, impl: str) -> list[nn.Module]:
     """One layer for each position encoding, none of which meets a distance beyond memory and segment."""
-    positions = positions_for(dims.replace(seq_len=min(dims.seq_len, params.memory_len + params.segment_len)))
+    positions = positions_of(dims.replace(seq_len=min(dims.seq_len, params.memory_len + params.segment_len)), impl)
     return [SegmentRecurrentLayer(dims, params, operator, position) for position in positions]
 
 
@@ -237,4 +238,4 @@ def build(dims: Dims, params: SegmentRecurrentParams, impl: str, device: str, dt
     if isinstance(run, type):
         return run(dims, params).to(device, dtype)
     stack = replaying(SegmentRecurrentStack, params.segment_len) if impl == "graph" else SegmentRecurrentStack
-    return stack(layers_of(dims, params, run)).to(device, dtype)
+    return stack(layers_of(dims, params, run, impl)).to(device, dtype)

@@ -44,4 +44,5 @@ attend = Attend()
 class DiagonalTritonStack(DiagonalStack):
     """The diagonal schedule with one launch of our kernels for all cells of a diagonal."""
 
+    impl = "diagonal_triton"
     operator = attend

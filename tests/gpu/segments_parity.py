@@ -75,7 +75,7 @@ FORMS = {  # method, position, layers, parameters, lengths
     "pyramid, both directions": ("pyramid", "none", 2, {"levels": 2, "pooled_queries": True}, (29,)),
     "dense, relative": ("dense", "transformer_xl", 1, {}, (1, 37)),
     "dense, relative, both directions": ("dense", "transformer_xl", 1, {}, (29,)),
-    "diagonals": ("segment_recurrent", "none", 3, {"memory_len": 3, "segment_len": 5}, (23,)),
+    "diagonals": ("segment_recurrent", "rope", 3, {"memory_len": 3, "segment_len": 5}, (23,)),
     "diagonals, a table of distances": ("segment_recurrent", "t5", 2, {"memory_len": 3, "segment_len": 5}, (18,)),
     "diagonals of windows": (
         "melodi", "rope", 4,
