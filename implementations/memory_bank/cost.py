@@ -60,6 +60,7 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: MemoryBankPa
     rotates = position in ROPE
     known = (impl != "triton" or mode != "train") if position == "none" else rotates and impl != "triton"
     known = known and (mode != "train" or not rotates)
+    known = known and (mode != "decode" or impl not in ("slabs", "triton"))  # which have no such mode
     return Cost(
         algorithmic=algorithmic,
         flops=flops,

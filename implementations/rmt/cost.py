@@ -58,7 +58,12 @@ def cost(impl: str, mode: str, causal: bool, position: str, params: RMTParams) -
 
 
 def _peak(impl: str, mode: str, full: bool, position: str) -> Expr | None:
-    """None where nobody has derived it: training with positions, biases outside of kernels, rotations by ``triton``."""
+    """None where nobody has derived it: training with positions, biases outside of kernels, rotations by ``triton``.
+
+    Nor of ``slabs`` in decode, a mode that it does not have.
+    """
+    if impl == "slabs" and mode == "decode":
+        return None
     rotates = position in ROPE and impl != "triton" and mode != "train"
     biased = position in ("t5", "alibi") and kernels(impl) == "triton" and mode in ("forward", "stream")
     if position != "none" and not rotates and not biased:
