@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, split_heads
-from ctxbench.implementations._shared.positions import Position, of_heads, positions_for
+from ctxbench.implementations._shared.positions import Position, of_heads
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.routing.params import RoutingParams
 from ctxbench.implementations.routing.routing import Centroids, assigned, normalised, taken
 from ctxbench.method import Dims, Output, load
@@ -55,7 +56,8 @@ class Operators(NamedTuple):
         topw: ``(q, k, v, query_ids, key_ids, rules, position)``, ids ``[B, H, K, w]``, ascending.
         assigned, taken: as in ``routing``.
 
-    ``position`` is that of these heads. Queries and keys are rotated; biases are the operator's to add.
+    ``position`` is that of these heads. Queries and keys are rotated, but those queries that ``local`` may rotate by
+    itself, see ``Position.both``; biases are the operator's to add.
     """
 
     local: Callable[..., torch.Tensor]
@@ -147,7 +149,7 @@ class RoutingAttention(nn.Module):
     def _attend_locally(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int, state: State | None
     ) -> tuple[torch.Tensor, State | None]:
-        q, k = self.position.rotate(q, before), self.position.rotate(k, before)
+        q, k = self.position.both(q, k, before)
         if state is not None:
             k, v = torch.cat((state.local_k, k), dim=2), torch.cat((state.local_v, v), dim=2)
             S = k.shape[2]
@@ -179,8 +181,10 @@ class RoutingAttention(nn.Module):
 
     def _rotated(self, q: torch.Tensor, k: torch.Tensor, before: int) -> tuple[torch.Tensor, torch.Tensor]:
         """After the choice of clusters, which is by contents alone, and before tokens are gathered."""
+        if not self.params.shared:
+            return self.position.rotate_both(q, k, before)
         turned = self.position.rotate(q, before)
-        return turned, turned if self.params.shared else self.position.rotate(k, before)
+        return turned, turned
 
 
 def routed_vectors(stack: Stack, x: torch.Tensor) -> list[torch.Tensor]:
@@ -198,6 +202,6 @@ def build(dims: Dims, params: RoutingParams, impl: str, device: str, dtype: torc
 
     operators = load(METHOD.impl(impl).run)
     layers: list[nn.Module] = [
-        PreNormBlock(RoutingAttention(dims, params, operators, position), dims) for position in positions_for(dims)
+        PreNormBlock(RoutingAttention(dims, params, operators, position), dims) for position in positions_of(dims, impl)
     ]
     return Stack(layers).to(device, dtype)
