@@ -93,17 +93,17 @@ class PooledAttention(Attention):
 
     def forward(self, x: torch.Tensor, state: Cache | None = None, below: torch.Tensor | None = None) -> Output:
         """``x: [B, N, d]`` new cells, ``below: [B, n, d]`` new cells of the level below, brought to the same width."""
-        q = split_heads(self.q(x), self.num_heads)
+        asked = split_heads(self.q(x), self.num_heads)
         k, v = (split_heads(project(below), self.num_heads) for project in (self.k, self.v))
         seen, step = 0 if state is None else state.k.shape[2], self.span // self.pool
         start = seen // self.pool
         # The last token of each cell.
-        q = self.position.queries(q, (start + 1) * self.span - 1, self.span)
+        q = self.position.queries(asked, (start + 1) * self.span - 1, self.span)
         k = self.position.rotate(k, (seen + 1) * step - 1, step)
         if state is not None:
             state = Cache(torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2))
             k, v = state
-        mixed = self.attend(q, k, v, start, self.pool, self.causal) if x.shape[1] else v[:, :, :0]
+        mixed = self.attend(q, k, v, start, self.pool, self.causal) if x.shape[1] else asked  # no row of v: it has some
         return Output(self.o(merge_heads(mixed)), state)
 
 
