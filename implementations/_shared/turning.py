@@ -111,10 +111,13 @@ def turned(x: torch.Tensor, tables: Tables) -> torch.Tensor:
 
 
 class Turning(Rotary):
-    """:class:`Rotary` for impls whose attention turns its queries; on a CPU it is that class, as attention is C++'s."""
+    """:class:`Rotary` for impls whose attention turns its queries; on a CPU it is that class, as attention is C++'s.
+
+    And it is where every sequence has positions of its own: tables of the kernels are those of all sequences.
+    """
 
     def rotate(self, x: torch.Tensor, positions: Positions, step: int = 1) -> torch.Tensor:
-        if ranges.native(x):
+        if ranges.native(x) or (isinstance(positions, torch.Tensor) and positions.dim() > 1):
             return super().rotate(x, positions, step)
         return turned(x, self.tables(positions, x.shape[-2], x.dtype, step))
 

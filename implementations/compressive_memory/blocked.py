@@ -62,10 +62,10 @@ def _attend_piece(
     return mixed, State(state.compressed, recent, k, v, state.places, state.tokens + x.shape[1])
 
 
-def _own(layer: Any, x: torch.Tensor, fill: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _own(layer: Any, x: torch.Tensor, fill: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Queries, keys and values of tokens that begin ``fill`` tokens into their segments."""
     q, k, v = (split_heads(project(x), layer.num_heads) for project in (layer.q, layer.k, layer.v))
-    return layer.position.rotate(q, fill), layer.position.rotate(k, fill), v
+    return *layer.position.both(q, k, fill), v
 
 
 def fused(

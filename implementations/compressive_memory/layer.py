@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, linear
 
 from ctxbench.implementations._shared.blocks import PreNormBlock, Stack, split_heads
-from ctxbench.implementations._shared.positions import Bias, Position, Rotary, positions_for
+from ctxbench.implementations._shared.positions import Bias, Position, Rotary
+from ctxbench.implementations._shared.turning import positions_of
 from ctxbench.implementations.compressive_memory.params import CompressiveMemoryParams
 from ctxbench.method import Dims, Output, load
 
@@ -192,6 +193,6 @@ def build(dims: Dims, params: CompressiveMemoryParams, impl: str, device: str, d
         module: nn.Module = run(dims, params)
     else:
         farthest = params.segment_len + params.recent_len + params.compressed_len * params.rate
-        positions = positions_for(dims.replace(seq_len=min(dims.seq_len, farthest)))
+        positions = positions_of(dims.replace(seq_len=min(dims.seq_len, farthest)), impl)
         module = Stack([PreNormBlock(CompressiveMemory(dims, params, run, each), dims) for each in positions])
     return module.to(device, dtype)

@@ -227,6 +227,7 @@ def module(
     return check
 
 
+ITEMS = {"segment_len": 8, "recent_len": 8, "compressed_len": 8, "item_len": 2, "rate": 2, "top_k": 3}
 CHECKS: dict[str, Check] = {
     "strict": in_clusters(65, 65, True, False),
     "strict, without itself": in_clusters(45, 45, True, True),
@@ -261,9 +262,7 @@ CHECKS: dict[str, Check] = {
     "memorizing": module(MEMORIZING, 30, (8, 5, 17), memory_len=12, segment_len=8, top_k=4, window=6),
     "memorizing, t5": module(MEMORIZING, 21, (8, 5, 8), "t5", memory_len=12, segment_len=8, top_k=4, window=6),
     "memory_bank": module(MEMORY_BANK, 21, (5, 3, 13), num_slots=5, segment_len=8),
-    "compressive_memory": module(
-        COMPRESSIVE_MEMORY, 37, (8, 5, 24), segment_len=8, recent_len=8, compressed_len=8, item_len=2, rate=2, top_k=3
-    ),
+    "compressive_memory": module(COMPRESSIVE_MEMORY, 37, (8, 5, 24), "rope", **ITEMS),
 }
 HALF = ["strict", "topw", "search", "segments", "gate", "choices"]
 
