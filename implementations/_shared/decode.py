@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ctxbench.cost.formulas import formula
+from ctxbench.implementations._shared import ranges
 from ctxbench.implementations._shared.decode_table import FEW, WIDEST, chunk, config, visible_pairs
 from ctxbench.implementations._shared.flash_table import chunk as chunk_of_channels
 from ctxbench.implementations._shared.flash_table import padded
-from ctxbench.implementations._shared.ranges import native
 
 if TYPE_CHECKING:
     from ctxbench.implementations._shared.turning import Unturned
@@ -123,7 +123,7 @@ def decode(
 
 def is_decoding(q: torch.Tensor | Unturned, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether a call has few queries beside its keys, nobody asks for gradients, and there are kernels for it."""
-    few = not native(q) and q.shape[2] <= FEW and k.shape[2] >= 2 * FEW + q.shape[2]
+    few = not ranges.native(q) and q.shape[2] <= FEW and k.shape[2] >= 2 * FEW + q.shape[2]
     return few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
 
 

@@ -159,7 +159,7 @@ def test_peaks_are_the_tracers(form: str, mode: str) -> None:
 
 def test_methods_hold_the_laws_in_the_interpreter(program) -> None:
     answers = program("segments_parity.py", interpret=True)
-    assert len(answers) == 69
+    assert len(answers) == 71
     assert not [answer for answer in answers if answer[2] != "held"]
 
 
